@@ -9,6 +9,7 @@ __all__ = ['UserError', 'nearest', 'project_root', 'bundled', 'find_path', 'sha2
 import difflib
 import hashlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterable
@@ -75,6 +76,9 @@ def write_json(
         os.fsync(f.fileno())
     os.replace(part, path)
     return path
+
+# %% ../nbs/00_core.ipynb #quiet
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 # %% ../nbs/00_core.ipynb #say
 def is_first_process()->bool: # True unless a launcher made this process one of several and it is not the first
