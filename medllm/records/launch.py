@@ -18,11 +18,9 @@ from ..train.sft import TrainingData, train
 
 # %% ../../nbs/records/01_launch.ipynb #launch
 def _command(file:Path, processes:int)->list[str]:
-    "The launcher's command line; without a GPU the processes train on the CPU."
-    import torch
-    cpu = [] if torch.cuda.is_available() else ["--cpu"]
-    return [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no",
-            "--dynamo_backend", "no", "--main_process_port", "0", *(["--multi_gpu"] if not cpu and processes > 1 else cpu), "-m", "medllm.train", str(file)]
+    "The launcher's command line (`--multi_gpu` is accelerate's word for several processes, on a CPU too)."
+    return [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes), "--num_machines", "1",
+            "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "medllm.train", str(file)]
 
 def _last_error(log:Path)->str:
     "The sentence that the children ended with."

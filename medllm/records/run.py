@@ -76,11 +76,15 @@ _QUIET = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMER
 def _papermill(notebook:Path, record:Path, parameters:dict):
     "Execute a notebook; papermill's own chatter and its rewritten traceback stay out of the terminal."
     import logging
+    from jupyter_client.manager import AsyncKernelManager
     from papermill.execute import execute_notebook
+    from traitlets import CaselessStrEnum
+    class IpcKernel(AsyncKernelManager): transport = CaselessStrEnum(["tcp", "ipc"], default_value="ipc")
     logging.getLogger("papermill").setLevel(logging.ERROR)
     before = {name: os.environ.get(name) for name in _QUIET}
     os.environ.update(_QUIET)
-    try: execute_notebook(str(notebook), str(record), parameters=parameters, kernel_name="python3", progress_bar=False, log_output=False)
+    try: execute_notebook(str(notebook), str(record), parameters=parameters, kernel_name="python3", progress_bar=False, log_output=False,
+                          kernel_manager_class=IpcKernel)
     finally:
         for name, value in before.items(): os.environ.pop(name) if value is None else os.environ.update({name: value})
 

@@ -182,10 +182,10 @@ class Arguments:
             tuple(names(self.model.adapter_name_or_path or "")), f.create_new_adapter, f.freeze_trainable_layers, f.freeze_trainable_modules)
 
 _OURS = (ModelArguments, DataArguments, FinetuningArguments)
-_DEFAULTS = {"logging_steps": 10, "report_to": "none", "remove_unused_columns": False, "logging_nan_inf_filter": False,
+_DEFAULTS = {"logging_steps": 10, "logging_first_step": True, "report_to": "none", "remove_unused_columns": False, "logging_nan_inf_filter": False,
              "output_dir": "output", "ddp_find_unused_parameters": False}
 
-_TINY = {"finetuning_type": "full", "learning_rate": 3e-3, "num_train_epochs": 30} # random weights: an adapter would learn nothing
+_TINY = {"finetuning_type": "full", "learning_rate": 1e-3} # random weights: an adapter would learn nothing
 
 def known_flags()->dict:
     "All flags: name to dataclass field."

@@ -6,6 +6,7 @@
 __all__ = ['SftRun', 'parameters_cell', 'run_parameters']
 
 # %% ../../nbs/train/05_runs.ipynb #imports
+import json
 import types
 import typing
 from dataclasses import MISSING, dataclass, field, fields
@@ -38,10 +39,10 @@ class SftRun:
     lora_rank:int = _like("lora_rank", 8)
     lora_alpha:float|None = _like("lora_alpha", None)
     lora_dropout:float = _like("lora_dropout", 0.0)
-    learning_rate:float|None = flag(None, "Highest learning rate; default 5e-5, and 3e-3 for the tiny model")
+    learning_rate:float|None = flag(None, "Highest learning rate; default 5e-5, and 1e-3 for the tiny model")
     lr_scheduler_type:str = flag("cosine", "Schedule of the learning rate: cosine, linear, constant …")
     warmup_steps:float = flag(0.05, "Warm-up: a share of all steps below 1, or a number of steps")
-    num_train_epochs:float|None = flag(None, "Passes over the data; default 3, and 30 for the tiny model")
+    num_train_epochs:float = flag(3.0, "Passes over the data")
     max_steps:int = flag(-1, "Optimiser steps, instead of num_train_epochs; -1 for none")
     per_device_train_batch_size:int = flag(8, "Rows of a micro-batch on each device")
     gradient_accumulation_steps:int = flag(1, "Micro-batches of an optimiser step")
@@ -89,9 +90,15 @@ def _convert(name:str, kind, value):
         words = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
         if (word := str(value).lower()) not in words: raise wrong
         return words[word]
+    if kind is dict and isinstance(value, str): value = _as_json(value, wrong)
     if isinstance(value, (dict, list)) != (kind is dict) or (kind is int and isinstance(value, float) and value != int(value)): raise wrong
     try: return kind(value)
     except (TypeError, ValueError): raise wrong from None
+
+def _as_json(text:str, wrong:UserError):
+    "A value written as JSON on the command line."
+    try: return json.loads(text)
+    except json.JSONDecodeError: raise wrong from None
 
 def run_parameters(
     run:type,   # A dataclass of run parameters
