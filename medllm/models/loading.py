@@ -99,5 +99,8 @@ def load_model(
     options = dict(dtype=plan.torch_dtype(), attn_implementation=ATTENTION[plan.attention], use_safetensors=True,
         trust_remote_code=False, revision=plan.revision, cache_dir=plan.cache_dir)
     if plan.bits: options.update(quantization_config=plan.quantisation(), device_map={"": device})
-    try: return AutoModelForCausalLM.from_pretrained(model_location(name), **options)
+    try: model = AutoModelForCausalLM.from_pretrained(model_location(name), **options)
     except (OSError, ValueError, ImportError, RuntimeError) as e: raise _why(name, e) from None
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"): module.support_avx512bf16_for_cpu = False
+    return model

@@ -197,6 +197,7 @@ def _precision(given:dict)->dict:
     "Mixed precision this machine cannot do, turned off and said."
     import torch
     if torch.cuda.is_available() and not _true(given.get("use_cpu", False)): return given
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1: given = given | {"use_cpu": True}   # else each process would train alone
     off = [name for name in ("fp16", "bf16", "tf32") if name in given and _true(given[name])]
     for name in off: say(f"--{name} needs a GPU, and there is none in use: training in float32")
     return {k: v for k, v in given.items() if k not in off}
