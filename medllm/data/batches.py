@@ -73,21 +73,20 @@ class GroupedBatches(Sampler):
 
 # %% ../../nbs/data/05_batches.ipynb #collate
 class Collate:
-    "Rows to a batch: `input_ids` (B, T) int64, `positions` (M,) int64 into the flattened (B*T), `targets` (M,) int64."
+    "Rows to a batch: `input_ids` (B, T) int64 up to the last label, `positions` (M,) int64 into the flattened (B*T), `targets` (M,) int64."
     def __init__(self,
         pad_id:int,       # Any id: pads are never looked at
         multiple:int = 1, # T is rounded up to a multiple of this (8 suits tensor cores)
     ): self.pad_id, self.multiple = pad_id, multiple
 
     def __call__(self, rows:list[dict])->dict:
-        longest = max(len(r["input_ids"]) for r in rows)
-        width = -(-longest//self.multiple)*self.multiple
+        last = [int(np.flatnonzero(r["labels"] != -100)[-1]) if (r["labels"][1:] != -100).any() else 1 for r in rows]
+        width = -(-max(last)//self.multiple)*self.multiple
         ids = np.full((len(rows), width), self.pad_id, np.int64)
-        labels = np.full((len(rows), width), -100, np.int64)
-        for i, row in enumerate(rows):
-            ids[i, :len(row["input_ids"])] = row["input_ids"]
-            labels[i, :len(row["labels"])] = row["labels"]
-        at = np.flatnonzero(labels[:, 1:] != -100)                       # over (B, T-1)
-        line, column = np.divmod(at, width - 1) if width > 1 else (at, at)
-        return {"input_ids": torch.from_numpy(ids), "positions": torch.from_numpy(line*width + column),
-                "targets": torch.from_numpy(labels[line, column + 1]), "tokens": torch.tensor(sum(len(r["input_ids"]) for r in rows))}
+        labels = np.full((len(rows), width), -100, np.int64)            # labels[i, t] is what position t predicts
+        for i, (row, n) in enumerate(zip(rows, last)):
+            ids[i, :n] = row["input_ids"][:n]
+            labels[i, :n] = np.append(row["labels"], -100)[1:n + 1]
+        at = np.flatnonzero(labels != -100)
+        return {"input_ids": torch.from_numpy(ids), "positions": torch.from_numpy(at), "targets": torch.from_numpy(labels.reshape(-1)[at]),
+                "tokens": torch.tensor(sum(last))}

@@ -78,6 +78,12 @@ def _model_files(folder:Path)->dict:
     return {"sha256": {f.name: sha256(f) for f in files}}
 
 # %% ../../nbs/records/00_record.ipynb #folder
+def _runs_folder(runs:str)->Path:
+    "Where records go: as said, but never among the notebooks of the checkout."
+    root = project_root()
+    inside = root is not None and Path.cwd().resolve().is_relative_to(root/"nbs")
+    return root/runs if inside else Path(runs).expanduser()
+
 def new_folder(
     stage:str,        # "sft", …
     runs:str="runs",  # Parent of all records
@@ -89,7 +95,7 @@ def new_folder(
     name = "-".join(filter(None, [datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S"), code["commit"][:7] or f"v{code['version']}",
                                   "dirty" if code["dirty"] else "", tag]))
     for again in ("", *(f"-{n}" for n in range(2, 100))):
-        folder = Path(runs).expanduser()/stage/(name + again)
+        folder = _runs_folder(runs)/stage/(name + again)
         try:
             folder.mkdir(parents=True)
             return folder

@@ -41,7 +41,7 @@ class SelectedHead:
     def remove(self): self.hook.remove()
 
 # %% ../../nbs/train/01_objectives.ipynb #ce
-_BLOCK_BYTES = {"cpu": 3*2**24, "cuda": 2**29} # size of one block of logits [bytes]
+_BLOCK_BYTES = {"cpu": 3*2**25, "cuda": 2**29} # size of one block of logits [bytes]
 
 def block_rows(vocabulary:int, device:str)->int:
     "Rows of a block of float32 logits."
@@ -51,11 +51,13 @@ def _block(hidden, weight, targets, z)->torch.Tensor:
     "Summed loss of a block; leaves softmax - e_y in `z`."
     if z.dtype == hidden.dtype: torch.mm(hidden, weight.T, out=z)
     else: z.copy_(hidden @ weight.T)
-    largest, picked = z.amax(-1), z.gather(1, targets[:, None])[:, 0]
     torch.softmax(z, -1, out=z)
-    loss = (largest - z.amax(-1).log() - picked).sum()
+    loss = -z.gather(1, targets[:, None])[:, 0].log()
+    if not (loss < 80).all():                                     # probabilities near the smallest float: take these rows exactly
+        far = (~(loss < 80)).nonzero()[:, 0]
+        loss[far] = F.cross_entropy((hidden[far] @ weight.T).to(z.dtype), targets[far], reduction="none")
     z.scatter_add_(1, targets[:, None], z.new_full((len(targets), 1), -1))
-    return loss
+    return loss.sum()
 
 class _HeadLoss(torch.autograd.Function):
     "Summed cross-entropy of `hidden @ weight.T`; both gradients are taken in the forward pass."

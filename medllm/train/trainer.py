@@ -23,6 +23,7 @@ from transformers import ProgressCallback, Trainer, TrainingArguments
 from ..core import UserError, say
 from ..data.batches import Collate, GroupedBatches
 from ..data.tokens import TokenRows
+from ..models.elementwise import fewer_passes
 from .objectives import SelectedHead
 
 # %% ../../nbs/train/02_trainer.ipynb #speak
@@ -151,6 +152,13 @@ def evaluate(self:CausalTrainer, eval_dataset:TokenRows|None=None, ignore_keys=N
     self.log(metrics)
     self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
     return metrics
+
+# %% ../../nbs/train/02_trainer.ipynb #passes
+@patch
+def train(self:CausalTrainer, *args, **kwargs):
+    "Train, as `transformers.Trainer.train` does."
+    if self.args.torch_compile: return super(CausalTrainer, self).train(*args, **kwargs)
+    with fewer_passes(self.model): return super(CausalTrainer, self).train(*args, **kwargs)
 
 # %% ../../nbs/train/02_trainer.ipynb #log
 def peak_memory()->float: # [GiB], of the GPU if there is one, else of this process

@@ -1,0 +1,48 @@
+# make demo   a fine-tune from nothing: environment, install, tiny model, sample data, record
+# make test   everything that CI checks
+SHELL := /bin/bash
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-slow lint notebooks export requirements clean
+
+$(STAMP): requirements.txt settings.ini setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "medllm needs Python 3.11: set PYTHON=/path/to/python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$($(BIN)/python -c 'import configparser as c; p = c.ConfigParser(delimiters=["="]); p.read("settings.ini"); print(p["DEFAULT"]["dev_requirements"])')
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/medllm run sft -p num_train_epochs 20 --tag demo
+
+test: $(STAMP) lint notebooks
+	$(BIN)/python -m pytest tests
+
+# one thread each: two notebooks at a time on two cores would only get in each other's way
+notebooks: $(STAMP)
+	OMP_NUM_THREADS=1 PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/nbdev_test --n_workers 2 --timing
+
+lint: $(STAMP)
+	$(BIN)/ruff check medllm
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest tests -m slow
+
+export: $(STAMP)
+	rm -rf medllm && $(BIN)/nbdev_export && $(BIN)/nbdev_clean
+
+# exact pins of everything the loose ranges in settings.ini lead to, torch first
+requirements:
+	rm -rf .venv-pins && $(PYTHON) -m venv .venv-pins
+	.venv-pins/bin/python -m pip install --quiet torch==2.13.0
+	.venv-pins/bin/python -m pip install --quiet "setuptools>=77" wheel $$($(PYTHON) -c 'import configparser as c; p = c.ConfigParser(delimiters=["="]); p.read("settings.ini"); print(*(f"\"{r}\"" for r in p["DEFAULT"]["requirements"].split()))' | tr -d '"')
+	.venv-pins/bin/python -m pip freeze --all | sed -e 's/+cpu$$//' | grep -v -E '^(pip|nvidia-|triton|cuda-)' | sort -f -t= -k1,1 > .venv-pins/all
+	{ echo "# made by 'make requirements' from the ranges in settings.ini"; grep '^torch==' .venv-pins/all; grep -v '^torch==' .venv-pins/all; } > requirements.txt
+	rm -rf .venv-pins
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

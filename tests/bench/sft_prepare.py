@@ -1,0 +1,143 @@
+"""Make what every tool trains on: one small Llama, one tokenizer, one set of rows.
+
+Run by `sft.py` in a peer's environment as `sft_prepare.py TASK.json`. The files are written by
+hand, without transformers, so that they do not depend on which version of it a peer has.
+"""
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+PAD, BOS, EOS = "<pad>", "<s>", "</s>"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def write_json(path, value):
+    """Write `value` to `path` as JSON."""
+    Path(path).write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def read_rows(path, count):
+    """The first `count` alpaca rows, edge blanks removed so that no tool's trimming matters."""
+    rows = json.loads(Path(path).read_text(encoding="utf-8"))[:count]
+    return [{key: row[key].strip() for key in ("instruction", "input", "output")} for row in rows]
+
+
+def train_tokenizer(texts, size):
+    """A byte-level BPE over `texts` with at most `size` entries."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=[PAD, BOS, EOS], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def save_tokenizer(tokenizer, folder, max_length):
+    """Write the tokenizer files, the chat format included."""
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS,
+        "pad_token": PAD, "model_max_length": max_length, "padding_side": "right",
+        "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE})
+    write_json(folder / "special_tokens_map.json",
+               {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD})
+
+
+def model_config(shape):
+    """The `config.json` of a Llama of this shape."""
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "hidden_size": shape["hidden"], "intermediate_size": shape["intermediate"],
+        "num_hidden_layers": shape["layers"], "num_attention_heads": shape["heads"],
+        "num_key_value_heads": shape["heads"], "head_dim": shape["hidden"] // shape["heads"],
+        "vocab_size": shape["vocabulary"], "max_position_embeddings": shape["positions"],
+        "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "attention_bias": False, "mlp_bias": False,
+        "tie_word_embeddings": False, "initializer_range": 0.02, "use_cache": True,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "float32"}
+
+
+def model_weights(shape, seed=0):
+    """Random float32 weights under the names of a Llama checkpoint."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden, inner, vocabulary = shape["hidden"], shape["intermediate"], shape["vocabulary"]
+
+    def normal(rows, columns):
+        return torch.empty(rows, columns).normal_(0, 0.02, generator=generator)
+
+    weights = {"model.embed_tokens.weight": normal(vocabulary, hidden),
+               "lm_head.weight": normal(vocabulary, hidden),
+               "model.norm.weight": torch.ones(hidden)}
+    for layer in range(shape["layers"]):
+        prefix = f"model.layers.{layer}."
+        for name in "qkvo":
+            weights[f"{prefix}self_attn.{name}_proj.weight"] = normal(hidden, hidden)
+        for name in ("gate", "up"):
+            weights[f"{prefix}mlp.{name}_proj.weight"] = normal(inner, hidden)
+        weights[f"{prefix}mlp.down_proj.weight"] = normal(hidden, inner)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            weights[f"{prefix}{name}.weight"] = torch.ones(hidden)
+    return weights
+
+
+def save_model(shape, folder):
+    """Write configuration and weights; give the number of parameters."""
+    write_json(folder / "config.json", model_config(shape))
+    write_json(folder / "generation_config.json",
+               {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
+    weights = model_weights(shape)
+    save_file(weights, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    return sum(weight.numel() for weight in weights.values())
+
+
+def row_lengths(tokenizer, rows, cutoff):
+    """`[tokens, trained tokens]` of every row in the chat format."""
+    lengths = []
+    for row in rows:
+        question = "\n".join(part for part in (row["instruction"], row["input"]) if part)
+        prompt = tokenizer.encode(f"{BOS}[INST] {question} [/INST]").ids
+        answer = tokenizer.encode(f" {row['output']} {EOS}").ids
+        lengths.append([len(prompt) + len(answer), len(answer)])
+    if max(total for total, _ in lengths) > cutoff:
+        raise SystemExit("a row is longer than the cutoff: the tools would cut it differently")
+    return lengths
+
+
+def save_rows(rows, folder):
+    """Write the rows, and once more for LLaMA-Factory, whose `llama2` adds no edge blanks."""
+    write_json(folder / "rows.json", rows)
+    spaced = [{**row, "output": f" {row['output']} "} for row in rows]
+    write_json(folder / "rows_spaced.json", spaced)
+    write_json(folder / "dataset_info.json", {"bench": {"file_name": "rows_spaced.json"}})
+
+
+def main():
+    """Read the task, write everything into its folders, print what was made."""
+    task = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    model_dir, data_dir = Path(task["model"]), Path(task["data_dir"])
+    for folder in (model_dir, data_dir):
+        folder.mkdir(parents=True, exist_ok=True)
+    everything = read_rows(task["source"], None)
+    rows = everything[:task["rows"]]
+    shape = task["shape"]
+    tokenizer = train_tokenizer([text for row in everything for text in row.values()],
+                                shape["vocabulary"])
+    save_tokenizer(tokenizer, model_dir, shape["positions"])
+    parameters = save_model(shape, model_dir)
+    save_rows(rows, data_dir)
+    lengths = row_lengths(tokenizer, rows, task["cutoff"])
+    print(json.dumps({"parameters": parameters, "tokenizer_size": tokenizer.get_vocab_size(),
+                      "rows": len(rows), "lengths": lengths}))
+
+
+if __name__ == "__main__":
+    main()

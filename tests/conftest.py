@@ -1,0 +1,41 @@
+"""What the tests share: where things are, and how a command is run."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent/"shared"
+BIN = Path(sys.executable).parent
+
+
+def run(*words, cwd=ROOT, timeout=600, **env):
+    "A finished process, with its output as text."
+    words = [str(BIN/words[0]) if (BIN/words[0]).exists() else words[0], *map(str, words[1:])]
+    environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", **env}
+    return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=environment, stdin=subprocess.DEVNULL)
+
+
+def losses(folder):
+    "Step -> logged loss of a run."
+    from medllm.train.sft import read_history
+    return {h["step"]: h["loss"] for h in read_history(Path(folder)/"history.jsonl") if "loss" in h}
+
+
+@pytest.fixture
+def shared():
+    "Finds a file beside the project, or skips with the reason."
+    def find(path):
+        file = SHARED/path
+        if not file.exists(): pytest.skip(f"needs {path} in the folder shared/ beside the project")
+        return file
+    return find
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    "The tokenizer of the tiny model."
+    from medllm.models.tiny import tiny_tokenizer
+    return tiny_tokenizer()
