@@ -8,6 +8,7 @@ __all__ = ['UserError', 'nearest', 'project_root', 'bundled', 'find_path', 'sha2
 # %% ../nbs/00_core.ipynb #imports
 import difflib
 import hashlib
+import importlib.util
 import json
 import logging
 import os
@@ -30,9 +31,13 @@ def nearest(
     return f" (did you mean '{near[0]}'?)" if near else ""
 
 # %% ../nbs/00_core.ipynb #places
+def _package()->Path:
+    "Folder of the package."
+    return Path(importlib.util.find_spec("medllm").submodule_search_locations[0]).resolve()
+
 def project_root()->Path|None:  # Folder with settings.ini; None when medllm runs from an installed wheel
     "The checkout this package was imported from, if there is one."
-    up = Path(__file__).resolve().parent.parent
+    up = _package().parent
     return up if (up/"settings.ini").exists() and (up/"nbs").is_dir() else None
 
 def bundled(
@@ -41,7 +46,7 @@ def bundled(
     "Folder of the run notebooks or of the sample data, in a checkout or in an installed wheel."
     root = project_root()
     if root: return root/{"runs": "nbs/runs", "samples": "data"}[what]
-    return Path(__file__).resolve().parent/what
+    return _package()/what
 
 # %% ../nbs/00_core.ipynb #find
 def find_path(

@@ -1,4 +1,6 @@
 """Token ids of our templates against those the model makers published; user text never becomes a control token."""
+import json
+
 import pytest
 from hypothesis import given, settings, strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -26,18 +28,21 @@ def byte_level():
 
 
 def sentencepiece(legacy):
-    "A BPE tokenizer in Llama 2's style: blanks are written as ▁, one stands in front; bytes for unknown characters."
+    "A BPE tokenizer in Llama 2's style: blanks are written as ▁, one stands in front, words are apart; bytes for unknown characters."
     backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    if legacy: backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
+    texts = [text for chat in CHATS.values() for _, text in chat] + ["[INST] <<SYS>> USER: ASSISTANT: ### Instruction: Response:"]
+    in_bytes = [f"<0x{i:02X}>" for i in range(256)]
+    backend.train_from_iterator(texts*3, trainers.BpeTrainer(vocab_size=800, special_tokens=["<unk>", "<s>", "</s>", *in_bytes], show_progress=False))
+    spec = json.loads(backend.to_str())
+    spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] not in in_bytes]      # bytes are ordinary tokens
+    backend = Tokenizer.from_str(json.dumps(spec))
+    if legacy:
+        backend.pre_tokenizer = pre_tokenizers.Sequence([])
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     else: backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    texts = [text for chat in CHATS.values() for _, text in chat] + ["[INST] <<SYS>> USER: ASSISTANT: ### Instruction: Response:"]
-    special = ["<unk>", "<s>", "</s>"] + [f"<0x{i:02X}>" for i in range(256)]
-    backend.train_from_iterator(texts*3, trainers.BpeTrainer(vocab_size=800, special_tokens=special, show_progress=False))
-    spec = backend.to_str()
-    backend = Tokenizer.from_str(spec)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-    return tokenizer
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
 def example(chat):
@@ -103,7 +108,8 @@ def test_user_text_yields_no_control_token_and_decodes_to_itself(name, text):
     plain = RENDERERS[name].plain
     ids = plain([text], "joined")[0]
     assert not plain.is_control[ids].any()
-    if name != "sentencepiece": assert RENDERERS[name].tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+    said = text if name != "sentencepiece" else text.replace("▁", " ")      # such tokenizers write blanks as ▁ and cannot tell them apart
+    assert RENDERERS[name].tokenizer.decode(ids, clean_up_tokenization_spaces=False) == said
 
 
 @settings(max_examples=100, deadline=None)

@@ -96,6 +96,7 @@ def _answer_range(render:Callable, messages:list, full:str, mark:re.Match, limit
         "the chat template ends an answer with no control token, so the model would never learn to stop; choose another with --template")
     return begin, end.end()
 
+# %% ../../nbs/data/03_templates.ipynb #skeleton-cut
 def _marks(full:str, roles:tuple[str, ...])->list[re.Match]:
     "The marks of all messages, in order."
     marks = list(_mark.finditer(full))

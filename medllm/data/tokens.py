@@ -7,11 +7,13 @@ __all__ = ['PlainText', 'Renderer', 'TokenRows', 'tokenise']
 
 # %% ../../nbs/data/04_tokens.ipynb #imports
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
+from fastcore.basics import patch
 from tokenizers import Tokenizer
 
 from ..core import UserError
@@ -49,7 +51,8 @@ class PlainText:
         first = Tokenizer.from_str(json.dumps(spec))
         inner = first if inner == spec else Tokenizer.from_str(json.dumps(inner))
         self.by_place = {"start": first, "after_control": first if prefix_after_control else inner, "joined": inner}
-        self.control = {t: i for t, i in tokenizer.get_added_vocab().items() if t != tokenizer.unk_token}
+        no_control = lambda t: t == tokenizer.unk_token or re.fullmatch(r"<0x[0-9A-F]{2}>", t)   # unknown characters, single bytes
+        self.control = {t: i for t, i in tokenizer.get_added_vocab().items() if not no_control(t)}
         self.is_control = np.zeros(len(tokenizer) + 1, bool)
         self.is_control[list(self.control.values())] = True
 
@@ -63,8 +66,9 @@ class PlainText:
 
     def _split(self, text:str, place:str)->list[int]:
         "Ids of a text whose letters spell a token of the vocabulary: that spelling is cut after its first letter."
-        found = min((text.find(t), t) for t in self.control if t in text)
-        cut = found[0] + 1
+        found = [text.find(t) for t in self.control if t in text]
+        if len(text) == 1: raise UserError(f"the tokenizer reads the character U+{ord(text):04X} as a control token; use another tokenizer")
+        cut = min(1 + min(found, default=0), len(text) - 1)   # none found: a normaliser spells it, so take the text letter by letter
         return self([text[:cut]], place)[0] + self([text[cut:]], "joined")[0]
 
 # %% ../../nbs/data/04_tokens.ipynb #renderer
@@ -100,31 +104,34 @@ class Renderer:
         self._tokenise(run for example in runs for run in example)
         return [_joined(example, self.train_on_prompt) for example in runs]
 
-    def _runs(self, example:Example)->Iterable[list]:
-        "Pieces joined to runs [place, text or ids, trained]; a run ends at a control token or where training begins or ends."
-        system = example.system or self.default_system
-        messages = ([("system", system)] if system else []) + list(example.turns)
-        run, place = None, "start"
-        for piece in self.pieces(tuple(role for role, _ in messages)):
-            if piece.kind == "control":
-                if run: yield run
-                run, place = None, "after_control"
-                yield ["control", [self.plain.control[piece.text]], piece.trained]
-                continue
-            text = piece.text if piece.kind == "markup" else messages[piece.message][1]
-            if piece.trim: text = text.strip()
-            if run and run[2] == piece.trained: run[1] += text
-            else:
-                if run: yield run
-                run, place = [place, text, piece.trained], "joined"
-        if run: yield run
+# %% ../../nbs/data/04_tokens.ipynb #runs
+@patch
+def _runs(self:Renderer, example:Example)->Iterable[list]:
+    "Pieces joined to runs [place, text or ids, trained]; a run ends at a control token or where training begins or ends."
+    system = example.system or self.default_system
+    messages = ([("system", system)] if system else []) + list(example.turns)
+    run, place = None, "start"
+    for piece in self.pieces(tuple(role for role, _ in messages)):
+        if piece.kind == "control":
+            if run: yield run
+            run, place = None, "after_control"
+            yield ["control", [self.plain.control[piece.text]], piece.trained]
+            continue
+        text = piece.text if piece.kind == "markup" else messages[piece.message][1]
+        if piece.trim: text = text.strip()
+        if run and run[2] == piece.trained: run[1] += text
+        else:
+            if run: yield run
+            run, place = [place, text, piece.trained], "joined"
+    if run: yield run
 
-    def _tokenise(self, runs:Iterable[list]):
-        "Put ids in the place of each run's text."
-        runs = list(runs)
-        for place in self.plain.by_place:
-            here = [run for run in runs if run[0] == place]
-            for run, ids in zip(here, self.plain([run[1] for run in here], place)): run[1] = ids
+@patch
+def _tokenise(self:Renderer, runs:Iterable[list]):
+    "Put ids in the place of each run's text."
+    runs = list(runs)
+    for place in self.plain.by_place:
+        here = [run for run in runs if run[0] == place]
+        for run, ids in zip(here, self.plain([run[1] for run in here], place)): run[1] = ids
 
 def _joined(runs:list, train_all:bool)->tuple[np.ndarray, np.ndarray]:
     "Ids and trained positions of one conversation from its runs."

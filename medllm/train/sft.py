@@ -46,6 +46,7 @@ def split_rows(
     held = set(np.random.default_rng(seed).permutation(len(examples))[:count].tolist())
     return [e for i, e in enumerate(examples) if i not in held], [examples[i] for i in sorted(held)]
 
+# %% ../../nbs/train/03_sft.ipynb #prepare
 def _load(args:Arguments, dataset:str)->tuple[list, list[Account], list[Source]]:
     "Examples of one or several datasets, with their accounts and sources."
     examples, accounts = [], []
@@ -62,6 +63,8 @@ def prepare_data(
     "Rows of a run, tokenised. Raises `UserError` for data that cannot be read or when no row can be trained on."
     d, renderer = args.data, load_renderer(args)
     examples, accounts, sources = _load(args, d.dataset)
+    nothing = lambda: UserError("no row is left to train on: " + "; ".join(map(str, accounts)))
+    if not examples: raise nothing()
     held = []
     if d.val_size: examples, held = split_rows(examples, d.val_size, args.training.seed)
     if d.eval_dataset:
@@ -70,7 +73,7 @@ def prepare_data(
     rows = _rows(examples, renderer, d.cutoff_len)
     data = TrainingData(renderer, rows, _rows(held, renderer, d.cutoff_len) if held else None, accounts, sources)
     for account in accounts: say(str(account))
-    if not len(rows): raise UserError("no row is left to train on: " + "; ".join(map(str, accounts)))
+    if not len(rows): raise nothing()
     return data
 
 def load_renderer(
@@ -160,6 +163,7 @@ def _checkpoint(args:Arguments)->str|None:
     if last is None: raise UserError(f"--resume_from_checkpoint: there is no checkpoint in {folder}")
     return last
 
+# %% ../../nbs/train/03_sft.ipynb #loop
 def train(
     args:Arguments,    # From `parse`
     data:TrainingData, # From `prepare_data`
