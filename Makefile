@@ -27,7 +27,7 @@ notebooks: $(STAMP)
 	OMP_NUM_THREADS=1 PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/nbdev_test --n_workers 2 --timing
 
 lint: $(STAMP)
-	$(BIN)/ruff check medllm
+	$(BIN)/ruff check medllm tests
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest tests -m slow

@@ -42,8 +42,9 @@ def _run(args)->int:
         say(f"{run.state['status']}: {run.state['reason']}\nrecord: {run.folder}")
         return 1
     m = run.state["metrics"]
-    if m.get("loss_first"): print(f"loss {m['loss_first']:.3f} -> {m['loss_last']:.3f} ({m['loss_last']/m['loss_first'] - 1:+.0%}) in {m['steps']} steps, "
-          f"{m['train_runtime']:.0f} s of training, {run.state['duration_s']:.0f} s in all")
+    if m.get("loss_first"): print(
+        f"loss {m['loss_first']:.3f} -> {m['loss_last']:.3f} ({m['loss_last']/m['loss_first'] - 1:+.0%}) "
+        f"in {m['steps']} steps, {m['train_runtime']:.0f} s of training, {run.state['duration_s']:.0f} s in all")
     print(f"record: {run.folder}")
     return 0
 
@@ -58,11 +59,14 @@ def _preview(args)->int:
     from medllm.data.look import Look, length_summary
     from medllm.train.arguments import parse
     from medllm.train.sft import prepare_data
-    data = prepare_data(parse({"dataset": args.name, "dataset_dir": args.dataset_dir, "model_name_or_path": args.model,
-                               "template": args.template, "max_samples": args.rows, "cutoff_len": args.cutoff_len}))
-    print(Look(data.train, data.renderer.tokenizer, hide=data.private and not args.reveal, picked=tuple(range(args.rows))))
+    data = prepare_data(parse({
+        "dataset": args.name, "dataset_dir": args.dataset_dir, "model_name_or_path": args.model,
+        "template": args.template, "max_samples": args.rows, "cutoff_len": args.cutoff_len}))
+    print(Look(data.train, data.renderer.tokenizer,
+        hide=data.private and not args.reveal, picked=tuple(range(args.rows))))
     print("\n" + ", ".join(f"{k} {v}" for k, v in length_summary(data.train).items()))
-    if data.private and not args.reveal: say("letters are hidden because the dataset is private; --reveal shows them")
+    if data.private and not args.reveal: say(
+        "letters are hidden because the dataset is private; --reveal shows them")
     return 0
 
 # %% ../nbs/99_cli.ipynb #parser
@@ -82,11 +86,13 @@ def parser()->argparse.ArgumentParser:
     p.add_argument("words", nargs=argparse.REMAINDER, metavar="FILE.yaml | --flag value | flag=value")
     p = command("run", _run, "Execute a run notebook (sft) with papermill and keep it as a record")
     p.add_argument("notebook", help="stage (sft) or path of a run notebook")
-    p.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter; may be repeated")
+    p.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
+        help="set a parameter; may be repeated")
     p.add_argument("-f", "--file", help="YAML file with parameters")
     p.add_argument("--runs", help="folder of records (default runs)")
     p.add_argument("--tag", help="word at the end of the record's name")
-    p.add_argument("--list-parameters", action="store_true", help="show the notebook's parameters with defaults and meaning")
+    p.add_argument("--list-parameters", action="store_true",
+        help="show the notebook's parameters with defaults and meaning")
     p = command("tiny", _tiny, "Write the small random model that tests and demos use")
     p.add_argument("folder", help="new folder")
     _data_commands(command("data", _data, "List the registered datasets, or look at one"))

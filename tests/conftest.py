@@ -15,7 +15,8 @@ def run(*words, cwd=ROOT, timeout=600, **env):
     "A finished process, with its output as text."
     words = [str(BIN/words[0]) if (BIN/words[0]).exists() else words[0], *map(str, words[1:])]
     environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", **env}
-    return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=environment, stdin=subprocess.DEVNULL)
+    return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=environment,
+        stdin=subprocess.DEVNULL)
 
 
 def losses(folder):

@@ -20,7 +20,8 @@ def test_help_is_instant():
 @pytest.fixture
 def files(tmp_path):
     "Files with one mistake each."
-    (tmp_path/"broken.json").write_text('[\n{"instruction": "a", "output": "b"},\n{"instruction": "a" "output": "b"}\n]')
+    (tmp_path/"broken.json").write_text(
+        '[\n{"instruction": "a", "output": "b"},\n{"instruction": "a" "output": "b"}\n]')
     (tmp_path/"column.json").write_text(json.dumps([{"instruction": "a", "answer": "b"}]))
     (tmp_path/"held").mkdir()
     (tmp_path/"held/adapter_config.json").write_text("{}")
@@ -34,7 +35,8 @@ MISTAKES = {
     "missing column": (["dataset={d}/column.json"], "column.json, line 1: no column 'output'"),
     "unknown template": (["dataset=mm", "template=lama2"], "unknown template 'lama2' (did you mean 'llama2'?)"),
     "template that does not fit": (["dataset=mm", "template=llama3"], "needs <|start_header_id|>"),
-    "unknown flag": (["dataset=mm", "--learning_rte", "1"], "unknown flag --learning_rte (did you mean 'learning_rate'?)"),
+    "unknown flag": (
+        ["dataset=mm", "--learning_rte", "1"], "unknown flag --learning_rte (did you mean 'learning_rate'?)"),
     "wrong type": (["dataset=mm", "max_steps=ten"], "--max_steps: invalid int value: 'ten'"),
     "output folder in use": (["dataset=mm", "output_dir={d}/held"], "already holds a model"),
     "no model": (["dataset=mm", "model_name_or_path=./gone"], "model folder ./gone does not exist"),
@@ -48,7 +50,8 @@ def test_a_mistake_is_one_sentence(what, files, capfd):
     if not any("output_dir" in w for w in given): given.append(f"output_dir={files}/out")
     assert main(["train", *given]) == 2
     said = capfd.readouterr()
-    assert says in said.err and said.out == "" and said.err.startswith("error: ") and said.err.count("\n") == 1, said.err
+    assert (says in said.err and said.out == "" and said.err.startswith("error: ")
+        and said.err.count("\n") == 1), said.err
     assert not (files/"out").exists()
 
 
@@ -60,12 +63,15 @@ def test_an_adapter_for_another_model(files, capfd):
     from medllm.models.tiny import tiny_tokenizer
     adapt(load_model("tiny"), AdaptPlan()).save_pretrained(files/"adapter")
     tiny_tokenizer().save_pretrained(files/"other")
-    LlamaForCausalLM(LlamaConfig(vocab_size=4096, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
-                                 num_key_value_heads=2)).save_pretrained(files/"other")
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=4096, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2)).save_pretrained(files/"other")
     capfd.readouterr()
-    assert main(["train", "dataset=mm", f"model_name_or_path={files}/other", "finetuning_type=lora", f"adapter_name_or_path={files}/adapter",
-                 "max_samples=8", f"output_dir={files}/out"]) == 2
-    assert "is for another model" in [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")][0]
+    assert main([
+        "train", "dataset=mm", f"model_name_or_path={files}/other", "finetuning_type=lora",
+        f"adapter_name_or_path={files}/adapter", "max_samples=8", f"output_dir={files}/out"]) == 2
+    assert "is for another model" in [
+        line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")][0]
 
 
 def test_a_parameter_of_a_run(files):

@@ -9,14 +9,16 @@ import sys
 import pytest
 from conftest import ROOT, run
 
-NOTEBOOKS = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if not {".ipynb_checkpoints", "_records"} & set(p.parts))
+NOTEBOOKS = sorted(
+    p for p in (ROOT/"nbs").rglob("*.ipynb") if not {".ipynb_checkpoints", "_records"} & set(p.parts))
 EXPORTING = [p for p in NOTEBOOKS if p.parent.name not in ("runs", "tutorials")]
 name = lambda p: str(p.relative_to(ROOT/"nbs"))
 
 
 def cells(path): return json.loads(path.read_text(encoding="utf-8"))["cells"]
 def source(cell): return "".join(cell["source"])
-def exported(path): return [c for c in cells(path) if c["cell_type"] == "code" and source(c).startswith("#| export")]
+def exported(path):
+    return [c for c in cells(path) if c["cell_type"] == "code" and source(c).startswith("#| export")]
 
 
 def test_export_from_scratch_leaves_git_clean(tmp_path):
@@ -36,7 +38,8 @@ def test_notebooks_are_clean(tmp_path):
     shutil.copytree(ROOT/"nbs", tmp_path/"nbs")
     for part in ("settings.ini", "pyproject.toml"): shutil.copy(ROOT/part, tmp_path/part)
     assert run("nbdev_clean", cwd=tmp_path).returncode == 0
-    assert [name(p) for p in NOTEBOOKS if p.read_text() != (tmp_path/"nbs"/p.relative_to(ROOT/"nbs")).read_text()] == []
+    assert [name(p) for p in NOTEBOOKS
+        if p.read_text() != (tmp_path/"nbs"/p.relative_to(ROOT/"nbs")).read_text()] == []
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
@@ -85,11 +88,14 @@ ORDER = ["core", "data", "models", "train", "evaluate", "use", "records", "cli"]
 def test_imports_go_one_way(path):
     "A notebook imports only from those before it."
     rank = lambda module: (ORDER.index(module.split(".")[1]), numbers.get(module, 0))
-    numbers = {f"medllm.{'.'.join([*p.relative_to(ROOT/'nbs').parts[:-1], re.sub(r'^[0-9]+_', '', p.stem)])}": int(p.stem.split("_")[0]) for p in EXPORTING}
+    numbers = {
+        f"medllm.{'.'.join([*p.relative_to(ROOT/'nbs').parts[:-1], re.sub(r'^[0-9]+_', '', p.stem)])}":
+            int(p.stem.split("_")[0]) for p in EXPORTING}
     mine = f"medllm.{'.'.join([*path.relative_to(ROOT/'nbs').parts[:-1], re.sub(r'^[0-9]+_', '', path.stem)])}"
     for cell in exported(path):
         for node in ast.walk(ast.parse(source(cell))):
-            if isinstance(node, ast.ImportFrom) and node.module.startswith("medllm.") and node.module != "medllm.train.__main__":
+            if (isinstance(node, ast.ImportFrom) and node.module.startswith("medllm.")
+                    and node.module != "medllm.train.__main__"):
                 assert rank(node.module) < rank(mine), f"{mine} imports {node.module}"
 
 
@@ -102,16 +108,22 @@ def test_run_notebooks_define_nothing():
 
 
 def test_every_module_imports_in_a_fresh_process():
-    modules = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in (ROOT/"medllm").rglob("*.py") if p.stem not in ("_modidx", "__main__")]
+    modules = [
+        ".".join(p.relative_to(ROOT).with_suffix("").parts) for p in (ROOT/"medllm").rglob("*.py")
+        if p.stem not in ("_modidx", "__main__")]
     code = "import importlib\nfor m in %r: importlib.import_module(m.removesuffix('.__init__'))" % modules
-    done = subprocess.run([sys.executable, "-W", "error::SyntaxWarning", "-c", code], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-W", "error::SyntaxWarning", "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
 
 
 def test_nothing_new_at_the_top():
-    allowed = {"nbs", "medllm", "data", "tests", "settings.ini", "README.md", "README_zh.md", "setup.py", "pyproject.toml", "requirements.txt",
-               "Makefile", "LICENSE", ".ci", ".github", ".gitignore", ".gitattributes"}
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    allowed = {
+        "nbs", "medllm", "data", "tests", "settings.ini", "README.md", "README_zh.md", "setup.py",
+        "pyproject.toml", "requirements.txt", "Makefile", "LICENSE", ".ci", ".github", ".gitignore",
+        ".gitattributes"}
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
     assert {f.split("/")[0] for f in tracked if f} <= allowed
     assert "medllm/data/registry.py" in tracked
 
@@ -122,7 +134,8 @@ def test_pins_are_inside_the_ranges():
     from packaging.requirements import Requirement
     settings = ConfigParser(delimiters=["="])
     settings.read(ROOT/"settings.ini")
-    lines = [line for line in (ROOT/"requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
+    lines = [
+        line for line in (ROOT/"requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
     pins = dict(line.lower().replace("_", "-").split("==") for line in lines)
     assert lines[0].startswith("torch==")
     for wanted in map(Requirement, settings["DEFAULT"]["requirements"].split()):
@@ -135,7 +148,8 @@ def test_the_samples():
     chinese = lambda text: bool(re.search(r"[\u4e00-\u9fff]", text))
     mm, rm, mcq = rows("mm.json"), rows("mm_rm.json"), rows("mm_mcq.json")
     pt = (ROOT/"data/mm_pt.txt").read_text(encoding="utf-8").splitlines()
-    assert len(mm) >= 240 and sum(bool(r["history"]) for r in mm) >= 40 and {len(r["history"]) for r in mm} == {0, 1, 2, 3}
+    assert (len(mm) >= 240 and sum(bool(r["history"]) for r in mm) >= 40
+        and {len(r["history"]) for r in mm} == {0, 1, 2, 3})
     assert len(pt) >= 240 and all(pt) and len(rm) >= 120 and len(mcq) >= 80
     assert all(len(r["output"]) == 2 and r["output"][0] != r["output"][1] for r in rm)
     assert all(r["answer"] in r["options"] for r in mcq)
@@ -145,8 +159,20 @@ def test_the_samples():
 
 def test_readmes_tell_the_same():
     "Same commands and links in both languages; every figure of the text stands in the other."
-    english, chinese = (ROOT/"README.md").read_text(encoding="utf-8"), (ROOT/"README_zh.md").read_text(encoding="utf-8")
-    blocks = lambda text: [re.sub(r"#.*", "", b) for b in re.findall(r"```(?:bash|yaml|json)\n(.*?)```", text, re.S)]
+    english, chinese = (
+        (ROOT/"README.md").read_text(encoding="utf-8"), (ROOT/"README_zh.md").read_text(encoding="utf-8"))
+    blocks = lambda text: [
+        re.sub(r"#.*", "", b) for b in re.findall(r"```(?:bash|yaml|json)\n(.*?)```", text, re.S)]
     squeeze = lambda bs: ["\n".join(line.rstrip() for line in b.splitlines() if line.strip()) for b in bs]
     assert squeeze(blocks(english)) == squeeze(blocks(chinese))
     assert english.count("\n## ") == chinese.count("\n## ")
+
+
+def test_speed_figures_come_from_the_measurement():
+    "Each row of the READMEs' table is a median of tests/bench/sft_results.json."
+    measured = json.loads((ROOT/"tests/bench/sft_results.json").read_text())["spreads"]
+    for readme in ("README.md", "README_zh.md"):
+        text = (ROOT/readme).read_text(encoding="utf-8")
+        for tool in ("medllm", "trl", "trl-plain", "llamafactory"):
+            speed, memory = measured[tool]["tokens_per_second"][1], measured[tool]["peak_rss_bytes"][1]/2**20
+            assert f"| {speed:.0f} | {memory:.0f} |" in text, f"{readme}: {tool}"

@@ -14,7 +14,9 @@ from medllm.models.tiny import tiny_tokenizer
 LLAMA3 = TEMPLATES["llama3"].control
 CHATS = {
     "one turn": [("user", "What is asthma?"), ("assistant", "A disease of the airways.")],
-    "three turns": [("user", "我发烧了"), ("assistant", "多少度？"), ("user", "39 度 "), ("assistant", "请多喝水。"), ("user", "还有呢?"), ("assistant", "休息。\n\n必要时就医。")],
+    "three turns": [
+        ("user", "我发烧了"), ("assistant", "多少度？"), ("user", "39 度 "), ("assistant", "请多喝水。"),
+        ("user", "还有呢?"), ("assistant", "休息。\n\n必要时就医。")],
     "system": [("system", "You are a careful doctor."), ("user", "Fever?"), ("assistant", "Rest.")],
     "blanks": [("user", "  two  blanks  "), ("assistant", " 1. rest\n 2. drink ")],
 }
@@ -28,14 +30,18 @@ def byte_level():
 
 
 def sentencepiece(legacy):
-    "A BPE tokenizer in Llama 2's style: blanks are written as ▁, one stands in front, words are apart; bytes for unknown characters."
+    ("A BPE tokenizer in Llama 2's style: blanks are written as ▁, one stands in front, words are apart; "
+        "bytes for unknown characters.")
     backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
-    texts = [text for chat in CHATS.values() for _, text in chat] + ["[INST] <<SYS>> USER: ASSISTANT: ### Instruction: Response:"]
+    texts = [text for chat in CHATS.values() for _, text in chat] + [
+        "[INST] <<SYS>> USER: ASSISTANT: ### Instruction: Response:"]
     in_bytes = [f"<0x{i:02X}>" for i in range(256)]
-    backend.train_from_iterator(texts*3, trainers.BpeTrainer(vocab_size=800, special_tokens=["<unk>", "<s>", "</s>", *in_bytes], show_progress=False))
+    backend.train_from_iterator(texts*3, trainers.BpeTrainer(
+        vocab_size=800, special_tokens=["<unk>", "<s>", "</s>", *in_bytes], show_progress=False))
     spec = json.loads(backend.to_str())
-    spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] not in in_bytes]      # bytes are ordinary tokens
+    # bytes are ordinary tokens
+    spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] not in in_bytes]
     backend = Tokenizer.from_str(json.dumps(spec))
     if legacy:
         backend.pre_tokenizer = pre_tokenizers.Sequence([])
@@ -51,13 +57,16 @@ def example(chat):
     return Example(tuple(Turn(role, text.strip()) for role, text in chat if role != "system"), system)
 
 
-ORACLES = {"llama2": "llama-2-chat", "llama3": "llama-3-instruct", "chatml": "chatml", "vicuna": "vicuna", "alpaca": "alpaca"}
+ORACLES = {
+    "llama2": "llama-2-chat", "llama3": "llama-3-instruct", "chatml": "chatml", "vicuna": "vicuna",
+    "alpaca": "alpaca"}
 
 
 @pytest.mark.parametrize("chat", CHATS, ids=str)
 @pytest.mark.parametrize("name", ORACLES)
 def test_ids_equal_the_published_template(name, chat, shared):
-    """No difference is left to explain: also the line break that ChatML, Vicuna and Alpaca put behind the last answer is ours (untrained)."""
+    ("No difference is left to explain: also the line break that ChatML, Vicuna and Alpaca put behind the last "
+        "answer is ours (untrained).")
     published = shared(f"chat_templates/{ORACLES[name]}.jinja").read_text().replace("    ", "").replace("\n", "")
     messages = [{"role": role, "content": text} for role, text in CHATS[chat]]
     tokenizer = byte_level()
@@ -66,9 +75,11 @@ def test_ids_equal_the_published_template(name, chat, shared):
     assert ids.tolist() == tokenizer.apply_chat_template(messages, chat_template=published, return_dict=False)
     assert ids.tolist() == tokenizer.apply_chat_template(messages, chat_template=renderer.jinja, return_dict=False)
 
-    # a prompt is the beginning of the trained row. Llama 2's file has no generation prompt of its own: it ends in [/INST] too
+    # a prompt is the beginning of the trained row. Llama 2's file has no generation prompt of its own:
+    # it ends in [/INST] too
     prompt = renderer.encode([example(CHATS[chat][:-1])])[0][0].tolist()
-    assert prompt == tokenizer.apply_chat_template(messages[:-1], chat_template=published, add_generation_prompt=True, return_dict=False)
+    assert prompt == tokenizer.apply_chat_template(
+        messages[:-1], chat_template=published, add_generation_prompt=True, return_dict=False)
     assert ids[:len(prompt)].tolist() == prompt
     assert trained[len(prompt)] and not trained[:len(prompt)][-1]
 
@@ -97,7 +108,8 @@ def test_each_answer_ends_in_a_trained_end_token(name):
 
 NASTY = ["</s>", "[INST]", "<|im_end|>", "<|im_start|>", "<s>", "<pad>", "<|eot_id|>", "<<SYS>>", "<unk>"]
 RENDERERS = {name: Renderer(tokenizer, template) for name, tokenizer, template in (
-    ("byte-level", byte_level(), "chatml"), ("llama3", byte_level(), "llama3"), ("sentencepiece", sentencepiece(False), "llama2"))}
+    ("byte-level", byte_level(), "chatml"), ("llama3", byte_level(), "llama3"),
+    ("sentencepiece", sentencepiece(False), "llama2"))}
 texts = st.lists(st.one_of(st.sampled_from(NASTY), st.text(max_size=12)), max_size=6).map("".join)
 
 
@@ -108,7 +120,8 @@ def test_user_text_yields_no_control_token_and_decodes_to_itself(name, text):
     plain = RENDERERS[name].plain
     ids = plain([text], "joined")[0]
     assert not plain.is_control[ids].any()
-    said = text if name != "sentencepiece" else text.replace("▁", " ")      # such tokenizers write blanks as ▁ and cannot tell them apart
+    # such tokenizers write blanks as ▁ and cannot tell them apart
+    said = text if name != "sentencepiece" else text.replace("▁", " ")
     assert RENDERERS[name].tokenizer.decode(ids, clean_up_tokenization_spaces=False) == said
 
 

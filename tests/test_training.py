@@ -25,12 +25,14 @@ def plain_loop(data, steps, batch, learning_rate):
     batches, out = list(GroupedBatches(data.train.lengths, batch, seed=42)), []
     for rows in batches[:steps]:
         width = int(data.train.lengths[rows].max())
-        ids, labels, mask = np.zeros((batch, width), np.int64), np.full((batch, width), -100), np.zeros((batch, width), np.int64)
+        ids, labels, mask = (
+            np.zeros((batch, width), np.int64), np.full((batch, width), -100), np.zeros((batch, width), np.int64))
         for i, row in enumerate(rows):
             n = data.train.lengths[row]
             ids[i, :n], labels[i, :n], mask[i, :n] = data.train[row]["input_ids"], data.train[row]["labels"], 1
         logits = model(torch.tensor(ids), attention_mask=torch.tensor(mask)).logits
-        loss = F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), torch.tensor(labels)[:, 1:].reshape(-1))
+        loss = F.cross_entropy(
+            logits[:, :-1].reshape(-1, logits.shape[-1]), torch.tensor(labels)[:, 1:].reshape(-1))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
@@ -40,8 +42,10 @@ def plain_loop(data, steps, batch, learning_rate):
 
 
 def test_twenty_steps_equal_a_plain_loop(real, tmp_path):
-    args = parse(dict(dataset=real, max_samples=512, finetuning_type="full", learning_rate=1e-4, lr_scheduler_type="constant", max_steps=20,
-                      logging_steps=1, per_device_train_batch_size=8, cutoff_len=512, output_dir=str(tmp_path), save_strategy="no", disable_tqdm=True))
+    args = parse(dict(
+        dataset=real, max_samples=512, finetuning_type="full", learning_rate=1e-4, lr_scheduler_type="constant",
+        max_steps=20, logging_steps=1, per_device_train_batch_size=8, cutoff_len=512, output_dir=str(tmp_path),
+        save_strategy="no", disable_tqdm=True))
     data = prepare_data(args)
     train(args, data)
     ours = [loss for _, loss in sorted(losses(tmp_path).items())]
@@ -52,20 +56,26 @@ def test_twenty_steps_equal_a_plain_loop(real, tmp_path):
 
 def test_real_rows_train(real, tmp_path):
     "512 rows of real questions, one epoch, through the run notebook; none of their text gets into the record."
-    done = run("medllm", "run", "sft", "-p", "dataset", real, "-p", "max_samples", 512, "-p", "max_steps", 30, "-p", "output_dir", tmp_path/"r")
+    done = run(
+        "medllm", "run", "sft", "-p", "dataset", real, "-p", "max_samples", 512, "-p", "max_steps", 30,
+        "-p", "output_dir", tmp_path/"r")
     assert done.returncode == 0, done.stderr
     state = json.loads((tmp_path/"r/run.json").read_text())
     assert state["status"] == "completed" and state["metrics"]["rows"][0]["read"] == 512
     assert state["metrics"]["loss_last"] < state["metrics"]["loss_first"]
-    record = (tmp_path/"r/record.ipynb").read_text() + (tmp_path/"r/run.json").read_text() + done.stdout + done.stderr
+    record = (
+        (tmp_path/"r/record.ipynb").read_text() + (tmp_path/"r/run.json").read_text() + done.stdout + done.stderr)
     rows = json.loads(open(real, encoding="utf-8").read())[:512]
-    shown = [r for r in random.Random(0).sample(rows, 100) if len(r["input"]) > 30 and r["input"][:30] in record or r["output"][:30] in record]
+    shown = [
+        r for r in random.Random(0).sample(rows, 100)
+        if len(r["input"]) > 30 and r["input"][:30] in record or r["output"][:30] in record]
     assert not shown, f"{len(shown)} of 100 rows stand in the record"
 
 
-FLAGS = dict(model_name_or_path="tiny", dataset="mm", max_samples=64, finetuning_type="lora", lora_rank=4, learning_rate="1e-3", max_steps=6,
-             logging_steps=1, template="llama2", cutoff_len=256, val_size=8, per_device_train_batch_size=4, lr_scheduler_type="linear", warmup_steps=0.0,
-             seed=7, save_steps=100)
+FLAGS = dict(
+    model_name_or_path="tiny", dataset="mm", max_samples=64, finetuning_type="lora", lora_rank=4,
+    learning_rate="1e-3", max_steps=6, logging_steps=1, template="llama2", cutoff_len=256, val_size=8,
+    per_device_train_batch_size=4, lr_scheduler_type="linear", warmup_steps=0.0, seed=7, save_steps=100)
 
 
 def test_three_doors_one_curve(tmp_path):
@@ -76,15 +86,20 @@ def test_three_doors_one_curve(tmp_path):
     (tmp_path/"sft.yaml").write_text("".join(f"{k}: {v}\n" for k, v in FLAGS.items() if k != "learning_rate"))
     done = run("medllm", "train", tmp_path/"sft.yaml", "lr=1e-3", f"output_dir={tmp_path/'yaml'}")
     assert done.returncode == 0, done.stderr
-    done = run("medllm", "run", "sft", "-f", tmp_path/"sft.yaml", "-p", "learning_rate", "1e-3", "-p", "output_dir", tmp_path/"notebook")
+    done = run(
+        "medllm", "run", "sft", "-f", tmp_path/"sft.yaml", "-p", "learning_rate", "1e-3",
+        "-p", "output_dir", tmp_path/"notebook")
     assert done.returncode == 0, done.stderr
     curves = [losses(tmp_path/door) for door in ("flags", "yaml", "notebook")]
     assert curves[0] == curves[1] == curves[2] and len(curves[0]) == 6
 
 
-SEED = ("--stage sft --model_name_or_path ./Llama-2-7b-chat-hf --do_train --dataset mm --finetuning_type lora --quantization_bit 4 --overwrite_cache "
-        "--output_dir output --per_device_train_batch_size 8 --gradient_accumulation_steps 4 --lr_scheduler_type cosine --logging_steps 10 "
-        "--save_steps 1000 --learning_rate 5e-5 --num_train_epochs 2.0 --plot_loss --fp16 --template llama2 --lora_target q_proj,v_proj").split()
+SEED = (
+    "--stage sft --model_name_or_path ./Llama-2-7b-chat-hf --do_train --dataset mm --finetuning_type lora "
+    "--quantization_bit 4 --overwrite_cache --output_dir output --per_device_train_batch_size 8 "
+    "--gradient_accumulation_steps 4 --lr_scheduler_type cosine --logging_steps 10 --save_steps 1000 "
+    "--learning_rate 5e-5 --num_train_epochs 2.0 --plot_loss --fp16 --template llama2 "
+    "--lora_target q_proj,v_proj").split()
 
 
 def test_the_seeds_command(tmp_path):
@@ -93,7 +108,8 @@ def test_the_seeds_command(tmp_path):
     done = run("accelerate", "launch", "-m", "medllm.train", *SEED, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "training in float32" in done.stderr
-    assert {"adapter_model.safetensors", "adapter_config.json", "loss.png", "metrics.json"} <= {f.name for f in (tmp_path/"output").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "loss.png", "metrics.json"} <= {
+        f.name for f in (tmp_path/"output").iterdir()}
     one = losses(tmp_path/"output")
     assert list(one) == [1, 10, 18]
 

@@ -27,9 +27,11 @@ def epoch_order(
     order = rng.permutation(len(lengths))
     if not grouped or len(order) <= cell: return order
     stretch = max(_STRETCH//cell, 1)*cell
-    whole = np.concatenate([part[np.argsort(-lengths[part], kind="stable")] for part in np.split(order, range(stretch, len(order), stretch))])
+    whole = np.concatenate([part[np.argsort(-lengths[part], kind="stable")]
+        for part in np.split(order, range(stretch, len(order), stretch))])
     cells = np.split(whole, range(cell, len(whole), cell))
-    rest = [cells.pop()] if len(cells[-1]) < cell else []       # the incomplete cell stays last, so that batches stay full
+    # the incomplete cell stays last, so that batches stay full
+    rest = [cells.pop()] if len(cells[-1]) < cell else []
     cells = [cells[i] for i in rng.permutation(len(cells))]
     longest = max(range(len(cells)), key=lambda i: lengths[cells[i]].max())
     cells[0], cells[longest] = cells[longest], cells[0]
@@ -41,13 +43,15 @@ def split_rounds(
     batch:int,        # B, rows a batch
     world:int,        # W, processes
 )->list[list[np.ndarray]]: # Rounds of W batches each
-    "The batches of an epoch, round by round; with fewer rows than processes, rows are repeated so that each process has one."
+    ("The batches of an epoch, round by round; "
+     "with fewer rows than processes, rows are repeated so that each process has one.")
     if len(order) < world: order = np.resize(order, world)
     rounds = np.split(order, range(batch*world, len(order), batch*world))
     if len(rounds[-1]) < world:                                # too few rows for a round of their own
         last = np.concatenate(rounds[-2:])
         rounds[-2:] = [last[:len(last) - world], last[len(last) - world:]]
-    full = lambda rows: np.split(rows, range(batch, len(rows), batch)) if len(rows) == batch*world else np.array_split(rows, world)
+    full = lambda rows: (np.split(rows, range(batch, len(rows), batch))
+        if len(rows) == batch*world else np.array_split(rows, world))
     return [full(rows) for rows in rounds]
 
 class GroupedBatches(Sampler):
@@ -60,7 +64,8 @@ class GroupedBatches(Sampler):
         world:int = 1,       # W, processes
         grouped:bool = True, # Sort by length
     ):
-        self.lengths, self.batch, self.seed, self.rank, self.world, self.grouped = lengths, batch, seed, rank, world, grouped
+        self.lengths, self.batch, self.seed, self.rank, self.world, self.grouped = (
+            lengths, batch, seed, rank, world, grouped)
         self.batch_size, self.drop_last, self.epoch = batch, False, 0
 
     def set_epoch(self, epoch:int): self.epoch = epoch
@@ -73,14 +78,16 @@ class GroupedBatches(Sampler):
 
 # %% ../../nbs/data/05_batches.ipynb #collate
 class Collate:
-    "Rows to a batch: `input_ids` (B, T) int64 up to the last label, `positions` (M,) int64 into the flattened (B*T), `targets` (M,) int64."
+    ("Rows to a batch: `input_ids` (B, T) int64 up to the last label, "
+     "`positions` (M,) int64 into the flattened (B*T), `targets` (M,) int64.")
     def __init__(self,
         pad_id:int,       # Any id: pads are never looked at
         multiple:int = 1, # T is rounded up to a multiple of this (8 suits tensor cores)
     ): self.pad_id, self.multiple = pad_id, multiple
 
     def __call__(self, rows:list[dict])->dict:
-        last = [int(np.flatnonzero(r["labels"] != -100)[-1]) if (r["labels"][1:] != -100).any() else 1 for r in rows]
+        last = [
+            int(np.flatnonzero(r["labels"] != -100)[-1]) if (r["labels"][1:] != -100).any() else 1 for r in rows]
         width = -(-max(last)//self.multiple)*self.multiple
         ids = np.full((len(rows), width), self.pad_id, np.int64)
         labels = np.full((len(rows), width), -100, np.int64)            # labels[i, t] is what position t predicts
@@ -88,5 +95,5 @@ class Collate:
             ids[i, :n] = row["input_ids"][:n]
             labels[i, :n] = np.append(row["labels"], -100)[1:n + 1]
         at = np.flatnonzero(labels != -100)
-        return {"input_ids": torch.from_numpy(ids), "positions": torch.from_numpy(at), "targets": torch.from_numpy(labels.reshape(-1)[at]),
-                "tokens": torch.tensor(sum(last))}
+        return {"input_ids": torch.from_numpy(ids), "positions": torch.from_numpy(at),
+            "targets": torch.from_numpy(labels.reshape(-1)[at]), "tokens": torch.tensor(sum(last))}

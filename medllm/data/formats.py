@@ -38,16 +38,19 @@ def _text(row:Row, column:str, required:bool)->str:
     "The text of a column, stripped; missing or null is empty unless it must be there."
     if not column: return ""
     if column not in row.data and required: raise UserError(
-        f"{row.where}: no column '{column}' (there are: {', '.join(map(str, row.data))}); name yours under 'columns' in dataset_info.json")
+        f"{row.where}: no column '{column}' (there are: {', '.join(map(str, row.data))}); "
+        "name yours under 'columns' in dataset_info.json")
     value = row.data.get(column)
     if value is None: return ""
-    if not isinstance(value, str): raise UserError(f"{row.where}: column '{column}' must be text, not {type(value).__name__}")
+    if not isinstance(value, str): raise UserError(
+        f"{row.where}: column '{column}' must be text, not {type(value).__name__}")
     return value.strip()
 
 def _history(row:Row, column:str)->list[Turn]:
     "Earlier turns from a list of [question, answer]."
     pairs, turns = (row.data.get(column) or []) if column else [], []
-    if not isinstance(pairs, list): raise UserError(f"{row.where}: column '{column}' must be a list, not {type(pairs).__name__}")
+    if not isinstance(pairs, list): raise UserError(
+        f"{row.where}: column '{column}' must be a list, not {type(pairs).__name__}")
     for pair in pairs:
         if not (isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
             raise UserError(f"{row.where}: column '{column}' must hold pairs of texts, [question, answer]")
@@ -59,7 +62,8 @@ def alpaca_example(
     columns:Columns,            # Names of the columns
     mapped:frozenset=frozenset(), # Columns that must be there besides prompt and response
 )->Example:
-    "An alpaca-type row as an `Example`. Raises `UserError` for a missing column or a wrong type, `Rejected` for an empty side."
+    ("An alpaca-type row as an `Example`. "
+     "Raises `UserError` for a missing column or a wrong type, `Rejected` for an empty side.")
     must = mapped | {"prompt", "response"}
     get = lambda what: _text(row, getattr(columns, what), what in must)
     question = "\n".join(filter(None, (get("prompt"), get("query"))))
@@ -81,7 +85,8 @@ class Account:
     def kept(self)->int: return self.read - self.rejected.total()
     def as_dict(self)->dict:
         "The numbers, for a record."
-        return {"name": self.name, "read": self.read, "kept": self.kept, "rejected": dict(self.rejected), "truncated": dict(self.truncated)}
+        return {"name": self.name, "read": self.read, "kept": self.kept,
+            "rejected": dict(self.rejected), "truncated": dict(self.truncated)}
     def __str__(self):
         parts = [f"{self.name}: {self.read} rows read, {self.kept} kept"]
         parts += [f"{n} rejected ({reason})" for reason, n in self.rejected.items()]

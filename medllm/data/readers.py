@@ -63,7 +63,8 @@ def _array(file:Path, text:str, at:int)->Iterator[Row]:
 def _row(value, file:Path, line:int)->Row:
     "A decoded value as a row; only objects are rows."
     if not isinstance(value, dict):
-        raise UserError(f"{file}, line {line}: a row must be an object with named columns, not {type(value).__name__}")
+        raise UserError(
+            f"{file}, line {line}: a row must be an object with named columns, not {type(value).__name__}")
     return Row(value, str(file), line)
 
 def _lines(file:Path, text:str)->Iterator[Row]:
@@ -83,7 +84,8 @@ def _json(file:Path, text:str)->Iterator[Row]:
 # %% ../../nbs/data/01_readers.ipynb #table
 def _table(file:Path, text:str)->Iterator[Row]:
     "Rows of a CSV or TSV file with a header line."
-    reader = csv.reader(text.splitlines(keepends=True), delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
+    reader = csv.reader(
+        text.splitlines(keepends=True), delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
     try:
         header, begins = next(reader, None), 2
         if not header: raise UserError(f"{file} is empty")
@@ -91,7 +93,8 @@ def _table(file:Path, text:str)->Iterator[Row]:
             begin, begins = begins, reader.line_num + 1
             if not values: continue
             if len(values) != len(header):
-                raise UserError(f"{file}, line {begin}: {len(values)} values for {len(header)} columns; quote commas and quotes")
+                raise UserError(f"{file}, line {begin}: {len(values)} values for {len(header)} columns; "
+                                "quote commas and quotes")
             yield Row(dict(zip(header, values)), str(file), begin)
     except csv.Error as e: raise UserError(f"{file}, line {reader.line_num}: not valid CSV ({e})") from None
 
@@ -120,7 +123,8 @@ def _hub_rows(source:Source)->Iterator[Row]:
     "Rows of a dataset repository on the hub, or of a local copy of one."
     from datasets import load_dataset
     try:
-        rows = load_dataset(source.hub, name=source.subset, split=source.split, revision=source.revision, data_dir=source.folder)
+        rows = load_dataset(source.hub, name=source.subset, split=source.split,
+            revision=source.revision, data_dir=source.folder)
     except Exception as e:
         raise UserError(f"dataset '{source.name}': the hub set {source.hub} cannot be loaded ({type(e).__name__}); "
                         "check the network, or download it and register it with file_name") from None
@@ -129,5 +133,6 @@ def _hub_rows(source:Source)->Iterator[Row]:
 def read_rows(
     source:Source, # From the registry, or a path
 )->Iterator[Row]:
-    "Rows of a dataset, from its file or from the hub. Raises `UserError` as `read_file` does, or when the hub is out of reach."
+    ("Rows of a dataset, from its file or from the hub. "
+     "Raises `UserError` as `read_file` does, or when the hub is out of reach.")
     return read_file(source.file) if source.file else _hub_rows(source)

@@ -39,8 +39,9 @@ class Source:
     private:bool = True                  # Never show row text unless asked
 
 # %% ../../nbs/data/00_registry.ipynb #parse
-KEYS = ("hf_hub_url script_url file_name file_sha1 file_sha256 subset split revision folder formatting ranking columns "
-        "private licence language eval_only description num_samples").split()
+KEYS = (
+    "hf_hub_url script_url file_name file_sha1 file_sha256 subset split revision folder formatting ranking columns "
+    "private licence language eval_only description num_samples").split()
 
 def _columns(name:str, given:dict)->Columns:
     "Column names: the defaults, with what the registry says put over them."
@@ -63,7 +64,8 @@ def parse_entry(
     entry:dict,  # Its description in dataset_info.json
     folder:Path, # The folder that dataset_info.json lies in
 )->Source:
-    "One entry of the registry as a `Source`. Raises `UserError` for an unknown key, column or format, or when nothing says where the data is."
+    ("One entry of the registry as a `Source`. Raises `UserError` for an unknown key, column or format, "
+     "or when nothing says where the data is.")
     for key in entry:
         if key not in KEYS: raise UserError(f"dataset '{name}': unknown key '{key}'{nearest(key, KEYS)}")
     if entry.get("formatting", "alpaca") != "alpaca":
@@ -74,8 +76,9 @@ def parse_entry(
     columns = entry.get("columns") or {}
     hub = entry.get("hf_hub_url") or ""
     return Source(name=name, file=None if hub else _inside(folder, name, entry["file_name"]), hub=hub,
-        columns=_columns(name, columns), mapped=frozenset(k for k, v in columns.items() if v), private=entry.get("private", True),
-        **{k: entry[k] for k in ("subset", "split", "revision", "folder", "file_sha1", "file_sha256") if entry.get(k)})
+        columns=_columns(name, columns), mapped=frozenset(k for k, v in columns.items() if v),
+        private=entry.get("private", True), **{k: entry[k] for k in (
+            "subset", "split", "revision", "folder", "file_sha1", "file_sha256") if entry.get(k)})
 
 # %% ../../nbs/data/00_registry.ipynb #registry
 def registry_folder(
@@ -120,7 +123,8 @@ def find_sources(
     dataset:str,              # Names of registered datasets, or paths, separated by commas
     dataset_dir:str = "data", # Folder with dataset_info.json
 )->list[Source]:              # One per name, in the order given
-    "The datasets that a command names, each checked to be there. Raises `UserError` for an unknown name or a missing file."
+    ("The datasets that a command names, each checked to be there. "
+     "Raises `UserError` for an unknown name or a missing file.")
     known, found = None, []
     for name in filter(None, (n.strip() for n in dataset.split(","))):
         if known is None: known = load_registry(dataset_dir)

@@ -33,22 +33,26 @@ class Template:
 
 def _slot(text:str, content:str="content")->str:
     "A slot as a Jinja expression."
-    named = {"{content}": f"({content}|trim)", "{system}": "(system|trim)", "{bos}": "bos_token", "{eos}": "eos_token"}
+    named = {
+        "{content}": f"({content}|trim)", "{system}": "(system|trim)", "{bos}": "bos_token", "{eos}": "eos_token"}
     parts = [p for p in re.split(r"(\{(?:content|system|bos|eos)\})", text) if p]
     return " ~ ".join(named.get(p) or json.dumps(p, ensure_ascii=False) for p in parts) or '""'
 
 def _jinja(t:Template)->str:
     "The template as Jinja text, for the tokenizer and for our own renderer."
     content = "m['content']"
-    first = f"{{% if loop.first and system %}}{{{{ {_slot(t.user_with_system, content)} }}}}{{% else %}}" if t.user_with_system else ""
+    first = (f"{{% if loop.first and system %}}{{{{ {_slot(t.user_with_system, content)} }}}}{{% else %}}"
+        if t.user_with_system else "")
     system = "" if t.user_with_system else f"{{% if system %}}{{{{ {_slot(t.system, 'system')} }}}}{{% endif %}}"
     return (
-        "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set turns = messages[1:] %}"
+        "{% if messages[0]['role'] == 'system' %}"
+        "{% set system = messages[0]['content'] %}{% set turns = messages[1:] %}"
         "{% else %}{% set system = '' %}{% set turns = messages %}{% endif %}"
         f"{{{{ {_slot(t.prefix)} }}}}{system}"
         "{% for m in turns %}{% if m['role'] == 'user' %}"
         f"{first}{{{{ {_slot(t.user, content)} }}}}{'{% endif %}' if first else ''}"
-        f"{{% else %}}{{{{ {_slot(t.header)} ~ {_slot(t.answer, content)} ~ {_slot(t.after)} }}}}{{% endif %}}{{% endfor %}}"
+        f"{{% else %}}{{{{ {_slot(t.header)} ~ {_slot(t.answer, content)} ~ {_slot(t.after)} }}}}"
+        "{% endif %}{% endfor %}"
         f"{{% if add_generation_prompt %}}{{{{ {_slot(t.header)} }}}}{{% endif %}}")
 
 # %% ../../nbs/data/03_templates.ipynb #table
@@ -88,12 +92,14 @@ class Piece(NamedTuple):
 
 _mark = re.compile("(\x0b?)\ue000(\\d+)\ue001(\x0b?)")
 
-def _answer_range(render:Callable, messages:list, full:str, mark:re.Match, limit:int, control:re.Pattern)->tuple[int, int]:
+def _answer_range(
+    render:Callable, messages:list, full:str, mark:re.Match, limit:int, control:re.Pattern)->tuple[int, int]:
     "Where the trained part of the answer at `mark` begins and ends in `full`."
     prompt = render(messages[:int(mark[2])], True)
     begin = len(prompt) if full.startswith(prompt) and len(prompt) <= mark.start() else mark.start()
     if (end := control.search(full, mark.end(), limit)) is None: raise UserError(
-        "the chat template ends an answer with no control token, so the model would never learn to stop; choose another with --template")
+        "the chat template ends an answer with no control token, so the model would never learn to stop; "
+        "choose another with --template")
     return begin, end.end()
 
 # %% ../../nbs/data/03_templates.ipynb #skeleton-cut
@@ -107,18 +113,20 @@ def _marks(full:str, roles:tuple[str, ...])->list[re.Match]:
 
 def skeleton(
     render:Callable[[list, bool], str], # Messages and whether to add a generation prompt -> text
-    roles:tuple[str, ...],              # Roles of the messages; a generation prompt follows when the last is not "assistant"
+    roles:tuple[str, ...],              # Message roles; a generation prompt follows unless the last is "assistant"
     control_tokens:Iterable[str],       # All tokens the tokenizer matches as a whole
     only_last:bool = False,             # Train the last answer only
 )->tuple[Piece, ...]:
-    "The pieces of a conversation of this shape. Raises `UserError` when the template loses a message or never ends an answer."
+    ("The pieces of a conversation of this shape. "
+     "Raises `UserError` when the template loses a message or never ends an answer.")
     messages = [{"role": role, "content": f"\x0b\ue000{i}\ue001\x0b"} for i, role in enumerate(roles)]
     full = render(messages, roles[-1] != "assistant")
     control = re.compile("|".join(map(re.escape, sorted(control_tokens, key=len, reverse=True))) or r"(?!)")
     marks = _marks(full, roles)
     answers = [i for i, role in enumerate(roles) if role == "assistant"]
     limits = [m.start() for m in marks[1:]] + [len(full)]
-    trained = [_answer_range(render, messages, full, marks[i], limits[i], control) for i in answers[-1 if only_last else 0:]]
+    trained = [_answer_range(render, messages, full, marks[i], limits[i], control)
+        for i in answers[-1 if only_last else 0:]]
     return tuple(_cut(full, marks, control, trained))
 
 def _cut(full:str, marks:list, control:re.Pattern, trained:list)->Iterable[Piece]:
@@ -154,13 +162,16 @@ def chat_jinja(
     tokenizer,  # A transformers tokenizer
     name:str,   # Name from the table, or "auto" for the tokenizer's own
 )->str:         # Jinja text
-    "The Jinja text of a template. Raises `UserError` for an unknown name, a tokenizer without one, or control tokens it lacks."
+    ("The Jinja text of a template. "
+     "Raises `UserError` for an unknown name, a tokenizer without one, or control tokens it lacks.")
     check_template_name(name)
     known, has_eos = set(tokenizer.get_added_vocab()), tokenizer.eos_token is not None
     fitting = ", ".join(t.name for t in TEMPLATES.values() if not _fits(t, known, has_eos))
     if name == "auto":
         if tokenizer.chat_template: return tokenizer.get_chat_template()
-        raise UserError(f"the tokenizer has no chat template of its own; choose one with --template (these fit it: {fitting})")
+        raise UserError("the tokenizer has no chat template of its own; "
+                        f"choose one with --template (these fit it: {fitting})")
     if lacks := _fits(TEMPLATES[name], known, has_eos): raise UserError(
-        f"template '{name}' needs {', '.join(lacks)}, which the tokenizer lacks; choose one that fits it: {fitting}")
+        f"template '{name}' needs {', '.join(lacks)}, which the tokenizer lacks; "
+        f"choose one that fits it: {fitting}")
     return TEMPLATES[name].jinja

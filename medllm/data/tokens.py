@@ -33,7 +33,8 @@ def _without_prefix(spec:dict)->tuple[dict, bool]:
         if part["type"] == "Metaspace":
             after |= part.get("prepend_scheme") == "always"
             part["prepend_scheme"] = "never"
-        if part["type"] == "ByteLevel": after, part["add_prefix_space"] = after or part.get("add_prefix_space", False), False
+        if part["type"] == "ByteLevel":
+            after, part["add_prefix_space"] = after or part.get("add_prefix_space", False), False
     for part in _parts(spec["normalizer"], "normalizers"):
         if part["type"] == "Prepend": after, part["prepend"] = True, ""
     return spec, after
@@ -44,14 +45,16 @@ class PlainText:
         tokenizer, # A fast transformers tokenizer
     ):
         if not getattr(tokenizer, "is_fast", False):
-            raise UserError(f"the tokenizer {type(tokenizer).__name__} has no fast form (tokenizer.json); convert it with transformers first")
+            raise UserError(f"the tokenizer {type(tokenizer).__name__} has no fast form (tokenizer.json); "
+                            "convert it with transformers first")
         spec = json.loads(tokenizer.backend_tokenizer.to_str())
         spec.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
         inner, prefix_after_control = _without_prefix(spec)
         first = Tokenizer.from_str(json.dumps(spec))
         inner = first if inner == spec else Tokenizer.from_str(json.dumps(inner))
         self.by_place = {"start": first, "after_control": first if prefix_after_control else inner, "joined": inner}
-        no_control = lambda t: t == tokenizer.unk_token or re.fullmatch(r"<0x[0-9A-F]{2}>", t)   # unknown characters, single bytes
+        # unknown characters, single bytes
+        no_control = lambda t: t == tokenizer.unk_token or re.fullmatch(r"<0x[0-9A-F]{2}>", t)
         self.control = {t: i for t, i in tokenizer.get_added_vocab().items() if not no_control(t)}
         self.is_control = np.zeros(len(tokenizer) + 1, bool)
         self.is_control[list(self.control.values())] = True
@@ -67,8 +70,10 @@ class PlainText:
     def _split(self, text:str, place:str)->list[int]:
         "Ids of a text whose letters spell a token of the vocabulary: that spelling is cut after its first letter."
         found = [text.find(t) for t in self.control if t in text]
-        if len(text) == 1: raise UserError(f"the tokenizer reads the character U+{ord(text):04X} as a control token; use another tokenizer")
-        cut = min(1 + min(found, default=0), len(text) - 1)   # none found: a normaliser spells it, so take the text letter by letter
+        if len(text) == 1: raise UserError(
+            f"the tokenizer reads the character U+{ord(text):04X} as a control token; use another tokenizer")
+        # none found: a normaliser spells it, so take the text letter by letter
+        cut = min(1 + min(found, default=0), len(text) - 1)
         return self([text[:cut]], place)[0] + self([text[cut:]], "joined")[0]
 
 # %% ../../nbs/data/04_tokens.ipynb #renderer
@@ -82,8 +87,10 @@ class Renderer:
         train_on_prompt:bool = False, # Train every token
     ):
         self.tokenizer, self.jinja = tokenizer, chat_jinja(tokenizer, template)
-        self.plain, self.default_system, self.train_on_prompt = PlainText(tokenizer), default_system, train_on_prompt
-        self.pieces = lru_cache(None)(lambda roles: skeleton(self._text, roles, self.plain.control, only_last=mask_history))
+        self.plain, self.default_system, self.train_on_prompt = (
+            PlainText(tokenizer), default_system, train_on_prompt)
+        self.pieces = lru_cache(None)(
+            lambda roles: skeleton(self._text, roles, self.plain.control, only_last=mask_history))
         self.stop_ids = self._stop_ids()
 
     def _text(self, messages:list, generate:bool)->str:
@@ -107,7 +114,8 @@ class Renderer:
 # %% ../../nbs/data/04_tokens.ipynb #runs
 @patch
 def _runs(self:Renderer, example:Example)->Iterable[list]:
-    "Pieces joined to runs [place, text or ids, trained]; a run ends at a control token or where training begins or ends."
+    ("Pieces joined to runs [place, text or ids, trained]; "
+     "a run ends at a control token or where training begins or ends.")
     system = example.system or self.default_system
     messages = ([("system", system)] if system else []) + list(example.turns)
     run, place = None, "start"
@@ -153,7 +161,8 @@ def _shorten(example:Example, over:int, length:int)->tuple[Example|None, str]:
     return replace(example, turns=(Turn("user", text), *example.turns[1:])), "prompt"
 
 def _fit(example:Example, size:int, renderer:Renderer, cutoff_len:int)->tuple:
-    "Ids and trained positions of an over-long example cut to fit, and what was cut; (None, None) when nothing helps."
+    ("Ids and trained positions of an over-long example cut to fit, and what was cut; "
+     "(None, None) when nothing helps.")
     kinds, row = set(), (range(size),)
     while len(row[0]) > cutoff_len:
         example, kind = _shorten(example, len(row[0]) - cutoff_len, len(row[0]))
@@ -178,7 +187,8 @@ class TokenRows:
     def __getitem__(self, i:int)->dict:
         at = slice(self.starts[i], self.starts[i+1])
         return {"input_ids": self.ids[at], "labels": np.where(self.trained[at], self.ids[at], -100)}
-    def __repr__(self): return f"TokenRows({len(self)} rows, {len(self.ids)} tokens, {int(self.trained.sum())} trained)"
+    def __repr__(self):
+        return f"TokenRows({len(self)} rows, {len(self.ids)} tokens, {int(self.trained.sum())} trained)"
 
 def tokenise(
     examples:Sequence[Example], # From `load_examples`

@@ -33,7 +33,8 @@ class AdaptPlan:
     def __post_init__(self):
         if self.kind not in ("lora", "freeze", "full"):
             raise UserError(f"--finetuning_type {self.kind}: must be one of lora, freeze, full")
-        if self.adapters and self.kind != "lora": raise UserError("--adapter_name_or_path needs --finetuning_type lora")
+        if self.adapters and self.kind != "lora": raise UserError(
+            "--adapter_name_or_path needs --finetuning_type lora")
         if self.rank < 1: raise UserError(f"--lora_rank {self.rank}: must be at least 1")
 
 names = lambda text: [n.strip() for n in text.split(",") if n.strip()]
@@ -56,7 +57,8 @@ def lora_modules(
     have = linear_names(model)
     if target.strip() == "all": return have
     for name in names(target):
-        if name not in have: raise UserError(f"--lora_target {name}: no such linear layer{nearest(name, have)}; this model has {', '.join(have)}")
+        if name not in have: raise UserError(
+            f"--lora_target {name}: no such linear layer{nearest(name, have)}; this model has {', '.join(have)}")
     return names(target)
 
 # %% ../../nbs/models/02_adapters.ipynb #given
@@ -65,7 +67,8 @@ def _check_fits(model, folder:Path):
     from peft import get_peft_model_state_dict
     from safetensors import safe_open
     file = folder/"adapter_model.safetensors"
-    if not file.exists(): raise UserError(f"{folder} has no adapter_model.safetensors; name a folder that an adapter was saved to")
+    if not file.exists(): raise UserError(
+        f"{folder} has no adapter_model.safetensors; name a folder that an adapter was saved to")
     want = {name: tuple(t.shape) for name, t in get_peft_model_state_dict(model).items()}
     with safe_open(file, "pt") as f: have = {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
     odd = [name for name in sorted(want.keys() | have.keys()) if want.get(name) != have.get(name)]
@@ -80,9 +83,11 @@ def load_adapter(
     "The model with an adapter on it. Raises `UserError` when the adapter is missing or was made for another model."
     from peft import PeftConfig, PeftModel, get_peft_model
     where = find_path(folder)
-    if not (where/"adapter_config.json").exists(): raise UserError(f"{folder} is not an adapter: it has no adapter_config.json")
+    if not (where/"adapter_config.json").exists(): raise UserError(
+        f"{folder} is not an adapter: it has no adapter_config.json")
     try: trial = get_peft_model(model, PeftConfig.from_pretrained(where))
-    except ValueError as e: raise UserError(f"the adapter {folder} is for another model: {str(e).splitlines()[0]}") from None
+    except ValueError as e: raise UserError(
+        f"the adapter {folder} is for another model: {str(e).splitlines()[0]}") from None
     try: _check_fits(trial, where)
     finally: model = trial.unload()
     return PeftModel.from_pretrained(model, where, is_trainable=trainable)
@@ -91,15 +96,17 @@ def load_adapter(
 def _new_lora(model, plan:AdaptPlan):
     "A fresh adapter on the model."
     from peft import LoraConfig, get_peft_model
-    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=plan.rank, lora_alpha=plan.alpha or 2*plan.rank,
-        lora_dropout=plan.dropout, target_modules=lora_modules(model, plan.target), use_dora=plan.dora, use_rslora=plan.rslora,
+    return get_peft_model(model, LoraConfig(
+        task_type="CAUSAL_LM", r=plan.rank, lora_alpha=plan.alpha or 2*plan.rank, lora_dropout=plan.dropout,
+        target_modules=lora_modules(model, plan.target), use_dora=plan.dora, use_rslora=plan.rslora,
         modules_to_save=names(plan.extra) or None))
 
 def _lora(model, plan:AdaptPlan):
     "The model with the adapters of the plan: earlier ones merged, the last one trained, or a fresh one."
     merge = plan.adapters if plan.new_adapter else plan.adapters[:-1]
     if merge and getattr(model, "is_quantized", False):
-        raise UserError("an adapter cannot be merged into a quantised model: leave out --quantization_bit, or name one adapter only")
+        raise UserError("an adapter cannot be merged into a quantised model: "
+                        "leave out --quantization_bit, or name one adapter only")
     for folder in merge: model = load_adapter(model, folder).merge_and_unload()
     if plan.adapters and not plan.new_adapter: return load_adapter(model, plan.adapters[-1], trainable=True)
     return _new_lora(model, plan)
@@ -115,10 +122,12 @@ def _freeze(model, plan:AdaptPlan):
     inner, extra = names(plan.modules), names(plan.extra)
     parts = {p for n, _ in model.named_parameters() for p in n.split(".")}
     for name in inner + extra:
-        if name != "all" and name not in parts: raise UserError(f"no module '{name}' in the model{nearest(name, parts)}")
+        if name != "all" and name not in parts: raise UserError(
+            f"no module '{name}' in the model{nearest(name, parts)}")
     for name, p in model.named_parameters():
         path = set(name.split("."))
-        p.requires_grad_(bool(path & set(extra)) or layer_of(name) in chosen and ("all" in inner or bool(path & set(inner))))
+        p.requires_grad_(bool(path & set(extra)) or layer_of(name) in chosen and (
+            "all" in inner or bool(path & set(inner))))
     return model
 
 # %% ../../nbs/models/02_adapters.ipynb #adapt
@@ -142,19 +151,20 @@ def trained_parameters(
     "What trains: how many parameters, in which dtype, in which modules; frozen 4-bit weights are counted unpacked."
     size = lambda p: p.numel()*2*p.element_size() if type(p).__name__ == "Params4bit" else p.numel()
     on = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    short = lambda name: next((part for part in reversed(name.split(".")) if part not in ("weight", "bias", "default", "lora_A", "lora_B",
-        "lora_magnitude_vector", "modules_to_save")), name)
+    short = lambda name: next((part for part in reversed(name.split(".")) if part not in (
+        "weight", "bias", "default", "lora_A", "lora_B", "lora_magnitude_vector", "modules_to_save")), name)
     by_dtype, by_module = Counter(), Counter()
     for name, p in on:
         by_dtype[str(p.dtype).removeprefix("torch.")] += p.numel()
         by_module[short(name)] += p.numel()
     trainable, total = sum(by_dtype.values()), sum(size(p) for p in model.parameters())
-    return {"trainable": trainable, "total": total, "share": trainable/total, "by_dtype": dict(by_dtype), "by_module": dict(by_module)}
+    return {"trainable": trainable, "total": total, "share": trainable/total,
+        "by_dtype": dict(by_dtype), "by_module": dict(by_module)}
 
 def describe(
     counted:dict, # From `trained_parameters`
 )->str:
     "The counts in one line."
     dtypes = ", ".join(counted["by_dtype"])
-    return (f"training {counted['trainable']:,} of {counted['total']:,} parameters ({counted['share']:.2%}, {dtypes}) "
-            f"in {', '.join(counted['by_module'])}")
+    return (f"training {counted['trainable']:,} of {counted['total']:,} parameters "
+            f"({counted['share']:.2%}, {dtypes}) in {', '.join(counted['by_module'])}")

@@ -26,7 +26,8 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, r = ctx.saved_tensors
         wide, u = x.to(r.dtype), (g*weight).to(r.dtype)
         dot = (u*wide).sum(-1, keepdim=True)
-        d_weight = (g.to(r.dtype)*wide*r).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        d_weight = (
+            (g.to(r.dtype)*wide*r).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None)
         return u.mul_(r).addcmul_(wide, dot.mul_(r**3).div_(-x.shape[-1])).to(x.dtype), d_weight, None
 
 def rms_norm(
@@ -63,7 +64,8 @@ def rotary(
     sin:torch.Tensor, # (B, T, D)
     unsqueeze_dim:int = 1, # Where the dimension of heads goes
 )->tuple[torch.Tensor, torch.Tensor]:
-    "Queries and keys turned by their positions, arXiv:2104.09864 eq. 34; the signature is that of transformers' function."
+    ("Queries and keys turned by their positions, arXiv:2104.09864 eq. 34; "
+     "the signature is that of transformers' function.")
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
     return _Rotary.apply(q, cos, sin), _Rotary.apply(k, cos, sin)
 
@@ -80,7 +82,8 @@ def _norms(model)->list:
     "Modules whose forward is RMS norm, with their epsilon."
     found = []
     for module in model.modules():
-        eps, weight = getattr(module, "variance_epsilon", getattr(module, "eps", None)), getattr(module, "weight", None)
+        eps, weight = (
+            getattr(module, "variance_epsilon", getattr(module, "eps", None)), getattr(module, "weight", None))
         if not type(module).__name__.endswith("RMSNorm") or not isinstance(eps, float) or weight is None: continue
         x = torch.randn(2, 3, len(weight), device=weight.device, dtype=weight.dtype)
         if _same(lambda: rms_norm(x, weight, eps), lambda: module(x)): found.append((module, eps))
@@ -92,7 +95,8 @@ def _rotary_modules(model)->list:
     config = model.config
     width = getattr(config, "head_dim", None) or config.hidden_size//config.num_attention_heads
     q, angle = torch.randn(1, 2, 3, width), torch.randn(1, 3, width//2).repeat(1, 1, 2)
-    same = lambda theirs: _same(lambda: rotary(q, q, angle.cos(), angle.sin()), lambda: theirs(q, q, angle.cos(), angle.sin()))
+    same = lambda theirs: _same(
+        lambda: rotary(q, q, angle.cos(), angle.sin()), lambda: theirs(q, q, angle.cos(), angle.sin()))
     return [home for home in homes if hasattr(home, "apply_rotary_pos_emb") and same(home.apply_rotary_pos_emb)]
 
 @contextmanager

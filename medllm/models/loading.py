@@ -29,7 +29,8 @@ def model_location(
     return name
 
 # %% ../../nbs/models/01_loading.ipynb #plan
-ATTENTION = {"auto": None, "disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2", "fa3": "flash_attention_3"}
+ATTENTION = {
+    "auto": None, "disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2", "fa3": "flash_attention_3"}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
@@ -46,19 +47,23 @@ class LoadPlan:
 
     def __post_init__(self):
         def check(flag, value, allowed):
-            if value not in allowed: raise UserError(f"--{flag} {value}: must be one of {', '.join(map(str, allowed))}")
+            if value not in allowed: raise UserError(
+                f"--{flag} {value}: must be one of {', '.join(map(str, allowed))}")
         check("dtype", self.dtype, DTYPES)
         check("flash_attn", self.attention, tuple(ATTENTION))
         check("quantization_type", self.quantization_type, ("nf4", "fp4"))
         if self.bits is not None: check("quantization_bit", self.bits, (4, 8))
         if self.bits and not self.frozen:
-            raise UserError("--quantization_bit needs --finetuning_type lora: quantised weights cannot be trained themselves")
+            raise UserError("--quantization_bit needs --finetuning_type lora: "
+                            "quantised weights cannot be trained themselves")
 
     def torch_dtype(self):
-        "The dtype of the base weights: as asked; else bfloat16 where they stay frozen on a GPU that has it; else float32."
+        ("The dtype of the base weights: as asked; "
+         "else bfloat16 where they stay frozen on a GPU that has it; else float32.")
         import torch
         if self.dtype != "auto": return getattr(torch, self.dtype)
-        return torch.bfloat16 if self.frozen and torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+        return (torch.bfloat16 if self.frozen and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            else torch.float32)
 
     def quantisation(self):
         "The bitsandbytes configuration, or None."
@@ -72,10 +77,13 @@ class LoadPlan:
 def _why(name:str, error:Exception)->UserError:
     "A loading error as one sentence."
     text = str(error)
-    if "safetensors" in text: return UserError(f"model {name} has no safetensors weights; convert them first (pickles are not loaded)")
-    if "trust_remote_code" in text: return UserError(f"model {name} wants to run code of its own, which medllm does not do")
+    if "safetensors" in text: return UserError(
+        f"model {name} has no safetensors weights; convert them first (pickles are not loaded)")
+    if "trust_remote_code" in text: return UserError(
+        f"model {name} wants to run code of its own, which medllm does not do")
     if isinstance(error, ImportError): return UserError(f"model {name}: {text.strip().splitlines()[0]}")
-    return UserError(f"model {name} cannot be loaded ({type(error).__name__}: {text.strip().splitlines()[0] if text.strip() else ''}); "
+    return UserError(f"model {name} cannot be loaded ({type(error).__name__}: "
+                     f"{text.strip().splitlines()[0] if text.strip() else ''}); "
                      "check the name, and the network if it is on the hub")
 
 def load_tokenizer(
@@ -84,7 +92,8 @@ def load_tokenizer(
 ):
     "The tokenizer of a model, unchanged. Raises `UserError` when it cannot be loaded."
     from transformers import AutoTokenizer
-    try: return AutoTokenizer.from_pretrained(model_location(name), revision=plan.revision, cache_dir=plan.cache_dir, trust_remote_code=False)
+    try: return AutoTokenizer.from_pretrained(
+        model_location(name), revision=plan.revision, cache_dir=plan.cache_dir, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as e: raise _why(name, e) from None
 
 def load_model(

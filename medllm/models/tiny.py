@@ -28,10 +28,12 @@ def _texts(value)->list[str]:
 def _sample_texts()->list[str]:
     "The sample data as plain texts."
     read = lambda name: (bundled("samples")/name).read_text(encoding="utf-8")
-    return [t for name in _SAMPLES for t in (_texts(json.loads(read(name))) if name.endswith(".json") else read(name).splitlines())]
+    return [t for name in _SAMPLES for t in (
+        _texts(json.loads(read(name))) if name.endswith(".json") else read(name).splitlines())]
 
 def tiny_tokenizer():
-    "A byte-level BPE tokenizer of 4,096 tokens learnt from the samples, with bos, eos, pad and ChatML tokens; the same on each call."
+    ("A byte-level BPE tokenizer of 4,096 tokens learnt from the samples, "
+     "with bos, eos, pad and ChatML tokens; the same on each call.")
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
     backend = Tokenizer(models.BPE())
@@ -51,9 +53,10 @@ def tiny_model(
     "A Llama of about 1.8 million random parameters in float32; the same on each call."
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
-    config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=False, pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id)
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
         model = LlamaForCausalLM(config)

@@ -19,13 +19,17 @@ from ..train.sft import TrainingData, train
 # %% ../../nbs/records/01_launch.ipynb #launch
 def _command(file:Path, processes:int)->list[str]:
     "The launcher's command line (`--multi_gpu` is accelerate's word for several processes, on a CPU too)."
-    return [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes), "--num_machines", "1",
-            "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "medllm.train", str(file)]
+    return [
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes),
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+        "-m", "medllm.train", str(file)]
 
 def _last_error(log:Path)->str:
     "The sentence that the children ended with."
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    return next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), f"training ended early; see {log}")
+    return next(
+        (line.removeprefix("error: ") for line in lines if line.startswith("error: ")),
+        f"training ended early; see {log}")
 
 def launch(
     flags:dict,    # Flag to value
@@ -35,7 +39,8 @@ def launch(
     "Train in several processes. Raises `UserError` with the children's reason when they fail."
     file = write_json(folder/"args.json", flags)
     log = folder/"train.log"
-    with open(log, "w", encoding="utf-8") as out: code = subprocess.run(_command(file, processes), stdout=out, stderr=subprocess.STDOUT).returncode
+    with open(log, "w", encoding="utf-8") as out:
+        code = subprocess.run(_command(file, processes), stdout=out, stderr=subprocess.STDOUT).returncode
     if code: raise UserError(_last_error(log))
     return json.loads((folder/"metrics.json").read_text(encoding="utf-8"))
 

@@ -24,13 +24,16 @@ from fastcore.basics import patch
 from ..core import UserError, project_root, sha256, write_json
 
 # %% ../../nbs/records/00_record.ipynb #provenance
-_PACKAGES = "medllm torch transformers peft accelerate bitsandbytes datasets tokenizers safetensors numpy papermill nbdev".split()
+_PACKAGES = (
+    "medllm torch transformers peft accelerate bitsandbytes datasets tokenizers safetensors numpy "
+    "papermill nbdev").split()
 
 def _git(*words:str)->str:
     "Output of a git command in the project's checkout; empty when there is none."
     root = project_root()
     if root is None: return ""
-    try: return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    try: return subprocess.run(
+        ["git", *words], cwd=root, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError): return ""
 
 def code_version()->dict: # commit (40 hex or ""), dirty, and a hash of the differences
@@ -54,9 +57,12 @@ def provenance()->dict:
     import torch
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     memory = os.sysconf("SC_PAGE_SIZE")*os.sysconf("SC_PHYS_PAGES")/2**30 if hasattr(os, "sysconf") else None
-    return {"code": code_version(), "python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}",
-            "packages": {p: _version(p) for p in _PACKAGES}, "processor": _processor(), "cores": os.cpu_count(),
-            "memory_gib": round(memory, 1), "threads": torch.get_num_threads(), "cpu_capability": torch.backends.cpu.get_cpu_capability(), "gpus": gpus}
+    return {
+        "code": code_version(), "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "packages": {p: _version(p) for p in _PACKAGES}, "processor": _processor(), "cores": os.cpu_count(),
+        "memory_gib": round(memory, 1), "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(), "gpus": gpus}
 
 # %% ../../nbs/records/00_record.ipynb #inputs
 def describe_inputs(
@@ -66,9 +72,13 @@ def describe_inputs(
     "Hashes of everything a run consumes, and the account of its rows."
     tokenizer = data.renderer.tokenizer.backend_tokenizer.to_str()
     text_hash = lambda text: hashlib.sha256(text.encode()).hexdigest()
-    files = [{"name": s.name, "file": str(s.file or s.hub), "sha256": sha256(s.file) if s.file else "", "private": s.private} for s in data.sources]
-    return {"data": files, "rows": [a.as_dict() for a in data.accounts], "template_sha256": text_hash(data.renderer.jinja),
-            "tokenizer_sha256": text_hash(tokenizer), "model": _model_files(Path(model_folder))}
+    files = [{
+        "name": s.name, "file": str(s.file or s.hub), "sha256": sha256(s.file) if s.file else "",
+        "private": s.private} for s in data.sources]
+    return {
+        "data": files, "rows": [a.as_dict() for a in data.accounts],
+        "template_sha256": text_hash(data.renderer.jinja), "tokenizer_sha256": text_hash(tokenizer),
+        "model": _model_files(Path(model_folder))}
 
 def _model_files(folder:Path)->dict:
     "Hash of each file of a model folder, or sizes when it is large."
@@ -90,10 +100,12 @@ def new_folder(
     tag:str="",       # Put at the end of the name
 )->Path:              # A new, empty folder
     "A folder for a new record."
-    if tag and not re.fullmatch(r"[\w.-]{1,64}", tag): raise UserError(f"--tag {tag}: use letters, digits, dots, dashes only")
+    if tag and not re.fullmatch(r"[\w.-]{1,64}", tag): raise UserError(
+        f"--tag {tag}: use letters, digits, dots, dashes only")
     code = code_version()
-    name = "-".join(filter(None, [datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S"), code["commit"][:7] or f"v{code['version']}",
-                                  "dirty" if code["dirty"] else "", tag]))
+    name = "-".join(filter(None, [
+        datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S"), code["commit"][:7] or f"v{code['version']}",
+        "dirty" if code["dirty"] else "", tag]))
     for again in ("", *(f"-{n}" for n in range(2, 100))):
         folder = _runs_folder(runs)/stage/(name + again)
         try:
@@ -136,7 +148,8 @@ class Run:
         return self.update(status="completed", metrics=metrics, ended=now(), duration_s=self._seconds(), **values)
 
     def _seconds(self)->float:
-        return round((datetime.now(timezone.utc) - datetime.fromisoformat(self.state["started"])).total_seconds(), 1)
+        return round(
+            (datetime.now(timezone.utc) - datetime.fromisoformat(self.state["started"])).total_seconds(), 1)
 
     def __repr__(self): return f"Run({self.folder}, {self.state.get('status')})"
 
@@ -148,7 +161,8 @@ def _shell():
 @patch
 def watch(self:Run):
     "Notice a cell that raises."
-    self._seen = lambda result: self.fail(result.error_in_exec or result.error_before_exec) if not result.success else None
+    self._seen = lambda result: (
+        self.fail(result.error_in_exec or result.error_before_exec) if not result.success else None)
     if shell := _shell(): shell.events.register("post_run_cell", self._seen)
     return self
 
@@ -167,11 +181,13 @@ def start(
     runs:str="runs",   # Parent of new records
     tag:str="",        # End of a new record's name
 )->Run:
-    "Begin a record: its folder, and run.json with status `running`. Raises `UserError` when the folder holds a finished record."
+    ("Begin a record: its folder, and run.json with status `running`. Raises `UserError` when the folder "
+        "holds a finished record.")
     where = Path(folder) if folder else new_folder(stage, runs, tag)
     where.mkdir(parents=True, exist_ok=True)
     run = Run(where)
-    if run.state.get("status") in ("completed", "failed"): raise UserError(f"{where} already holds a record; a record is written once")
+    if run.state.get("status") in ("completed", "failed"): raise UserError(
+        f"{where} already holds a record; a record is written once")
     run.update(stage=stage, status="running", started=now(), parameters=parameters, provenance=provenance())
     return run.watch()
 
@@ -185,12 +201,17 @@ def verdict(
     read, kept = sum(r["read"] for r in rows), sum(r["kept"] for r in rows)
     first, last = metrics.get("loss_first"), metrics.get("loss_last")
     table = []
-    def add(what, target, measured, met): table.append({"what": what, "target": target, "measured": measured, "met": bool(met)})
-    if first and last: add("training loss", f"below {first:.3f}, where it began", f"{last:.3f} ({last/first - 1:+.0%})", last < first)
-    if "eval_loss_before" in metrics: add("validation loss", f"below {metrics['eval_loss_before']:.3f}, untrained",
-                                          f"{metrics['eval_loss']:.3f}", metrics["eval_loss"] < metrics["eval_loss_before"])
+    def add(what, target, measured, met):
+        table.append({"what": what, "target": target, "measured": measured, "met": bool(met)})
+    if first and last: add(
+        "training loss", f"below {first:.3f}, where it began", f"{last:.3f} ({last/first - 1:+.0%})", last < first)
+    if "eval_loss_before" in metrics: add(
+        "validation loss", f"below {metrics['eval_loss_before']:.3f}, untrained", f"{metrics['eval_loss']:.3f}",
+        metrics["eval_loss"] < metrics["eval_loss_before"])
     if read: add("rows used", "at least 99%", f"{kept} of {read}", kept >= .99*read)
-    if answers: add("answers that end by themselves", "most", f"{sum(a.ended for a in answers)} of {len(answers)}", sum(a.ended for a in answers)*2 > len(answers))
+    if answers: add(
+        "answers that end by themselves", "most", f"{sum(a.ended for a in answers)} of {len(answers)}",
+        sum(a.ended for a in answers)*2 > len(answers))
     return table
 
 def as_markdown(
@@ -199,4 +220,6 @@ def as_markdown(
     "A table of dicts as Markdown."
     head = list(table[0])
     cell = lambda v: {True: "yes", False: "**no**"}.get(v, v) if isinstance(v, bool) else v
-    return "\n".join(["| " + " | ".join(head) + " |", "|" + "---|"*len(head), *("| " + " | ".join(str(cell(r[k])) for k in head) + " |" for r in table)])
+    return "\n".join([
+        "| " + " | ".join(head) + " |", "|" + "---|"*len(head),
+        *("| " + " | ".join(str(cell(r[k])) for k in head) + " |" for r in table)])

@@ -48,7 +48,8 @@ class Progress:
         if not logged: return ""
         h, share = logged[-1], logged[-1].get("progress", 0)
         left = (time.monotonic() - self.began)*(1 - share)/share if share else 0
-        return f"step {h['step']} ({share:.0%}), loss {h['loss']:.3f}, {h.get('tokens_per_second', 0):,.0f} tokens/s, about {left/60:.1f} min left"
+        return (f"step {h['step']} ({share:.0%}), loss {h['loss']:.3f}, "
+            f"{h.get('tokens_per_second', 0):,.0f} tokens/s, about {left/60:.1f} min left")
 
     def _watch(self):
         waited = 0.0
@@ -71,7 +72,9 @@ class Progress:
         if self.tty and self.last: sys.stderr.write("\r\033[K")
 
 # %% ../../nbs/records/02_run.ipynb #execute
-_QUIET = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
+_QUIET = {
+    "TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error",
+    "PYTHONWARNINGS": "ignore"}
 
 def _papermill(notebook:Path, record:Path, parameters:dict):
     "Execute a notebook; papermill's own chatter and its rewritten traceback stay out of the terminal."
@@ -83,10 +86,12 @@ def _papermill(notebook:Path, record:Path, parameters:dict):
     logging.getLogger("papermill").setLevel(logging.ERROR)
     before = {name: os.environ.get(name) for name in _QUIET}
     os.environ.update(_QUIET)
-    try: execute_notebook(str(notebook), str(record), parameters=parameters, kernel_name="python3", progress_bar=False, log_output=False,
-                          kernel_manager_class=IpcKernel)
+    try: execute_notebook(
+        str(notebook), str(record), parameters=parameters, kernel_name="python3", progress_bar=False,
+        log_output=False, kernel_manager_class=IpcKernel)
     finally:
-        for name, value in before.items(): os.environ.pop(name) if value is None else os.environ.update({name: value})
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 def _explain(error:BaseException, run:Run)->str:
     "Why the notebook stopped, in one sentence; the notebook itself may have said it already."
@@ -100,7 +105,8 @@ def execute(
     name:str,   # A stage, or a path to a copy of its notebook
     given:dict, # Parameters as the user wrote them
 )->Run:         # Status completed, or failed with a reason
-    "Run a notebook into a new record. Raises `UserError` before anything starts when a parameter, dataset, template or model is wrong."
+    ("Run a notebook into a new record. Raises `UserError` before anything starts when a parameter, dataset, "
+        "template or model is wrong.")
     stage, notebook = find_notebook(name)
     parameters = run_parameters(RUNS[stage], given)
     wanted = RUNS[stage](**parameters)

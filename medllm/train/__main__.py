@@ -29,7 +29,8 @@ def help_text()->str:
     from medllm.train import arguments as a
     lines = [_HEAD]
     for kind in (a.ModelArguments, a.DataArguments, a.FinetuningArguments, TrainingArguments):
-        lines.append(f"\n{(kind.__doc__ or '').strip().splitlines()[0] if kind is not TrainingArguments else 'The training loop (transformers.TrainingArguments).'}\n")
+        lines.append(f"""\n{(kind.__doc__ or '').strip().splitlines()[0] if kind is not TrainingArguments
+            else 'The training loop (transformers.TrainingArguments).'}\n""")
         for f in fields(kind):
             default = "" if f.default in (MISSING, None) else f" (default {getattr(f.default, 'value', f.default)})"
             meaning = " ".join(str(f.metadata.get("help", "")).split())
@@ -55,7 +56,8 @@ def _launcher():
 def mend_launch(
     argv:Sequence[str], # Words for the training command
 )->int|None:            # Exit code of the processes started instead of this one; None: go on in this one
-    "Start the processes that `accelerate launch` was asked for and did not start, or use the cores it did not give."
+    ("Start the processes that `accelerate launch` was asked for and did not start, "
+        "or use the cores it did not give.")
     if (parent := _launcher()) is None: return None
     import psutil
     import torch
@@ -65,11 +67,13 @@ def mend_launch(
     if asked == 1:
         if threads is None: torch.set_num_threads(cores)
         return None
-    say(f"accelerate launch started one process on a machine without a GPU: starting the {asked} that were asked for")
+    say("accelerate launch started one process on a machine without a GPU: "
+        f"starting the {asked} that were asked for")
     env = {k: v for k, v in os.environ.items() if k not in ("MASTER_ADDR", "MASTER_PORT")}
     env["OMP_NUM_THREADS"] = threads or str(max(cores//asked, 1))
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(asked), "--rdzv_backend", "c10d",
-             "--rdzv_endpoint", "127.0.0.1:0", "-m", "medllm.train", *argv]
+    words = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(asked), "--rdzv_backend", "c10d",
+        "--rdzv_endpoint", "127.0.0.1:0", "-m", "medllm.train", *argv]
     return subprocess.run(words, env=env).returncode
 
 # %% ../../nbs/train/04_main.ipynb #main
@@ -86,8 +90,9 @@ def main(
     from medllm.train.sft import run
     try:
         metrics = run(read_command(argv))
-        if metrics.get("loss_first"): say(f"{metrics['steps']} steps, loss {metrics['loss_first']:.4f} -> {metrics['loss_last']:.4f}, "
-                                          f"{metrics['trained_tokens_per_second']:.0f} trained tokens/s")
+        if metrics.get("loss_first"): say(
+            f"{metrics['steps']} steps, loss {metrics['loss_first']:.4f} -> {metrics['loss_last']:.4f}, "
+            f"{metrics['trained_tokens_per_second']:.0f} trained tokens/s")
         return 0
     except UserError as e:
         say(f"error: {e}")

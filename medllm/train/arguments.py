@@ -32,15 +32,18 @@ def flag(default, text:str):
 @dataclass
 class ModelArguments:
     "Which model, and how it is loaded."
-    model_name_or_path:str = flag("tiny", "Model folder or hub id; 'tiny' is a small random model that needs no download")
-    adapter_name_or_path:str|None = flag(None, "Adapter folders, comma list; the last is trained further, those before it are merged")
+    model_name_or_path:str = flag(
+        "tiny", "Model folder or hub id; 'tiny' is a small random model that needs no download")
+    adapter_name_or_path:str|None = flag(
+        None, "Adapter folders, comma list; the last is trained further, those before it are merged")
     model_revision:str = flag("main", "Branch, tag or commit of a hub model")
     cache_dir:str|None = flag(None, "Folder for hub downloads")
     quantization_bit:int|None = flag(None, "Load the linear layers in 4 or 8 bit (bitsandbytes)")
     quantization_type:str = flag("nf4", "Kind of 4 bit: nf4 or fp4")
     double_quantization:bool = flag(True, "Quantise the scales of 4 bit too")
     flash_attn:str = flag("auto", "Attention: auto, disabled (eager), sdpa, fa2 or fa3")
-    dtype:str = flag("auto", "Base weights: auto (bfloat16 if frozen on a GPU, else float32), float32, bfloat16 or float16")
+    dtype:str = flag(
+        "auto", "Base weights: auto (bfloat16 if frozen on a GPU, else float32), float32, bfloat16 or float16")
 
 @dataclass
 class DataArguments:
@@ -50,7 +53,8 @@ class DataArguments:
     dataset_dir:str = flag("data", "Folder with dataset_info.json")
     template:str = flag("auto", "Chat template; auto is the tokenizer's own")
     default_system:str|None = flag(None, "System text for rows that have none")
-    cutoff_len:int = flag(2048, "Longest row [tokens]; a longer one loses its oldest turns, then the middle of its question")
+    cutoff_len:int = flag(
+        2048, "Longest row [tokens]; a longer one loses its oldest turns, then the middle of its question")
     max_samples:int|None = flag(None, "Take only the first rows of each dataset")
     val_size:float = flag(0.0, "Rows held out for validation: a share below 1, or a number of rows")
     mask_history:bool = flag(False, "Train the last answer of a conversation only")
@@ -63,7 +67,8 @@ class DataArguments:
 class FinetuningArguments:
     "What is trained, and how."
     stage:str = flag("sft", "Training stage: sft")
-    finetuning_type:str|None = flag(None, "What trains: lora, freeze (some layers) or full; default lora, full for the tiny model")
+    finetuning_type:str|None = flag(
+        None, "What trains: lora, freeze (some layers) or full; default lora, full for the tiny model")
     lora_target:str = flag("all", "LoRA: names of linear layers, comma list, or all")
     lora_rank:int = flag(8, "LoRA: rank r")
     lora_alpha:float|None = flag(None, "LoRA: scale alpha; default 2 r")
@@ -88,23 +93,30 @@ def _dropped(value): return {}
 
 OLD_FLAGS = {
     **{old: _renamed(new) for old, new in {
-        "lr": "learning_rate", "evaluation_strategy": "eval_strategy", "warmup_ratio": "warmup_steps", "no_cuda": "use_cpu",
-        "per_gpu_train_batch_size": "per_device_train_batch_size", "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+        "lr": "learning_rate", "evaluation_strategy": "eval_strategy", "warmup_ratio": "warmup_steps",
+        "no_cuda": "use_cpu", "per_gpu_train_batch_size": "per_device_train_batch_size",
+        "per_gpu_eval_batch_size": "per_device_eval_batch_size",
         "checkpoint_dir": "adapter_name_or_path", "num_layer_trainable": "freeze_trainable_layers",
-        "name_module_trainable": "freeze_trainable_modules", "system_prompt": "default_system", "source_prefix": "default_system",
-        "prompt_template": "template", "dev_ratio": "val_size", "neft_alpha": "neftune_noise_alpha", "infer_dtype": "dtype"}.items()},
+        "name_module_trainable": "freeze_trainable_modules", "system_prompt": "default_system",
+        "source_prefix": "default_system", "prompt_template": "template", "dev_ratio": "val_size",
+        "neft_alpha": "neftune_noise_alpha", "infer_dtype": "dtype"}.items()},
     "resume_lora_training": lambda v: {"create_new_adapter": not _true(v)},
     "disable_gradient_checkpointing": lambda v: {"gradient_checkpointing": not _true(v)},
     "disable_shuffling": lambda v: {"train_sampling_strategy": "sequential"} if _true(v) else {},
-    "train_sampling_strategy": lambda v: {"group_by_length": v == "group_by_length"} if v in ("random", "group_by_length") else {"train_sampling_strategy": v},
+    "train_sampling_strategy": lambda v: (
+        {"group_by_length": v == "group_by_length"} if v in ("random", "group_by_length")
+        else {"train_sampling_strategy": v}),
     "flash_attn": lambda v: {"flash_attn": {"true": "fa2", "false": "auto"}.get(str(v).lower(), v)},
     "max_source_length": lambda v: {"cutoff_len": ("add", int(v))},
     "max_target_length": lambda v: {"cutoff_len": ("add", int(v))},
-    **dict.fromkeys(("use_fast_tokenizer padding_side preprocessing_num_workers preprocessing_batch_size ignore_pad_token_for_loss "
-        "save_safetensors num_hidden_layers ppo_logger logging_dir use_auth_token hf_auth_token low_cpu_mem_usage print_param_status "
-        "disable_version_checking lora_bf16_mode include_inputs_for_metrics use_ipex jit_mode_eval past_index ray_scope "
-        "fp16_backend half_precision_backend fp16_opt_level tpu_num_cores upcast_layernorm predict_with_generate sortish_sampler "
-        "generation_max_length generation_num_beams include_tokens_per_second overwrite_hub_dir").split(), _dropped),
+    **dict.fromkeys((
+        "use_fast_tokenizer padding_side preprocessing_num_workers preprocessing_batch_size "
+        "ignore_pad_token_for_loss save_safetensors num_hidden_layers ppo_logger logging_dir use_auth_token "
+        "hf_auth_token low_cpu_mem_usage print_param_status disable_version_checking lora_bf16_mode "
+        "include_inputs_for_metrics use_ipex jit_mode_eval past_index ray_scope fp16_backend "
+        "half_precision_backend fp16_opt_level tpu_num_cores upcast_layernorm predict_with_generate "
+        "sortish_sampler generation_max_length generation_num_beams include_tokens_per_second "
+        "overwrite_hub_dir").split(), _dropped),
 }
 _QUIET = ("flash_attn", "lr", "train_sampling_strategy")   # translations that need no comment
 
@@ -124,7 +136,7 @@ def translate(
 
 # %% ../../nbs/train/00_arguments.ipynb #read
 def read_command(
-    argv:Sequence[str], # Words of the command line: `--flag value`, `--flag=value`, a bare `--flag`, `key=value`, or one YAML file
+    argv:Sequence[str], # Words: `--flag value`, `--flag=value`, a bare `--flag`, `key=value`, or one YAML file
 )->dict:                # Flag to value
     "The flags of a command line, later ones winning over a file. Raises `UserError` for a word that is none."
     given, words = {}, list(argv)
@@ -148,7 +160,8 @@ def read_yaml(
     try: value = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as e:
         line = e.problem_mark.line + 1 if getattr(e, "problem_mark", None) else 1
-        raise UserError(f"{path}, line {line}: not valid YAML ({getattr(e, 'problem', None) or 'unreadable'})") from None
+        raise UserError(
+            f"{path}, line {line}: not valid YAML ({getattr(e, 'problem', None) or 'unreadable'})") from None
     if not isinstance(value, dict): raise UserError(f"{path} must hold lines like 'learning_rate: 1e-4'")
     return {str(k).replace("-", "_"): v for k, v in value.items() if v is not None}
 
@@ -178,12 +191,15 @@ class Arguments:
         "What trains."
         f = self.finetuning
         extra = (f.additional_target if f.finetuning_type == "lora" else f.freeze_extra_modules) or ""
-        return AdaptPlan(f.finetuning_type, f.lora_target, f.lora_rank, f.lora_alpha, f.lora_dropout, f.use_dora, f.use_rslora, extra,
-            tuple(names(self.model.adapter_name_or_path or "")), f.create_new_adapter, f.freeze_trainable_layers, f.freeze_trainable_modules)
+        return AdaptPlan(
+            f.finetuning_type, f.lora_target, f.lora_rank, f.lora_alpha, f.lora_dropout, f.use_dora, f.use_rslora,
+            extra, tuple(names(self.model.adapter_name_or_path or "")), f.create_new_adapter,
+            f.freeze_trainable_layers, f.freeze_trainable_modules)
 
 _OURS = (ModelArguments, DataArguments, FinetuningArguments)
-_DEFAULTS = {"logging_steps": 10, "logging_first_step": True, "report_to": "none", "remove_unused_columns": False, "logging_nan_inf_filter": False,
-             "output_dir": "output", "ddp_find_unused_parameters": False}
+_DEFAULTS = {
+    "logging_steps": 10, "logging_first_step": True, "report_to": "none", "remove_unused_columns": False,
+    "logging_nan_inf_filter": False, "output_dir": "output", "ddp_find_unused_parameters": False}
 
 _TINY = {"finetuning_type": "full", "learning_rate": 1e-3} # random weights: an adapter would learn nothing
 
@@ -197,7 +213,8 @@ def _precision(given:dict)->dict:
     "Mixed precision this machine cannot do, turned off and said."
     import torch
     if torch.cuda.is_available() and not _true(given.get("use_cpu", False)): return given
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1: given = given | {"use_cpu": True}   # else each process would train alone
+    # on a CPU, else each process would train alone
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1: given = given | {"use_cpu": True}
     off = [name for name in ("fp16", "bf16", "tf32") if name in given and _true(given[name])]
     for name in off: say(f"--{name} needs a GPU, and there is none in use: training in float32")
     return {k: v for k, v in given.items() if k not in off}
@@ -225,12 +242,14 @@ def _parser():
 def parse(
     given:dict, # Flag to value; names of 2023 allowed, values as text or as themselves
 )->Arguments:
-    "All arguments of a run. Raises `UserError` for an unknown flag, a value of a wrong type, or flags that contradict each other."
+    ("All arguments of a run. Raises `UserError` for an unknown flag, a value of a wrong type, "
+        "or flags that contradict each other.")
     given = _precision(translate(given))
     _check_known(given)
     asked = given
     tiny = given.get("model_name_or_path", "tiny") == "tiny" and given.get("finetuning_type", "full") == "full"
-    given = _DEFAULTS | {"disable_tqdm": not sys.stderr.isatty(), "finetuning_type": "lora"} | (_TINY if tiny else {}) | given
+    given = (_DEFAULTS | {"disable_tqdm": not sys.stderr.isatty(), "finetuning_type": "lora"}
+        | (_TINY if tiny else {}) | given)
     if "do_train" not in given and not {"do_eval", "do_predict"} & given.keys(): given["do_train"] = True
     try: parts = _parser().parse_args_into_dataclasses(_words(given))
     except (ValueError, ImportError) as e: raise UserError(str(e).strip().splitlines()[0]) from None
@@ -247,14 +266,16 @@ def _check_together(args:Arguments):
     def refuse(condition, why):
         if condition: raise UserError(why)
     refuse(f.stage not in STAGES, f"--stage {f.stage}: this version has {', '.join(STAGES)}")
-    refuse(d.train_on_prompt and d.mask_history, "--train_on_prompt and --mask_history exclude each other: one trains more, the other less")
+    refuse(d.train_on_prompt and d.mask_history,
+        "--train_on_prompt and --mask_history exclude each other: one trains more, the other less")
     refuse(t.do_train and not d.dataset, "--do_train needs --dataset")
     refuse(t.do_predict, "--do_predict is not part of training; use medllm predict")
     refuse(d.val_size and d.eval_dataset, "--val_size and --eval_dataset exclude each other")
     refuse(d.val_size < 0, f"--val_size {d.val_size}: must not be negative")
     refuse(d.cutoff_len < 8, f"--cutoff_len {d.cutoff_len}: must be at least 8 tokens")
     refuse(t.label_smoothing_factor, "--label_smoothing_factor is not supported by the selected loss")
-    refuse(t.eval_strategy != "no" and not (d.val_size or d.eval_dataset), "--eval_strategy needs --val_size or --eval_dataset")
+    refuse(t.eval_strategy != "no" and not (d.val_size or d.eval_dataset),
+        "--eval_strategy needs --val_size or --eval_dataset")
     args.load_plan()
     args.adapt_plan()
 
@@ -277,10 +298,14 @@ def check_output_dir(
 def preflight(
     args:Arguments, # From `parse`
 ):
-    "Raise `UserError` when a dataset, template, model, adapter or output folder named by the arguments cannot be used."
+    ("Raise `UserError` when a dataset, template, model, adapter or output folder named by the arguments "
+        "cannot be used.")
     check_template_name(args.data.template)
-    for names_of in filter(None, (args.data.dataset, args.data.eval_dataset)): find_sources(names_of, args.data.dataset_dir)
+    for names_of in filter(None, (args.data.dataset, args.data.eval_dataset)):
+        find_sources(names_of, args.data.dataset_dir)
     model_location(args.model.model_name_or_path)
     for folder in args.adapt_plan().adapters:
-        if not (find_path(folder)/"adapter_config.json").exists(): raise UserError(f"{folder} is not an adapter: it has no adapter_config.json")
-    check_output_dir(args.training.output_dir, args.finetuning.overwrite_output_dir, bool(args.training.resume_from_checkpoint))
+        if not (find_path(folder)/"adapter_config.json").exists(): raise UserError(
+            f"{folder} is not an adapter: it has no adapter_config.json")
+    check_output_dir(args.training.output_dir, args.finetuning.overwrite_output_dir,
+        bool(args.training.resume_from_checkpoint))

@@ -53,7 +53,8 @@ def _block(hidden, weight, targets, z)->torch.Tensor:
     else: z.copy_(hidden @ weight.T)
     torch.softmax(z, -1, out=z)
     loss = -z.gather(1, targets[:, None])[:, 0].log()
-    if not (loss < 80).all():                                     # probabilities near the smallest float: take these rows exactly
+    # probabilities near the smallest float: take these rows exactly
+    if not (loss < 80).all():
         far = (~(loss < 80)).nonzero()[:, 0]
         loss[far] = F.cross_entropy((hidden[far] @ weight.T).to(z.dtype), targets[far], reduction="none")
     z.scatter_add_(1, targets[:, None], z.new_full((len(targets), 1), -1))
@@ -65,10 +66,12 @@ class _HeadLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, rows, block):
         exact = torch.promote_types(hidden.dtype, torch.float32)
         block = hidden.new_empty(min(rows, len(hidden)), len(weight), dtype=exact) if block is None else block
-        total, on_hidden, on_weight = hidden.new_zeros((), dtype=exact), ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        total, on_hidden, on_weight = (
+            hidden.new_zeros((), dtype=exact), ctx.needs_input_grad[0], ctx.needs_input_grad[1])
         d_hidden = torch.empty_like(hidden) if on_hidden else None
         d_weight = torch.zeros_like(weight, dtype=exact) if on_weight else None
-        for h, y, d in zip(hidden.split(rows), targets.split(rows), (d_hidden if on_hidden else hidden).split(rows)):
+        for h, y, d in zip(
+                hidden.split(rows), targets.split(rows), (d_hidden if on_hidden else hidden).split(rows)):
             z = block[:len(h)]
             total += _block(h, weight, y, z)
             if on_hidden: torch.mm(z.to(h.dtype), weight, out=d)
@@ -90,7 +93,8 @@ def head_loss(
     rows:int|None = None, # Rows of a block; None: by the device
     block:torch.Tensor|None = None, # Memory to work in, (rows, V); None: allocated for the call
 )->torch.Tensor:          # Scalar, [nat], summed over the M positions, float32 or better
-    "Cross-entropy of a linear head summed over positions, never holding more than one block of logits; zero for M = 0."
+    ("Cross-entropy of a linear head summed over positions, never holding more than one block of logits; "
+        "zero for M = 0.")
     rows = len(block) if block is not None else rows or block_rows(len(weight), hidden.device.type)
     with torch.autocast(hidden.device.type, enabled=False):
         return _HeadLoss.apply(hidden, weight.to(hidden.dtype), targets, rows, block)
@@ -119,14 +123,16 @@ def can_fuse(self:SelectedHead, model)->bool:
     ids, training = torch.tensor([[1, 2]], device=self.head.weight.device), model.training
     model.eval()
     try:
-        with torch.no_grad(): want, got = model(input_ids=ids, use_cache=False).logits, self._hidden(model, ids) @ self.head.weight.T
+        with torch.no_grad(): want, got = (
+            model(input_ids=ids, use_cache=False).logits, self._hidden(model, ids) @ self.head.weight.T)
     except (RuntimeError, ValueError, IndexError): return False
     finally: model.train(training)
     return want.shape == got.shape and torch.allclose(want.float(), got.float(), atol=1e-3, rtol=1e-3)
 
 @patch
 def _workspace(self:SelectedHead, hidden:torch.Tensor)->torch.Tensor|None:
-    "On a CPU, a block that is kept: fresh memory of that size costs as much as the softmax in it. GPUs keep freed memory anyway."
+    ("On a CPU, a block that is kept: fresh memory of that size costs as much as the softmax in it. "
+        "GPUs keep freed memory anyway.")
     if hidden.device.type != "cpu": return None
     exact, vocabulary = torch.promote_types(hidden.dtype, torch.float32), len(self.head.weight)
     if getattr(self, "block", None) is None or self.block.dtype != exact:
@@ -134,9 +140,12 @@ def _workspace(self:SelectedHead, hidden:torch.Tensor)->torch.Tensor|None:
     return self.block
 
 @patch
-def summed_loss(self:SelectedHead, model, input_ids:torch.Tensor, positions:torch.Tensor, targets:torch.Tensor, **inputs)->torch.Tensor:
+def summed_loss(
+    self:SelectedHead, model, input_ids:torch.Tensor, positions:torch.Tensor, targets:torch.Tensor, **inputs
+)->torch.Tensor:
     "Cross-entropy summed over the chosen positions, [nat]."
-    if not self.fused: return F.cross_entropy(self.logits(model, input_ids, positions, **inputs).float(), targets, reduction="sum")
+    if not self.fused: return F.cross_entropy(
+        self.logits(model, input_ids, positions, **inputs).float(), targets, reduction="sum")
     hidden = self._hidden(model, input_ids, **inputs)
     hidden = hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions)
     return head_loss(hidden, self.head.weight, targets, block=self._workspace(hidden))

@@ -15,7 +15,9 @@ from ..core import UserError, nearest
 from .arguments import DataArguments, FinetuningArguments, ModelArguments, flag
 
 # %% ../../nbs/train/05_runs.ipynb #parameters
-_HELP = {f.name: f.metadata["help"] for kind in (ModelArguments, DataArguments, FinetuningArguments) for f in fields(kind)}
+_HELP = {
+    f.name: f.metadata["help"] for kind in (ModelArguments, DataArguments, FinetuningArguments)
+    for f in fields(kind)}
 
 def _like(name:str, default):
     "A field with the help text of the flag of that name."
@@ -66,7 +68,8 @@ class SftRun:
 # %% ../../nbs/train/05_runs.ipynb #cell
 def _type_text(kind)->str:
     "A type as papermill reads it."
-    if isinstance(kind, types.UnionType): return f"Optional[{next(a.__name__ for a in typing.get_args(kind) if a is not type(None))}]"
+    if isinstance(kind, types.UnionType):
+        return f"Optional[{next(a.__name__ for a in typing.get_args(kind) if a is not type(None))}]"
     return kind.__name__
 
 def parameters_cell(
@@ -84,14 +87,16 @@ def _convert(name:str, kind, value):
     if isinstance(kind, types.UnionType):
         if value is None or value == "null": return None
         kind = next(a for a in typing.get_args(kind) if a is not type(None))
-    wrong = UserError(f"parameter {name} wants {kind.__name__}, not {type(value).__name__ if not isinstance(value, str) else repr(value)}")
+    wrong = UserError(f"parameter {name} wants {kind.__name__}, "
+        f"not {type(value).__name__ if not isinstance(value, str) else repr(value)}")
     if value is None: raise UserError(f"parameter {name} wants {kind.__name__}, not null")
     if kind is bool:
         words = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
         if (word := str(value).lower()) not in words: raise wrong
         return words[word]
     if kind is dict and isinstance(value, str): value = _as_json(value, wrong)
-    if isinstance(value, (dict, list)) != (kind is dict) or (kind is int and isinstance(value, float) and value != int(value)): raise wrong
+    if isinstance(value, (dict, list)) != (kind is dict) or (
+            kind is int and isinstance(value, float) and value != int(value)): raise wrong
     try: return kind(value)
     except (TypeError, ValueError): raise wrong from None
 

@@ -8,6 +8,7 @@ __all__ = ['TrainingData', 'split_rows', 'prepare_data', 'load_renderer', 'read_
 # %% ../../nbs/train/03_sft.ipynb #imports
 import gc
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from ..core import UserError, is_first_process, say, write_json
 from ..data.formats import Account, load_examples
+from ..data.look import picture
 from ..data.registry import Source, find_sources
 from ..data.tokens import Renderer, TokenRows, tokenise
 from ..models.adapters import adapt, describe, trained_parameters
@@ -42,7 +44,9 @@ def split_rows(
     "Examples divided at random into training and validation. Raises `UserError` when nothing is left to train on."
     count = round(val_size*len(examples)) if val_size < 1 else int(val_size)
     if val_size and not 0 < count < len(examples):
-        raise UserError(f"--val_size {val_size:g} of {len(examples)} rows leaves {len(examples) - count} to train on and {count} to validate on")
+        raise UserError(
+            f"--val_size {val_size:g} of {len(examples)} rows leaves {len(examples) - count} to train on "
+            f"and {count} to validate on")
     held = set(np.random.default_rng(seed).permutation(len(examples))[:count].tolist())
     return [e for i, e in enumerate(examples) if i not in held], [examples[i] for i in sorted(held)]
 
@@ -92,7 +96,8 @@ def _rows(examples:list, renderer:Renderer, cutoff_len:int)->TokenRows:
         while end < len(examples) and examples[end][1] is account: end += 1
         rows.append(tokenise([e for e, _ in examples[at:end]], renderer, cutoff_len, account))
         at = end
-    return TokenRows((part.ids[a:b], part.trained[a:b]) for part in rows for a, b in zip(part.starts[:-1], part.starts[1:]))
+    return TokenRows(
+        (part.ids[a:b], part.trained[a:b]) for part in rows for a, b in zip(part.starts[:-1], part.starts[1:]))
 
 # %% ../../nbs/train/03_sft.ipynb #plot
 def read_history(
@@ -115,14 +120,15 @@ def plot_loss(
     file:str|Path|None=None,  # Where to save a PNG
 ):
     "A matplotlib figure of loss and learning rate over steps; saved to `file` if given."
-    from matplotlib.figure import Figure
-    column = lambda key: zip(*[(h["step"], h[key]) for h in history if key in h]) if any(key in h for h in history) else ((), ())
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    column = lambda key: (
+        zip(*[(h["step"], h[key]) for h in history if key in h]) if any(key in h for h in history) else ((), ()))
+    figure = picture(6.4, 4.2)
     top, low = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     steps, losses = column("loss")
     top.plot(steps, losses, color="#9ecae1", lw=1, label="training")
     top.plot(steps, _smooth(list(losses)), color="#08519c", label="training, smoothed")
-    if any("eval_loss" in h for h in history): top.plot(*column("eval_loss"), "o-", color="#d94801", ms=4, label="validation")
+    if any("eval_loss" in h for h in history):
+        top.plot(*column("eval_loss"), "o-", color="#d94801", ms=4, label="validation")
     low.plot(*column("learning_rate"), color="#525252")
     top.set_ylabel("loss [nat/token]")
     low.set(ylabel="learning rate", xlabel="optimiser step")
@@ -142,13 +148,15 @@ def _checkpointing(args:Arguments, data:TrainingData, model):
     half = t.bf16 or t.fp16 or model.dtype.itemsize == 2
     if needs_checkpointing(model.config, positions, 2 if half else 4, torch.cuda.mem_get_info()[0]):
         t.gradient_checkpointing = True
-        say("activations may not fit the GPU's memory: gradient checkpointing is on (--gradient_checkpointing false turns it off)")
+        say("activations may not fit the GPU's memory: gradient checkpointing is on "
+            "(--gradient_checkpointing false turns it off)")
 
 def _trainer(args:Arguments, data:TrainingData):
     "Model and trainer of a run."
     from medllm.train.trainer import CausalTrainer
     t = args.training
-    model = adapt(load_model(args.model.model_name_or_path, args.load_plan()), args.adapt_plan(), args.finetuning.pure_bf16)
+    model = adapt(
+        load_model(args.model.model_name_or_path, args.load_plan()), args.adapt_plan(), args.finetuning.pure_bf16)
     _checkpointing(args, data, model)
     model.generation_config.eos_token_id = data.renderer.stop_ids
     data.renderer.tokenizer.chat_template = data.renderer.jinja           # what was trained is what is saved
@@ -158,17 +166,25 @@ def _checkpoint(args:Arguments)->str|None:
     "The checkpoint to resume from."
     from transformers.trainer_utils import get_last_checkpoint
     asked, folder = args.training.resume_from_checkpoint, args.training.output_dir
-    if str(asked).lower() not in ("true", "1"): return None if str(asked).lower() in ("none", "false", "0", "") else asked
+    if str(asked).lower() not in ("true", "1"):
+        return None if str(asked).lower() in ("none", "false", "0", "") else asked
     last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
     if last is None: raise UserError(f"--resume_from_checkpoint: there is no checkpoint in {folder}")
     return last
+
+# %% ../../nbs/train/03_sft.ipynb #clear
+def _clear(folder:Path):
+    "Remove the history and the checkpoints of an earlier run."
+    (folder/"history.jsonl").unlink(missing_ok=True)
+    for old in folder.glob("checkpoint-*"): shutil.rmtree(old)
 
 # %% ../../nbs/train/03_sft.ipynb #loop
 def train(
     args:Arguments,    # From `parse`
     data:TrainingData, # From `prepare_data`
 )->dict:               # The metrics, as in metrics.json
-    "Train, and write model, history, metrics and curve to the output folder. Raises `UserError` when the plan does not fit the model."
+    ("Train, and write model, history, metrics and curve to the output folder. Raises `UserError` when the plan "
+        "does not fit the model.")
     from transformers import set_seed
     t, folder = args.training, Path(args.training.output_dir)
     resume = _checkpoint(args)
@@ -176,7 +192,7 @@ def train(
     trainer = _trainer(args, data)
     counted = trained_parameters(trainer.model)
     say(describe(counted))
-    if not resume: trainer.history.unlink(missing_ok=True)
+    if not resume and is_first_process(): _clear(folder)
     metrics = {"eval_loss_before": trainer.evaluate()["eval_loss"]} if data.eval else {}
     result = trainer.train(resume_from_checkpoint=resume) if t.do_train else None
     if result:
@@ -199,11 +215,14 @@ def _training_metrics(trainer, result, history:list)->dict:
     if trainer.args.world_size > 1: seen = trainer.accelerator.reduce(seen, "sum")
     (tokens, trained, positions), seconds = seen.tolist(), result.metrics["train_runtime"]
     losses = [h["loss"] for h in history if "loss" in h]
-    return {"steps": trainer.state.global_step, "epochs": trainer.state.epoch, "train_rows": len(trainer.train_dataset),
-            "train_loss": result.training_loss, "loss_first": losses[0] if losses else None, "loss_last": losses[-1] if losses else None,
-            "train_runtime": seconds, "tokens": tokens, "trained_tokens": trained, "tokens_per_second": tokens/seconds,
-            "trained_tokens_per_second": trained/seconds, "padding_share": 1 - tokens/max(positions, 1),
-            "peak_memory_gib": max((h["peak_memory_gib"] for h in history if "peak_memory_gib" in h), default=None)}
+    return {
+        "steps": trainer.state.global_step, "epochs": trainer.state.epoch,
+        "train_rows": len(trainer.train_dataset), "train_loss": result.training_loss,
+        "loss_first": losses[0] if losses else None, "loss_last": losses[-1] if losses else None,
+        "train_runtime": seconds, "tokens": tokens, "trained_tokens": trained,
+        "tokens_per_second": tokens/seconds, "trained_tokens_per_second": trained/seconds,
+        "padding_share": 1 - tokens/max(positions, 1),
+        "peak_memory_gib": max((h["peak_memory_gib"] for h in history if "peak_memory_gib" in h), default=None)}
 
 # %% ../../nbs/train/03_sft.ipynb #run
 def run(

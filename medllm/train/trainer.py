@@ -35,7 +35,8 @@ def log_line(
     "A logged step in one line."
     if "loss" in logs: return (f"step {step}/{steps}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}  "
         f"{logs.get('tokens_per_second', 0):,.0f} tokens/s  padding {logs.get('padding_share', 0):.1%}")
-    if "eval_loss" in logs: return f"step {step}/{steps}  validation loss {logs['eval_loss']:.4f}  perplexity {logs['eval_perplexity']:.1f}"
+    if "eval_loss" in logs: return (f"step {step}/{steps}  validation loss {logs['eval_loss']:.4f}  "
+        f"perplexity {logs['eval_perplexity']:.1f}")
     return ""
 
 class Speak(ProgressCallback):
@@ -73,10 +74,13 @@ class CausalTrainer(Trainer):
     ):
         pad = getattr(tokenizer, "pad_token_id", None)
         args.logging_nan_inf_filter = False   # it would log the mean of earlier losses in the place of a NaN
-        super().__init__(model=model, args=args, train_dataset=train_rows, eval_dataset=eval_rows, processing_class=tokenizer,
-            data_collator=Collate(pad or 0, multiple=8 if torch.cuda.is_available() else 1), callbacks=[Speak(not args.disable_tqdm)], **more)
+        super().__init__(
+            model=model, args=args, train_dataset=train_rows, eval_dataset=eval_rows, processing_class=tokenizer,
+            data_collator=Collate(pad or 0, multiple=8 if torch.cuda.is_available() else 1),
+            callbacks=[Speak(not args.disable_tqdm)], **more)
         others = ("PrinterCallback", "ProgressCallback", "NotebookProgressCallback")
-        self.callback_handler.callbacks = [c for c in self.callback_handler.callbacks if type(c).__name__ not in others]
+        self.callback_handler.callbacks = [
+            c for c in self.callback_handler.callbacks if type(c).__name__ not in others]
         self.grouped = grouped and args.train_sampling_strategy != "sequential"
         self.head = SelectedHead(self.model, fuse=not (self.is_fsdp_enabled or self.is_deepspeed_enabled))
         self.history = Path(args.output_dir)/"history.jsonl"
@@ -88,8 +92,10 @@ class CausalTrainer(Trainer):
 def _loader(self:CausalTrainer, rows:TokenRows, batches)->DataLoader:
     "A loader over given batches, which puts them on the device."
     a = self.args
-    loader = DataLoader(rows, batch_sampler=batches, collate_fn=self.data_collator, num_workers=a.dataloader_num_workers,
-        pin_memory=a.dataloader_pin_memory and torch.cuda.is_available(), prefetch_factor=a.dataloader_prefetch_factor)
+    loader = DataLoader(
+        rows, batch_sampler=batches, collate_fn=self.data_collator, num_workers=a.dataloader_num_workers,
+        pin_memory=a.dataloader_pin_memory and torch.cuda.is_available(),
+        prefetch_factor=a.dataloader_prefetch_factor)
     return prepare_data_loader(loader, a.device, num_processes=1, process_index=0, put_on_device=True, rng_types=[])
 
 @patch
@@ -97,7 +103,8 @@ def get_train_dataloader(self:CausalTrainer)->DataLoader:
     "Batches of this process; every row once an epoch."
     a, rows = self.args, self.train_dataset
     seed = a.seed if a.data_seed is None else a.data_seed
-    return self._loader(rows, GroupedBatches(rows.lengths, self._train_batch_size, seed, a.process_index, a.world_size, self.grouped))
+    return self._loader(rows, GroupedBatches(
+        rows.lengths, self._train_batch_size, seed, a.process_index, a.world_size, self.grouped))
 
 @patch
 def get_eval_dataloader(self:CausalTrainer, eval_dataset:TokenRows|None=None)->DataLoader:
@@ -135,7 +142,9 @@ def floating_point_ops(self:CausalTrainer, inputs:dict)->int:
 
 # %% ../../nbs/train/02_trainer.ipynb #evaluate
 @patch
-def evaluate(self:CausalTrainer, eval_dataset:TokenRows|None=None, ignore_keys=None, metric_key_prefix:str="eval")->dict:
+def evaluate(
+    self:CausalTrainer, eval_dataset:TokenRows|None=None, ignore_keys=None, metric_key_prefix:str="eval"
+)->dict:
     "Loss [nat/token] and perplexity of the validation rows, over all their trained tokens."
     start, model = time.perf_counter(), self.model_wrapped if self.is_in_train else self.model
     model.eval()
@@ -143,12 +152,14 @@ def evaluate(self:CausalTrainer, eval_dataset:TokenRows|None=None, ignore_keys=N
     loader = self.get_eval_dataloader(eval_dataset)
     for inputs in loader:
         with torch.no_grad(), self.compute_loss_context_manager():
-            total += torch.stack([self.summed_loss(model, inputs).double(), total.new_tensor(len(inputs["targets"]))])
+            total += torch.stack([
+                self.summed_loss(model, inputs).double(), total.new_tensor(len(inputs["targets"]))])
         self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
     if self.args.world_size > 1: total = self.accelerator.reduce(total, "sum")
     loss = (total[0]/total[1]).item()
-    metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700)),
-               f"{metric_key_prefix}_tokens": int(total[1]), f"{metric_key_prefix}_runtime": time.perf_counter() - start}
+    metrics = {
+        f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700)),
+        f"{metric_key_prefix}_tokens": int(total[1]), f"{metric_key_prefix}_runtime": time.perf_counter() - start}
     self.log(metrics)
     self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
     return metrics
@@ -171,7 +182,8 @@ def peak_memory()->float: # [GiB], of the GPU if there is one, else of this proc
 def _rates(self:CausalTrainer)->dict:
     "Tokens per second, padding share and peak memory since the last log."
     now, seen = time.perf_counter(), dict(self.seen)
-    part = torch.tensor([seen[k] - self._counted[k] for k in ("tokens", "trained", "positions")], device=self.args.device)
+    part = torch.tensor(
+        [seen[k] - self._counted[k] for k in ("tokens", "trained", "positions")], device=self.args.device)
     if self.args.world_size > 1: part = self.accelerator.reduce(part, "sum")
     (tokens, trained, positions), seconds = part.tolist(), max(now - self._since, 1e-9)
     self._since, self._counted = now, seen
@@ -181,13 +193,16 @@ def _rates(self:CausalTrainer)->dict:
 @patch
 def log(self:CausalTrainer, logs:dict, start_time:float|None=None):
     "Add rates to a logged step, and write it to `history.jsonl`."
-    if "loss" in logs: logs |= self._rates() | {"progress": round(self.state.global_step/max(self.state.max_steps, 1), 4)}
+    if "loss" in logs: logs |= self._rates() | {
+        "progress": round(self.state.global_step/max(self.state.max_steps, 1), 4)}
     super(CausalTrainer, self).log(logs, start_time)
     if self.is_world_process_zero():
         self.history.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.history, "a", encoding="utf-8") as f: f.write(json.dumps({"step": self.state.global_step, **logs}) + "\n")
+        with open(self.history, "a", encoding="utf-8") as f:
+            f.write(json.dumps({"step": self.state.global_step, **logs}) + "\n")
     if not math.isfinite(logs.get("loss", 0)): raise UserError(
-        f"the loss is {logs['loss']} at step {self.state.global_step}: lower --learning_rate, or look for broken rows")
+        f"the loss is {logs['loss']} at step {self.state.global_step}: "
+        "lower --learning_rate, or look for broken rows")
 
 @patch
 def _save(self:CausalTrainer, output_dir:str|None=None, state_dict:dict|None=None):

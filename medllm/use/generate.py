@@ -37,8 +37,8 @@ def answer(
     mask = torch.tensor([[0]*(width - len(r)) + [1]*len(r) for r in rows], device=model.device)
     model.eval()
     with torch.inference_mode():
-        out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, temperature=None,
-            top_p=None, top_k=None, eos_token_id=renderer.stop_ids, pad_token_id=pad)
+        out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
+            temperature=None, top_p=None, top_k=None, eos_token_id=renderer.stop_ids, pad_token_id=pad)
     return [_read(q, said, renderer) for q, said in zip(questions, out[:, width:].tolist())]
 
 def _read(question:str, said:list[int], renderer:Renderer)->Answer:

@@ -9,8 +9,9 @@ from medllm.train.sft import prepare_data, read_history, train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
-FLAGS = dict(model_name_or_path="tiny", dataset="mm", max_samples=128, max_steps=20, logging_steps=1, learning_rate=1e-3, save_strategy="no",
-             per_device_train_batch_size=8, disable_tqdm=True)
+FLAGS = dict(
+    model_name_or_path="tiny", dataset="mm", max_samples=128, max_steps=20, logging_steps=1, learning_rate=1e-3,
+    save_strategy="no", per_device_train_batch_size=8, disable_tqdm=True)
 
 
 def curve(folder, **flags):
@@ -19,14 +20,17 @@ def curve(folder, **flags):
     return [h["loss"] for h in read_history(folder/"history.jsonl") if "loss" in h]
 
 
-@pytest.mark.parametrize("flags", [dict(finetuning_type="full"), dict(finetuning_type="full", bf16=True), dict(finetuning_type="full", fp16=True),
-                                   dict(finetuning_type="lora"), dict(finetuning_type="lora", quantization_bit=4, bf16=True),
-                                   dict(finetuning_type="lora", quantization_bit=8, bf16=True)], ids=str)
+@pytest.mark.parametrize("flags", [
+    dict(finetuning_type="full"), dict(finetuning_type="full", bf16=True),
+    dict(finetuning_type="full", fp16=True), dict(finetuning_type="lora"),
+    dict(finetuning_type="lora", quantization_bit=4, bf16=True),
+    dict(finetuning_type="lora", quantization_bit=8, bf16=True)], ids=str)
 def test_it_learns(flags, tmp_path):
     losses = curve(tmp_path, **flags)
     assert losses[-1] < losses[0]
     metrics = json.loads((tmp_path/"metrics.json").read_text())
-    print(flags, f"{losses[0]:.3f} -> {losses[-1]:.3f}, {metrics['trained_tokens_per_second']:.0f} trained tokens/s, {metrics['peak_memory_gib']:.3f} GiB")
+    print(flags, f"{losses[0]:.3f} -> {losses[-1]:.3f}, "
+        f"{metrics['trained_tokens_per_second']:.0f} trained tokens/s, {metrics['peak_memory_gib']:.3f} GiB")
 
 
 def test_checkpointing_changes_memory_not_losses(tmp_path):
