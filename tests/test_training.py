@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, losses, run
+from conftest import losses, run
 
 from medllm.data.batches import GroupedBatches
 from medllm.models.loading import load_model

@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
-from .tokens import TokenRows
-
 # %% ../../nbs/data/05_batches.ipynb #order
 _STRETCH, _CELL = 1024, 16 # rows sorted together; rows of similar length that stay together
 

@@ -7,7 +7,6 @@ __all__ = ['REASONS', 'Turn', 'Example', 'Rejected', 'alpaca_example', 'Account'
 
 # %% ../../nbs/data/02_formats.ipynb #imports
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 

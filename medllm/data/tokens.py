@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from ..core import UserError
 from .formats import Account, Example, Turn
-from .templates import Piece, chat_jinja, skeleton
+from .templates import chat_jinja, skeleton
 
 # %% ../../nbs/data/04_tokens.ipynb #plain
 def _parts(node, key:str)->list[dict]:

@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core import UserError, find_path, nearest, say
+from ..core import UserError, find_path, nearest
 
 # %% ../../nbs/models/02_adapters.ipynb #plan
 @dataclass(frozen=True)

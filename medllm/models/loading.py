@@ -7,9 +7,8 @@ __all__ = ['ATTENTION', 'DTYPES', 'model_location', 'LoadPlan', 'load_tokenizer'
 
 # %% ../../nbs/models/01_loading.ipynb #imports
 from dataclasses import dataclass
-from pathlib import Path
 
-from ..core import UserError, find_path, say
+from ..core import UserError, find_path, quiet_bars
 from .tiny import tiny_folder
 
 # %% ../../nbs/models/01_loading.ipynb #where
@@ -104,6 +103,7 @@ def load_model(
     "A causal language model by its plan. Raises `UserError` when it cannot be loaded."
     import torch
     from transformers import AutoModelForCausalLM
+    quiet_bars()
     if device is None: device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     options = dict(dtype=plan.torch_dtype(), attn_implementation=ATTENTION[plan.attention], use_safetensors=True,
         trust_remote_code=False, revision=plan.revision, cache_dir=plan.cache_dir)

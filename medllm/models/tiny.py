@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from ..core import UserError, bundled, sha256
+from ..core import UserError, bundled, quiet_bars, sha256
 from ..data.templates import TEMPLATES
 
 # %% ../../nbs/models/00_tiny.ipynb #tokenizer
@@ -77,6 +77,7 @@ def write_tiny(
     part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".tiny-"))
     try:
         tokenizer = tiny_tokenizer()
+        quiet_bars()
         tokenizer.save_pretrained(part)
         tiny_model(tokenizer).save_pretrained(part)
         (part/"medllm_tiny.json").write_text(json.dumps({"key": _key()}) + "\n")

@@ -14,7 +14,6 @@ import platform
 import re
 import subprocess
 import sys
-import time
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path

@@ -11,12 +11,12 @@ import os
 import sys
 import threading
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 from ..core import UserError, bundled, nearest, say
-from .record import Run, new_folder, now, start
-from ..train.arguments import Arguments, parse, preflight
+from .record import Run, new_folder, now
+from ..train.arguments import parse, preflight
 from ..train.runs import SftRun, run_parameters
 
 # %% ../../nbs/records/02_run.ipynb #notebook
