@@ -184,6 +184,8 @@ class Arguments:
         "How the model is loaded."
         m, f, dtype = self.model, self.finetuning, self.model.dtype
         if dtype == "auto" and f.pure_bf16: dtype = "bfloat16"
+        if dtype == "auto" and f.finetuning_type == "lora":      # frozen weights in the precision that is computed in
+            dtype = "float16" if self.training.fp16 else "bfloat16" if self.training.bf16 else dtype
         return LoadPlan(dtype, m.quantization_bit, m.quantization_type, m.double_quantization, m.flash_attn,
                         f.finetuning_type == "lora", m.model_revision, m.cache_dir)
 

@@ -74,6 +74,9 @@ class CausalTrainer(Trainer):
     ):
         pad = getattr(tokenizer, "pad_token_id", None)
         args.logging_nan_inf_filter = False   # it would log the mean of earlier losses in the place of a NaN
+        if args.n_gpu > 1:
+            say(f"using one of {args.n_gpu} GPUs; accelerate launch --num_processes {args.n_gpu} uses all")
+            args._n_gpu = 1                   # Trainer would split each batch over threads of one process
         super().__init__(
             model=model, args=args, train_dataset=train_rows, eval_dataset=eval_rows, processing_class=tokenizer,
             data_collator=Collate(pad or 0, multiple=8 if torch.cuda.is_available() else 1),
