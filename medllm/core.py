@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -85,6 +86,7 @@ def write_json(
 
 # %% ../nbs/00_core.ipynb #quiet
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.* is deprecated")  # peft asks transformers so
 
 def quiet_bars():
     "Turn transformers' progress bars off unless somebody watches a terminal: each refresh would stay in a record or a log."
