@@ -7,8 +7,10 @@ __all__ = ['RUNS', 'find_notebook', 'Progress', 'execute']
 
 # %% ../../nbs/records/02_run.ipynb #imports
 import json
+import logging
 import os
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import asdict
@@ -78,20 +80,21 @@ _QUIET = {
 
 def _papermill(notebook:Path, record:Path, parameters:dict):
     "Execute a notebook; papermill's own chatter and its rewritten traceback stay out of the terminal."
-    import logging
     from jupyter_client.manager import AsyncKernelManager
     from papermill.execute import execute_notebook
-    from traitlets import CaselessStrEnum
-    class IpcKernel(AsyncKernelManager): transport = CaselessStrEnum(["tcp", "ipc"], default_value="ipc")
+    from traitlets import CaselessStrEnum, Unicode
     logging.getLogger("papermill").setLevel(logging.ERROR)
     before = {name: os.environ.get(name) for name in _QUIET}
     os.environ.update(_QUIET)
-    try: execute_notebook(
-        str(notebook), str(record), parameters=parameters, kernel_name="python3", progress_bar=False,
-        log_output=False, kernel_manager_class=IpcKernel)
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    with tempfile.TemporaryDirectory(prefix="medllm-") as sockets:    # readable by this user only
+        class IpcKernel(AsyncKernelManager):
+            transport = CaselessStrEnum(["tcp", "ipc"], default_value="ipc")
+            ip = Unicode(f"{sockets}/kernel")
+        try: execute_notebook(str(notebook), str(record), parameters=parameters, kernel_name="python3",
+                              progress_bar=False, log_output=False, kernel_manager_class=IpcKernel)
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 def _explain(error:BaseException, run:Run)->str:
     "Why the notebook stopped, in one sentence; the notebook itself may have said it already."
