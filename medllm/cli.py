@@ -58,7 +58,7 @@ def _data(args)->int:
 def _preview(args)->int:
     from medllm.data.look import Look, length_summary
     from medllm.train.arguments import parse
-    from medllm.train.sft import prepare_data
+    from medllm.train.inputs import prepare_data
     data = prepare_data(parse({
         "dataset": args.name, "dataset_dir": args.dataset_dir, "model_name_or_path": args.model,
         "template": args.template, "max_samples": args.rows, "cutoff_len": args.cutoff_len}))

@@ -11,7 +11,8 @@ from conftest import losses, run
 from medllm.data.batches import GroupedBatches
 from medllm.models.loading import load_model
 from medllm.train.arguments import parse
-from medllm.train.sft import prepare_data, train
+from medllm.train.inputs import prepare_data
+from medllm.train.sft import train
 
 
 @pytest.fixture

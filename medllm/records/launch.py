@@ -14,7 +14,8 @@ from pathlib import Path
 from ..core import UserError, write_json
 from .record import Run
 from ..train.arguments import Arguments
-from ..train.sft import TrainingData, train
+from ..train.inputs import TrainingData
+from ..train.sft import train
 
 # %% ../../nbs/records/01_launch.ipynb #launch
 def _command(file:Path, processes:int)->list[str]:

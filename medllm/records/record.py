@@ -21,6 +21,7 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from ..core import UserError, project_root, sha256, write_json
+from ..data.cache import source_files
 
 # %% ../../nbs/records/00_record.ipynb #provenance
 _PACKAGES = (
@@ -71,9 +72,8 @@ def describe_inputs(
     "Hashes of everything a run consumes, and the account of its rows."
     tokenizer = data.renderer.tokenizer.backend_tokenizer.to_str()
     text_hash = lambda text: hashlib.sha256(text.encode()).hexdigest()
-    files = [{
-        "name": s.name, "file": str(s.file or s.hub), "sha256": sha256(s.file) if s.file else "",
-        "private": s.private} for s in data.sources]
+    files = [{"name": s.name, "place": s.place, "sha256": source_files(s), "revision": s.revision or "",
+        "licence": s.licence, "private": s.private} for s in data.sources]
     return {
         "data": files, "rows": [a.as_dict() for a in data.accounts],
         "template_sha256": text_hash(data.renderer.jinja), "tokenizer_sha256": text_hash(tokenizer),
@@ -197,7 +197,8 @@ def verdict(
 )->list[dict]:     # what, target, measured, met
     "A computed table: did the loss fall, did validation improve, were rows lost, do answers end?"
     rows = metrics.get("rows", [])
-    read, kept = sum(r["read"] for r in rows), sum(r["kept"] for r in rows)
+    read = sum(r["read"] for r in rows)
+    kept = read - sum(sum(r["rejected"].values()) for r in rows)
     first, last = metrics.get("loss_first"), metrics.get("loss_last")
     table = []
     def add(what, target, measured, met):

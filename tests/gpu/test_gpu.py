@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from medllm.train.arguments import parse
-from medllm.train.sft import prepare_data, read_history, train
+from medllm.train.inputs import prepare_data
+from medllm.train.sft import read_history, train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -49,3 +50,31 @@ def test_head_loss_equals_full_logits():
     assert abs(got/want - 1) < 5e-3
     a, b = (torch.autograd.grad(loss, h)[0].float() for loss in (got, want))
     assert (a - b).norm() < 0.02*b.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("window", [None, 40])
+def test_packed_attention_kernels_agree(dtype, window):
+    "The kernel for all lengths (half precision) or a call for each length (float32), against float64."
+    from medllm.models.documents import Documents, attend_each, pick_kernel
+    documents, (q, k, v) = Documents((0, 200, 264, 328, 400, 401)), (
+        torch.randn(1, heads, 401, 64, device="cuda", dtype=dtype, requires_grad=True) for heads in (8, 2, 2))
+    kernel = pick_kernel(q, v, 0.0)
+    assert (kernel is not None) == (dtype != torch.float32)
+    got = attend_each(q, k, v, documents, window) if kernel is None else kernel(
+        *(x[0].transpose(0, 1) for x in (q, k, v)), documents, window, None, 0.0)[None]
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    want, up = attend_each(*exact, documents, window), torch.randn_like(got)
+    far = lambda a, b: ((a.double() - b).norm()/b.norm()).item()
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    assert far(got, want) < tolerance
+    for a, b in zip(torch.autograd.grad(got, (q, k, v), up), torch.autograd.grad(want, exact, up.double())):
+        assert far(a, b) < tolerance
+
+
+@pytest.mark.parametrize("flags", [
+    dict(finetuning_type="full"), dict(finetuning_type="full", bf16=True),
+    dict(finetuning_type="lora", quantization_bit=4, bf16=True, gradient_checkpointing=True)], ids=str)
+def test_packing_learns(flags, tmp_path):
+    losses = curve(tmp_path, packing=True, cutoff_len=512, per_device_train_batch_size=2, max_samples=200, **flags)
+    assert losses[-1] < losses[0]

@@ -1,0 +1,317 @@
+"""Data from outside: every real file, every broken one, and what holds for any bytes and any lengths."""
+import contextlib
+import gzip
+import hashlib
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medllm.cli import main
+from medllm.core import UserError
+from medllm.data.accounts import OnBad, load_examples
+from medllm.data.formats import REASONS, Example, Turn
+from medllm.data.json_reader import Bad
+from medllm.data.readers import read_file
+from medllm.data.registry import find_sources
+from medllm.data.rows import tokenise
+from medllm.data.tokens import Renderer
+
+# name -> (file, registry entry, stage, rows in the file)
+REAL = {
+    "medquad": ("medquad/medquad_all.jsonl.gz", {"columns": {"prompt": "question", "response": "answer"}}, "sft", 47441),
+    "chatdoctor": ("chatdoctor/chatdoctor5k.json", {}, "sft", 5452),
+    "diseases": ("chatdoctor/format_dataset.csv", {"columns": {"prompt": "Symptom", "response": "reason"}}, "sft", 796),
+    "disease_mini": ("chatdoctor/disease_database_mini.csv",
+        {"columns": {"prompt": "Symptom", "response": "Medications"}}, "sft", 100),
+    "disease_symptom": ("chatdoctor/disease_symptom.csv", {"columns": {"prompt": "Symptom", "response": "disease"}}, "sft", 12),
+    "medicalgpt": ("medicalgpt/medical_sft_1K_format.jsonl", {"formatting": "sharegpt"}, "sft", 1000),
+    "dpo": ("medicalgpt/dpo_zh_500.jsonl", {"formatting": "sharegpt", "ranking": True}, "dpo", 500),
+    "corpus": ("medicalgpt/medical_corpus.txt", {"columns": {"prompt": "问", "response": "答"}}, "sft", 87),
+    "sample": ("medicalgpt/sample.jsonl", {"columns": {"prompt": "question", "response": "answer"}}, "sft", 32),
+    "nurse": ("medicalgpt/seed_nurse_role.jsonl", {"columns": {"text": "system_prompt"}}, "pt", 66),
+    "pubmedqa": ("pubmedqa/ori_pqal.json", {"columns": {"prompt": "QUESTION", "response": "LONG_ANSWER"}}, "sft", 1000),
+    "pubmedqa_keys": ("pubmedqa/test_ground_truth.json", {"columns": {"prompt": "id", "response": "value"}}, "sft", 500),
+    "medqa": ("mirage_mcq/medqa_us_4opt_test.jsonl", {"columns": {"prompt": "question", "response": "answer"}}, "sft", 1273),
+    "medqa_input": ("medxpert_mcq/medqa_input.jsonl", {"columns": {"prompt": "question", "response": "label"}}, "sft", 1273),
+    "medxpert": ("medxpert_mcq/medxpertqa_sampled_text_input.jsonl",
+        {"columns": {"prompt": "question", "answer": "label"}}, "grpo", 244),
+    "safety": ("medsafetybench/train",
+        {"columns": {"prompt": "harmful_medical_request", "response": "safe_response"}}, "sft", 900),
+    "huatuo": ("huatuo_llama/llama_data.json", {}, "sft", 8658),
+    "huatuo_infer": ("huatuo_llama/infer.json", {}, "sft", 5),
+    "huatuo_questions": ("huatuo_llama/question.json", {"columns": {"prompt": "question"}}, "ppo", 200),
+    "huatuo26m": ("zhongjing/huatuo26M_test.json", {}, "sft", 6000),
+    "toyhom": ("toyhom_cmd/IM_neike.txt", {}, "pt", 8096),               # 16,192 lines, every second one blank
+    "mts": ("mts_dialog/MTS-Dialog-TrainingSet.csv",
+        {"columns": {"prompt": "dialogue", "response": "section_text"}}, "sft", 1201),
+    "mts_val": ("mts_dialog/MTS-Dialog-ValidationSet.csv",
+        {"columns": {"prompt": "dialogue", "response": "section_text"}, "eval_only": True}, "sft", 100),
+    "aci": ("aci_bench/train.csv", {"columns": {"prompt": "dialogue", "response": "note"}}, "sft", 67),
+    "meqsum": ("meqsum/MeQSum_ACL2019_BenAbacha_Demner-Fushman.xlsx",
+        {"columns": {"prompt": "CHQ", "response": "Summary"}}, "sft", 1000),
+    "presidio": ("presidio_research/generated_small.json", {"columns": {"text": "full_text"}}, "pt", 100),
+    "templates": ("presidio_research/templates.txt", {}, "pt", 210),
+    "apollo": ("apollo_multi/dev.json",
+        {"columns": {"prompt": "question", "query": "options", "response": "answer"}}, "sft", 1114),
+    "cmb": ("cmb_answers/CMB-test-choice-answer.json",
+        {"columns": {"prompt": "exam_subject", "response": "answer"}}, "sft", 11200),
+    "disc": ("disc_medllm/gpt-4_cmd.json", {"formatting": "sharegpt", "columns": {"messages": "conversation"}, "tags": {
+        "role_tag": "role", "content_tag": "content", "user_tag": "patient", "assistant_tag": "doctor"}}, "sft", 121),
+    "disc_test": ("disc_medllm/test_examples.jsonl",
+        {"formatting": "openai", "columns": {"messages": "conversation"}}, "sft", 163),
+    "nhs": ("opengpt_nhs/original_data.csv", {}, "pt", 10),
+    "nhs_generated": ("opengpt_nhs/raw_generated_data_for_example_project.csv",
+        {"columns": {"prompt": "context", "response": "raw_output"}}, "sft", 70),
+}
+# rows rejected, by reason; all other rows are kept
+REJECTED = {"medquad": {"empty_answer": 31034}, "disc_test": {"wrong_order": 3}}      # these end with a question
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory):
+    "A folder with a registry file over copies of nothing: links would leave it, so files are hard-linked or copied."
+    folder, there = tmp_path_factory.mktemp("registry"), {}
+    shared = Path(__file__).resolve().parent.parent.parent/"shared/data"
+    if not shared.is_dir(): pytest.skip("needs data in the folder shared/ beside the project")
+    for name, (file, entry, _, _) in REAL.items():
+        place = folder/file
+        for source in ([shared/file] if (shared/file).is_file() else sorted((shared/file).rglob("*.csv"))):
+            copy = folder/source.relative_to(shared)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            if not copy.exists(): copy.write_bytes(source.read_bytes())
+        there[name] = entry | {"file_name": str(place.relative_to(folder))}
+    (folder/"dataset_info.json").write_text(json.dumps(there, ensure_ascii=False))
+    return folder
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_every_real_file_loads(name, registry):
+    _, _, stage, count = REAL[name]
+    examples, account = load_examples(find_sources(name, str(registry))[0], stage)
+    assert account.read == count == account.kept + account.truncated.total() + account.rejected.total()
+    assert dict(account.rejected) == REJECTED.get(name, {}), account
+    assert len(examples) == account.examples and set(account.rejected) <= set(REASONS)
+
+
+def test_real_rows_are_accounted_for_as_tokens(registry, tiny):
+    "Long dialogues at a short cutoff: some kept, some shortened, some rejected, none lost."
+    examples, account = load_examples(find_sources("mts", str(registry))[0], "sft")
+    rows = tokenise(examples, Renderer(tiny, "chatml"), 300, account)
+    assert account.truncated["prompt"] > 100 and account.rejected["longer_than_cutoff"] > 50
+    assert account.kept + account.truncated.total() + account.rejected.total() == account.read == 1201
+    assert len(rows) == account.used and rows.lengths.max() <= 300
+
+
+@pytest.fixture(scope="module")
+def chatml(tiny): return Renderer(tiny, "chatml")
+
+
+GOOD = '{"instruction": "Fever?", "output": "Rest."}'
+LINES = f"{GOOD}\n{GOOD}\n"
+def word(i): return "".join(chr(97 + i//26**k % 26) for k in range(5))
+
+# id -> (file name, bytes, rows read or words of the error)
+BROKEN = {
+    "D1 byte-order mark": ("r.jsonl", b"\xef\xbb\xbf" + LINES.encode(), 2),
+    "D2 CRLF": ("r.jsonl", LINES.replace("\n", "\r\n").encode(), 2),
+    "D3 CR": ("r.jsonl", LINES.replace("\n", "\r").encode(), 2),
+    "D4 UTF-16": ("r.jsonl", LINES.encode("utf-16"), 2),
+    "D5 latin-1": ("r.jsonl", LINES.replace("Rest", "Rét").encode("latin-1"), "line 1, byte 38: the byte is not UTF-8"),
+    "D6 GBK": ("r.jsonl", '{"instruction": "高血压患者能吃党参吗", "output": "可以口服"}\n'.encode("gbk"), 1),
+    "D7 truncated last line": ("r.jsonl", (LINES + GOOD[:20]).encode(), "line 3, byte"),
+    "D8 truncated array": ("r.json", f"[{GOOD},\n{GOOD},\n".encode(), "line 3, byte 93: not valid JSON"),
+    "D9 garbage mid-file": ("r.jsonl", f"{GOOD}\n<<<\n{GOOD}\n".encode(), "line 2, byte 45: not valid JSON"),
+    "D10 duplicate keys": ("r.jsonl", f'{GOOD}\n{{"output": "a", "output": "b"}}\n'.encode(), "the same key twice"),
+    "D11 blank lines": ("r.jsonl", f"\n\n{GOOD}\n\n{GOOD}\n\n".encode(), 2),
+    "D12 two objects a line": ("r.jsonl", f"{GOOD} {GOOD}\n{GOOD}\n".encode(), "more than one value on the line"),
+    "D12 two objects on the only line": ("r.json", f"{GOOD} {GOOD}\n".encode(), 2),
+    "D13 null": ("r.jsonl", (LINES + '{"instruction": "a", "output": null}').encode(), 3),
+    "D13 missing": ("r.jsonl", (LINES + '{"instruction": "a"}').encode(), "line 3: no column 'output'"),
+    "D13 number": ("r.jsonl", (LINES + '{"instruction": "a", "output": 42}').encode(), "must be text, not int"),
+    "D13 list": ("r.jsonl", (LINES + '{"instruction": "a", "output": ["x", 2]}').encode(), "holds pairs|must be"),
+    "D13 bool": ("r.jsonl", (LINES + '{"instruction": "a", "output": true}').encode(), "must be text, not bool"),
+    "D13 NaN": ("r.jsonl", (LINES + '{"instruction": "a", "output": NaN}').encode(), "NaN is not JSON"),
+    "D14 depth": ("r.jsonl", (LINES + '{"a": ' + "["*2000 + "]"*2000 + "}").encode(), "nested too deep"),
+    "D14 NUL": ("r.jsonl", (LINES + '{"instruction": "a\\u0000", "output": "b"}').encode(), "NUL"),
+    "D14 half a surrogate": ("r.jsonl", (LINES + '{"instruction": "\\ud83d", "output": "b"}').encode(), "surrogate"),
+    "D14 a million columns": ("r.jsonl", ("{" + ", ".join(f'"{word(i)}": 0' for i in range(10**6)) + "}").encode(),
+        "no column 'instruction' .* more"),
+    "D14 a row of 40 MB": ("r.jsonl", f'{GOOD}\n{{"instruction": "{"x"*40_000_000}", "output": "y"}}\n'.encode(),
+        "longer than 16 MiB"),
+    "D14 a bomb": ("r.jsonl.gz", gzip.compress(b'{"a": "' + b"x"*200_000_000), "longer than 16 MiB"),
+    "D18 empty": ("r.jsonl", b"", "is empty"),
+    "D18 blank": ("r.json", b" \n ", "is empty"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_broken_file_is_named_or_whole(what, tmp_path):
+    "Accepted with every row, or one sentence with file, line and byte; never a part of it."
+    import re
+    name, data, expected = BROKEN[what]
+    (tmp_path/name).write_bytes(data)
+    source, = find_sources(str(tmp_path/name))
+    if isinstance(expected, int):
+        _, account = load_examples(source)
+        assert account.read == expected == account.kept + account.rejected.total()
+    else:
+        with pytest.raises(UserError) as raised: load_examples(source, "sft")
+        assert re.search(expected, str(raised.value)) and name in str(raised.value), raised.value
+        assert len(str(raised.value)) < 500
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2**20*(2 if "million" in what else 1.5)
+
+
+def test_types_are_kept(tmp_path):
+    "D13: what looks like a date stays text, a long number stays exact."
+    (tmp_path/"r.jsonl").write_text('{"instruction": "When?", "output": "2021-02-03", "id": 12345678901234567890123}\n')
+    row, = read_file(tmp_path/"r.jsonl")
+    assert row.data["id"] == 12345678901234567890123
+    assert load_examples(find_sources(str(tmp_path/"r.jsonl"))[0])[0][0].turns[1].text == "2021-02-03"
+
+
+def conversation(*roles):
+    return json.dumps({"conversations": [{"from": r, "value": f"{r} {i}"} for i, r in enumerate(roles)]})
+
+
+def test_wrong_turns_are_counted(tmp_path):
+    "D15: only a system text, two questions, odd roles, nothing asked: each counted by its reason."
+    file = tmp_path/"talks.jsonl"
+    file.write_text("\n".join([conversation("human", "gpt"), conversation("system"), conversation("human", "human", "gpt"),
+        conversation("gpt", "human"), conversation("human"), conversation()]))
+    (tmp_path/"dataset_info.json").write_text(json.dumps({"t": {"file_name": "talks.jsonl", "formatting": "sharegpt"}}))
+    _, account = load_examples(find_sources("t", str(tmp_path))[0], "sft")
+    assert (account.kept, dict(account.rejected)) == (1, {"empty_prompt": 2, "wrong_order": 3})
+
+
+def test_long_rows_keep_their_label(tmp_path, tiny):
+    "D15: a question or an answer as long as the cutoff; no row without a trained token."
+    words = "fever and cough "*200
+    rows = [(words, "Rest."), ("Fever?", words), (words, words), ("Fever?", "Rest.")]
+    examples = [Example((Turn("user", q), Turn("assistant", a)), where=f"f, line {i}") for i, (q, a) in enumerate(rows)]
+    for overlong, used in (("truncate_prompt", 2), ("reject", 1), ("truncate_answer", 4)):
+        from medllm.data.accounts import Account
+        account = Account("x", read=4)
+        kept = tokenise(examples, Renderer(tiny, "chatml"), 128, account, overlong)
+        assert len(kept) == used == account.used
+        assert all((kept[i]["labels"][1:] != -100).any() for i in range(len(kept)))
+
+
+PLACES = {"../r.jsonl": "leaves the folder", "/etc/hostname": "leaves the folder", "link.jsonl": "leaves the folder",
+    "pipe.jsonl": "does not exist", "file:///etc/hostname": "use cloud_file_name", "http://x.org/r.jsonl": "use cloud_file_name"}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_registry_reads_its_own_folder_only(place, tmp_path):
+    "D17."
+    (tmp_path/"link.jsonl").symlink_to("/etc/hostname")
+    os.mkfifo(tmp_path/"pipe.jsonl")
+    (tmp_path/"dataset_info.json").write_text(json.dumps({"x": {"file_name": place}}))
+    with pytest.raises(UserError, match=PLACES[place]): find_sources("x", str(tmp_path))
+
+
+def test_a_promised_hash_is_held(tmp_path):
+    "D17: a mismatch names both hashes."
+    (tmp_path/"r.jsonl").write_text(LINES)
+    right = hashlib.sha256(LINES.encode()).hexdigest()
+    entry = {"file_name": "r.jsonl", "file_sha256": "0"*64}
+    (tmp_path/"dataset_info.json").write_text(json.dumps({"x": entry}))
+    with pytest.raises(UserError) as raised: find_sources("x", str(tmp_path))
+    assert right in str(raised.value) and "0"*64 in str(raised.value)
+
+
+@pytest.mark.parametrize("what", ["all rejected", "empty", "mixed"])
+def test_nothing_to_train_on_is_one_sentence(what, tmp_path, capfd):
+    "D18."
+    (tmp_path/"set").mkdir()
+    (tmp_path/"set/a.jsonl").write_text({"empty": ""}.get(what, '{"instruction": "a", "output": ""}\n'))
+    if what == "mixed": (tmp_path/"set/b.csv").write_text("instruction,output\na,b\n")
+    assert main(["train", f"dataset={tmp_path}/set", f"output_dir={tmp_path}/out"]) == 2
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and {"all rejected": "no row is left", "empty": "is empty", "mixed": "mixes"}[what] in errors[0]
+
+
+def test_a_shared_question_is_said(tmp_path, capfd):
+    "D19."
+    from medllm.train.arguments import parse
+    from medllm.train.inputs import prepare_data
+    (tmp_path/"a.jsonl").write_text(LINES + '{"instruction": "Cough?", "output": "Drink."}\n')
+    (tmp_path/"b.jsonl").write_text('{"instruction": "COUGH?", "output": "Wait."}\n{"instruction": "Pain?", "output": "Rest."}\n')
+    data = prepare_data(parse({"dataset": f"{tmp_path}/a.jsonl", "eval_dataset": f"{tmp_path}/b.jsonl"}))
+    assert list(data.findings.values()) == [1] and "1 of 2 validation rows" in capfd.readouterr().err
+
+
+def test_skipped_rows_are_listed(tmp_path, capfd):
+    "on_bad skip: the run goes on, rejects.jsonl names file, line and reason, and no text."
+    rows = [json.dumps({"instruction": f"Question {i}?", "output": f"Answer {i}."}) for i in range(40)]
+    (tmp_path/"r.jsonl").write_text("\n".join([*rows, "{", '{"instruction": "SECRET", "output": 7}']))
+    words = [f"dataset={tmp_path}/r.jsonl", f"output_dir={tmp_path}/out", "max_steps=1", "on_bad=skip"]
+    assert main(["train", *words]) == 2 and "2 of 42 rows are defective" in capfd.readouterr().err
+    assert main(["train", *words, "max_bad=0.1"]) == 0
+    lines = [json.loads(line) for line in (tmp_path/"out/rejects.jsonl").read_text().splitlines()]
+    assert [(r["line"], r["reason"]) for r in lines] == [(41, "broken_json"), (42, "wrong_type")]
+    assert "SECRET" not in (tmp_path/"out/rejects.jsonl").read_text()
+
+
+@settings(max_examples=1000, deadline=None)
+@given(st.one_of(st.binary(max_size=400), st.text(max_size=200).map(str.encode), st.lists(st.sampled_from(
+    [b'{"instruction": "a", "output": "b"}', b"\n", b"\r", b"[", b"]", b",", b'"', b"{", b"}", b"\xff", b"\x00", b'"a": 1',
+     "高".encode(), b"1e999", b"\\ud800", b"\xef\xbb\xbf", b"\xff\xfe"]), max_size=14).map(b"".join)),
+    st.sampled_from([".json", ".jsonl", ".csv", ".tsv", ".txt", ".jsonl.gz"]))
+def test_any_bytes_give_rows_or_one_error(tmp_path_factory, data, suffix):
+    "P5: rows, `Bad`s, or a UserError; nothing else, and no hang."
+    file = tmp_path_factory.getbasetemp()/f"any{suffix}"
+    file.write_bytes(gzip.compress(data) if suffix.endswith("gz") else data)
+    start = time.perf_counter()
+    with contextlib.suppress(UserError):
+        for row in read_file(file): assert isinstance(row, Bad) or all(isinstance(k, str) for k in row.data)
+    assert time.perf_counter() - start < 2
+
+
+values = st.one_of(st.none(), st.text(max_size=20), st.integers(), st.booleans(), st.lists(st.text(max_size=5), max_size=3))
+talks = st.lists(st.tuples(st.sampled_from(["human", "gpt", "system", "observation"]), st.text(max_size=5)), max_size=5)
+rows = st.one_of(
+    st.fixed_dictionaries({"instruction": values}, optional={"output": values, "input": values, "history": values}),
+    talks.map(lambda t: {"conversations": [{"from": r, "value": v} for r, v in t]}))
+
+
+@settings(max_examples=1000, deadline=None)
+@given(st.lists(rows, min_size=1, max_size=8))
+def test_every_row_has_one_fate(tmp_path_factory, chatml, some):
+    "P4: rows read = kept + truncated + rejected, each reason from the closed list."
+    file = tmp_path_factory.getbasetemp()/"fates.jsonl"
+    file.write_text("\n".join(json.dumps(r) for r in some))
+    examples, account = load_examples(find_sources(str(file))[0], on_bad=OnBad("skip", 100))
+    answers = [e for e in examples if e.turns[-1].role == "assistant" and e.worse is None]
+    if len(answers) == len(examples): tokenise(examples, chatml, 24, account)
+    assert account.read == len(some) == account.kept + account.truncated.total() + account.rejected.total()
+    assert account.kept >= 0 and set(account.rejected) <= set(REASONS) and len(account.rejects) == account.rejected.total()
+
+
+@settings(max_examples=1000, deadline=None)
+@given(st.lists(st.tuples(st.text("ab 高。", min_size=1, max_size=300), st.text("cd 血?", min_size=1, max_size=40)),
+    min_size=1, max_size=4), st.integers(24, 160))
+def test_truncation_keeps_the_answer(tiny, chatml, talk, cutoff):
+    "P7: what is kept at any cutoff ends with the whole answer and its EOS, both trained."
+    from medllm.data.accounts import Account
+    turns = [Turn(role, text) for q, a in talk for role, text in (("user", q.strip() or "q"), ("assistant", a.strip() or "a"))]
+    kept = tokenise([Example(tuple(turns), where="f, line 1")], chatml, cutoff, Account("x", read=1))
+    for i in range(len(kept)):
+        row = kept[i]
+        assert len(row["input_ids"]) <= cutoff
+        trained = tiny.decode(row["labels"][row["labels"] != -100])
+        assert trained.endswith(turns[-1].text + "<|im_end|>")
+
+
+def test_a_million_columns_do_not_flood_the_terminal(tmp_path):
+    "As a process, the way a user sees it; names that look like text are not shown."
+    (tmp_path/"r.csv").write_text("My mother has had a fever since Monday and coughs,no\nx,y\n")
+    done = subprocess.run([sys.executable, "-m", "medllm.train", f"dataset={tmp_path}/r.csv"], capture_output=True, text=True)
+    assert done.returncode == 2 and "Monday" not in done.stderr and "no column 'instruction'" in done.stderr
