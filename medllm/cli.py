@@ -7,6 +7,7 @@ __all__ = ['parser', 'main']
 
 # %% ../nbs/99_cli.ipynb #imports
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -48,25 +49,46 @@ def _run(args)->int:
     print(f"record: {run.folder}")
     return 0
 
+def _described(name:str, entry:dict, folder)->tuple[str, str, str]:
+    "What a registry entry comes to: its state, what is known of it, and where it is."
+    from medllm.data.registry import missing_files, parse_entry
+    try: source = parse_entry(name, entry, folder)
+    except UserError as e: return "wrong", "", str(e).partition(": ")[2]
+    state = "network" if source.hub or source.cloud else "missing" if missing_files(source) else "ready"
+    if source.script and state == "ready": state = "program"
+    kind = "pairs" if source.ranking else "kto" if source.columns.kto_tag else source.formatting
+    facts = [kind, source.language, source.licence, "private" if source.private else "public",
+        "evaluation only" if source.eval_only else ""]
+    return state, ", ".join(filter(None, facts)), source.place
+
 def _data(args)->int:
-    from medllm.data.registry import load_registry
-    for name, source in load_registry(args.dataset_dir).items():
-        there = "hub" if source.hub else "ready" if source.file.is_file() else "missing"
-        print(f"{name:26} {there:8} {source.hub or source.file}")
+    from medllm.data.registry import read_registry, registry_folder
+    folder, entries = registry_folder(args.dataset_dir), read_registry(args.dataset_dir)
+    rows = [(name, *_described(name, entry, folder)) for name, entry in entries.items()]
+    wide = [max(len(row[i]) for row in rows) for i in range(3)] if rows else [0]*3
+    for name, state, facts, place in rows: print(f"{name:{wide[0]}}  {state:{wide[1]}}  {facts:{wide[2]}}  {place}")
+    states = {"missing": "the file is not there", "network": "is fetched when it is used", "wrong": "the entry has a mistake",
+        "program": "a loading script, runs with --trust_remote_code"}
+    for state, text in states.items():
+        if any(row[1] == state for row in rows): say(f"{state}: {text}")
     return 0
 
 def _preview(args)->int:
-    from medllm.data.look import Look, length_summary
-    from medllm.train.arguments import parse
-    from medllm.train.inputs import prepare_data
-    data = prepare_data(parse({
-        "dataset": args.name, "dataset_dir": args.dataset_dir, "model_name_or_path": args.model,
-        "template": args.template, "max_samples": args.rows, "cutoff_len": args.cutoff_len}))
-    print(Look(data.train, data.renderer.tokenizer,
-        hide=data.private and not args.reveal, picked=tuple(range(args.rows))))
-    print("\n" + ", ".join(f"{k} {v}" for k, v in length_summary(data.train).items()))
-    if data.private and not args.reveal: say(
-        "letters are hidden because the dataset is private; --reveal shows them")
+    from medllm.data.accounts import OnBad
+    from medllm.data.cache import Recipe, cached_rows
+    from medllm.data.look import Look, length_bars, length_summary
+    from medllm.data.registry import find_sources
+    from medllm.data.tokens import Renderer
+    from medllm.models.loading import LoadPlan, load_tokenizer
+    source, = find_sources([args.name], args.dataset_dir)
+    renderer = Renderer(load_tokenizer(args.model, LoadPlan()), args.template)
+    recipe = Recipe("", args.cutoff_len, args.overlong, args.samples, on_bad=OnBad("skip", 10**9), streaming=True)
+    rows, account = cached_rows(source, renderer, recipe)
+    hide = source.private and not args.reveal
+    print(Look(rows, renderer.tokenizer, hide=hide, picked=tuple(range(args.rows))))
+    print(f"\n{account}\n" + ", ".join(f"{k} {v}" for k, v in length_summary(rows).items()))
+    print(length_bars(rows, args.cutoff_len))
+    if hide: say("letters are hidden because the dataset is private; --reveal shows them")
     return 0
 
 # %% ../nbs/99_cli.ipynb #parser
@@ -106,10 +128,12 @@ def _data_commands(p):
     v = inner.add_parser("preview", help="rows as the model sees them, trained tokens in green")
     v.set_defaults(function=_preview)
     v.add_argument("name", help="registered name or path")
-    v.add_argument("--template", default="auto")
+    v.add_argument("--template", default="auto", help="chat template (default the tokenizer's own)")
     v.add_argument("--model", default="tiny", help="model whose tokenizer is used (default tiny)")
-    v.add_argument("--rows", type=int, default=2)
-    v.add_argument("--cutoff_len", type=int, default=2048)
+    v.add_argument("--rows", type=int, default=2, help="rows shown (default 2)")
+    v.add_argument("--samples", type=int, default=1000, help="rows read for the lengths (default 1000)")
+    v.add_argument("--cutoff_len", type=int, default=2048, help="longest row [tokens] (default 2048)")
+    v.add_argument("--overlong", help="what happens to longer rows: truncate_prompt, reject or truncate_answer")
     v.add_argument("--reveal", action="store_true", help="show the text of a private dataset")
 
 # %% ../nbs/99_cli.ipynb #main
@@ -129,3 +153,6 @@ def main(
         say(f"error: {e}")
         return 2
     except KeyboardInterrupt: return 130
+    except BrokenPipeError:                     # the reader of the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0

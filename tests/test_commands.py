@@ -31,7 +31,7 @@ def files(tmp_path):
 MISTAKES = {
     "unknown dataset": (["dataset=mn"], "unknown dataset 'mn' (did you mean 'mm'?)"),
     "missing file": (["dataset={d}/none.json"], "none.json does not exist"),
-    "broken JSON": (["dataset={d}/broken.json"], "broken.json, line 3: not valid JSON"),
+    "broken JSON": (["dataset={d}/broken.json"], "broken.json, line 3, byte 59: not valid JSON"),
     "missing column": (["dataset={d}/column.json"], "column.json, line 1: no column 'output'"),
     "unknown template": (["dataset=mm", "template=lama2"], "unknown template 'lama2' (did you mean 'llama2'?)"),
     "template that does not fit": (["dataset=mm", "template=llama3"], "needs <|start_header_id|>"),
