@@ -25,7 +25,7 @@ def _tiny(args)->int:
 
 def _settings(args)->dict:
     "Parameters of `medllm run`: a YAML file, and -p over it."
-    from medllm.train.arguments import read_yaml
+    from medllm.yaml_file import read_yaml
     given = read_yaml(args.file) if args.file else {}
     given |= {name: value for name, value in args.parameter}
     given |= {name: value for name, value in (("runs_dir", args.runs), ("tag", args.tag)) if value is not None}
@@ -49,6 +49,7 @@ def _run(args)->int:
     print(f"record: {run.folder}")
     return 0
 
+# %% ../nbs/99_cli.ipynb #data-commands
 def _described(name:str, entry:dict, folder)->tuple[str, str, str]:
     "What a registry entry comes to: its state, what is known of it, and where it is."
     from medllm.data.registry import missing_files, parse_entry

@@ -126,6 +126,7 @@ def _found(folder:Path)->tuple[TokenRows, Account]:
         note["examples"], [tuple(r) for r in note["rejects"]])
     return open_rows(folder), account
 
+# %% ../../nbs/data/09_cache.ipynb #cached
 def _private_folder()->Path:
     "A folder that is gone when the process ends."
     folder = Path(tempfile.mkdtemp(prefix="medllm-rows-"))

@@ -164,6 +164,7 @@ def _turn(message, tags:Tags)->Turn:
         f"unknown role '{_shown([role])}'; name the roles under 'tags' in dataset_info.json (user_tag …)")
     return Turn(roles[role], _content(message, tags.content_tag))
 
+# %% ../../nbs/data/03_formats.ipynb #conversation
 _LISTS = ("conversations", "messages", "conversation")
 
 def _conversation(row:Row, source:Source, tags:Tags)->tuple[str, list[Turn]]:

@@ -287,6 +287,7 @@ def _object(w:_Window)->Iterator[Row|Bad]:
         for key, _, row in first: yield row if isinstance(row, Bad) else row._replace(data={"id": key, **row.data})
     else: yield next((row for _, _, row in first if isinstance(row, Bad)), Row(values, w.name, line, byte))
 
+# %% ../../nbs/data/01_json_reader.ipynb #json-rows
 def _stands_alone(text:str)->bool|None:
     "Whether a line is JSON of its own: True, False (a value goes on behind it), None (broken)."
     begin, length = _blank(text, 0).end(), len(text.rstrip())

@@ -160,6 +160,7 @@ def _cloud_rows(source:Source)->Iterator[Row|Bad]:
                             "check the address and the credentials") from None
         yield from read_file(file, source.encoding, name=source.cloud)
 
+# %% ../../nbs/data/02_readers.ipynb #script
 def _builder(source:Source, cache:str):
     "The dataset builder that a loading script defines."
     import importlib.util

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OLD_FLAGS', 'STAGES', 'flag', 'ModelArguments', 'DataArguments', 'FinetuningArguments', 'translate', 'known_flags',
-           'read_command', 'read_yaml', 'Arguments', 'parse', 'check_output_dir', 'preflight']
+           'read_command', 'Arguments', 'parse', 'check_output_dir', 'preflight']
 
 # %% ../../nbs/train/00_arguments.ipynb #imports
 import json
@@ -16,14 +16,13 @@ from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
 from pathlib import Path
 
-import yaml
-
 from ..core import UserError, find_path, nearest, say
 from ..data.accounts import OVERLONG, OnBad
 from ..data.registry import find_sources
 from ..data.templates import check_template_name
 from ..models.adapters import AdaptPlan, names
 from ..models.loading import LoadPlan, model_location
+from ..yaml_file import read_yaml
 
 # %% ../../nbs/train/00_arguments.ipynb #ours-model
 def flag(default, text:str):
@@ -182,57 +181,6 @@ def read_command(
         elif word.endswith((".yaml", ".yml", ".json")): given = read_yaml(word, [*known_flags(), *OLD_FLAGS]) | given
         else: raise UserError(f"'{word}' is neither a flag (--name value), a setting (name=value) nor a YAML file")
     return given
-
-# %% ../../nbs/train/00_arguments.ipynb #yaml
-_ALIASES = 16 # most aliases in a file of flags
-
-class _Loader(yaml.SafeLoader):
-    "YAML with `true` and `false` as the only truth values, unique keys and few aliases."
-    aliases = 0
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            self.aliases += 1
-            if self.aliases > _ALIASES: raise yaml.constructor.ConstructorError(
-                None, None, "too many aliases", self.peek_event().start_mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen: raise yaml.constructor.ConstructorError(
-                None, None, f"the key '{key.value}' stands twice", key.start_mark)
-            if isinstance(key, yaml.ScalarNode): seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-_BOOL = "tag:yaml.org,2002:bool"
-_Loader.yaml_implicit_resolvers = {
-    letter: [(tag, regexp) for tag, regexp in rules if tag != _BOOL]
-    for letter, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(_BOOL, re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-
-def read_yaml(
-    path:str,                # A YAML file with flags by name
-    known:Sequence[str] = (),# Names that may stand in it; none given: any
-)->dict:
-    "The flags of a YAML file. Raises `UserError` with the line for a file that is missing, broken, or no mapping."
-    file = find_path(path)
-    if not file.is_file(): raise UserError(f"the file {path} does not exist")
-    try:
-        loader = _Loader(file.read_text(encoding="utf-8-sig"))
-        node = loader.get_single_node()
-        value = loader.construct_document(node) if node else None
-    except yaml.YAMLError as e:
-        line = e.problem_mark.line + 1 if getattr(e, "problem_mark", None) else 1
-        raise UserError(
-            f"{path}, line {line}: not valid YAML ({getattr(e, 'problem', None) or 'unreadable'})") from None
-    except UnicodeDecodeError as e: raise UserError(f"{path}, byte {e.start}: not UTF-8; save the file as UTF-8") from None
-    if not isinstance(value, dict): raise UserError(f"{path} must hold lines like 'learning_rate: 1e-4'")
-    for key, _ in node.value:
-        name = str(key.value).replace("-", "_")
-        if known and name not in known: raise UserError(
-            f"{path}, line {key.start_mark.line + 1}: unknown flag {name}{nearest(name, known)}; "
-            "medllm train --help lists all")
-    return {str(k).replace("-", "_"): v for k, v in value.items() if v is not None}
 
 # %% ../../nbs/train/00_arguments.ipynb #arguments
 @dataclass
