@@ -97,6 +97,10 @@ def _check_kind(source:Source, row:Row, stage:str):
         f"dataset '{source.name}' has no pairs: --stage {stage} needs a set with \"ranking\": true")
     if want in ("answer", "document") and got == "pair": raise UserError(
         f"dataset '{source.name}' holds pairs: use it with --stage rm or dpo, not {stage}")
+    if want == "answer" and got == "document" and not source.columns.response: raise UserError(
+        f"dataset '{source.name}' is plain text: use it with --stage pt, not {stage}")
+    if want == "document" and got == "answer" and source.columns.response in row.data: raise UserError(
+        f"dataset '{source.name}' holds questions and answers: use it with --stage sft, not {stage}")
     if want == "liked" and not source.columns.kto_tag: raise UserError(
         f"dataset '{source.name}': --stage kto needs the column kto_tag under 'columns' in dataset_info.json")
 

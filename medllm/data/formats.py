@@ -236,6 +236,7 @@ def kind_of(
     listed = isinstance(data.get(c.response), list) and len(data[c.response]) > 1
     if source.ranking or (not source.formatting and (listed or {c.chosen, c.rejected} <= data.keys())): return "pair"
     if c.kto_tag: return "liked"
+    if not c.response and source.formatting in ("", "alpaca"): return "document"
     questions = {c.prompt, c.messages, *_LISTS}
     return "document" if c.text in data and not questions & data.keys() else "answer"
 
@@ -266,6 +267,7 @@ def _document(row:Row, source:Source)->Example:
     text = row.data[column]
     return Example((Turn("document", text if isinstance(text, str) else text[0]),))
 
+# %% ../../nbs/data/03_formats.ipynb #to-examples
 def _with_answers(row:Row, source:Source, kind:str, tags:Tags, all_pairs:bool)->list[Example]:
     "Examples of a row with a conversation."
     c, read = source.columns, source.formatting

@@ -68,6 +68,9 @@ class DataArguments:
     val_size:float = flag(0.0, "Rows held out for validation: a share below 1, or a number of rows")
     ranked_pairs:str = flag("all", "Pairs from a list of ranked answers: all, or first (the best two)")
     mask_history:bool = flag(False, "Train the last answer of a conversation only")
+    thinking:str = flag("keep", "Thinking in answers: keep (trained where the template writes it) or drop")
+    enable_thinking:bool|None = flag(
+        None, "Given to templates that think (qwen3 …); default leaves the data as it is")
     train_on_prompt:bool = flag(False, "Count prompt tokens in the loss")
     group_by_length:bool = flag(True, "Put rows of similar length into a batch; saves padding")
     packing:bool = flag(False, "Pack whole rows to cutoff_len tokens, each kept apart from the others in attention; "
@@ -295,6 +298,7 @@ def _check_together(args:Arguments):
         "--eval_strategy needs --val_size or --eval_dataset")
     refuse(d.ranked_pairs not in ("all", "first"), f"--ranked_pairs {d.ranked_pairs}: must be all or first")
     refuse(d.overlong not in (None, *OVERLONG), f"--overlong {d.overlong}: must be {', '.join(OVERLONG)}")
+    refuse(d.thinking not in ("keep", "drop"), f"--thinking {d.thinking}: must be keep or drop")
     OnBad(d.on_bad, d.max_bad)
     d.probabilities()
     args.load_plan()

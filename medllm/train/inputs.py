@@ -42,7 +42,8 @@ def load_renderer(
     "The tokenizer of the run's model with the run's template."
     d = args.data
     tokenizer = load_tokenizer(args.model.model_name_or_path, args.load_plan())
-    return Renderer(tokenizer, d.template, d.default_system or "", d.mask_history, d.train_on_prompt)
+    return Renderer(tokenizer, d.template, d.default_system or "", d.mask_history, d.train_on_prompt,
+        enable_thinking=d.enable_thinking, thinking=d.thinking)
 
 # %% ../../nbs/train/01_inputs.ipynb #load
 def _recipe(args:Arguments)->Recipe:
