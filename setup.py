@@ -24,7 +24,8 @@ setup(
     package_dir={"medllm.runs": "nbs/runs", "medllm.samples": "data"},
     package_data={"medllm.runs": ["*.ipynb"], "medllm.samples": ["*.json", "*.txt"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require={
+        "dev": cfg["dev_requirements"].split(), "presidio": cfg["presidio_requirements"].split()},
     entry_points={"console_scripts": cfg["console_scripts"].split(),
                   "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
     zip_safe=False,

@@ -43,11 +43,12 @@ def _run(args)->int:
         say(f"{run.state['status']}: {run.state['reason']}\nrecord: {run.folder}")
         return 1
     m = run.state["metrics"]
+    if "passed" in m: print(f"the data {'passed' if m['passed'] else 'did not pass'}: {run.folder/'card.md'}")
     if m.get("loss_first"): print(
         f"loss {m['loss_first']:.3f} -> {m['loss_last']:.3f} ({m['loss_last']/m['loss_first'] - 1:+.0%}) "
         f"in {m['steps']} steps, {m['train_runtime']:.0f} s of training, {run.state['duration_s']:.0f} s in all")
     print(f"record: {run.folder}")
-    return 0
+    return 0 if m.get("passed", True) else 1
 
 # %% ../nbs/99_cli.ipynb #data-commands
 def _described(name:str, entry:dict, folder)->tuple[str, str, str]:
@@ -92,6 +93,40 @@ def _preview(args)->int:
     if hide: say("letters are hidden because the dataset is private; --reveal shows them")
     return 0
 
+# %% ../nbs/99_cli.ipynb #gate
+def _check(args)->int:
+    from medllm.data.card import card_text, thresholds_text, write_card
+    from medllm.data.check import DataRun, check
+    if args.show_thresholds:
+        print(thresholds_text())
+        return 0
+    if not args.names: raise UserError("no dataset named; see medllm data check --help")
+    card, _ = check(DataRun(",".join(args.names), ",".join(args.validation) or None, ",".join(args.against) or None,
+        args.columns, args.dataset_dir, args.thresholds, not args.no_near, presidio=args.presidio,
+        max_samples=args.max_samples, processes=args.processes))
+    print(card_text(card))
+    say(f"checked in {card['seconds']} s")
+    if args.output: print(f"card: {write_card(card, args.output).parent}")
+    return 0 if card["verdict"] == "passed" else 1
+
+def _check_command(inner):
+    "medllm data check NAME…"
+    p = inner.add_parser("check", help="the gate: faults, duplicates, contamination, personal data; exit code 1 when a "
+        "limit is broken")
+    p.set_defaults(function=_check)
+    p.add_argument("names", nargs="*", metavar="NAME", help="registered names or paths, checked together")
+    p.add_argument("--against", nargs="+", default=[], metavar="EVALSET", help="benchmarks to look for in the data")
+    p.add_argument("--columns", default="", help="columns of a benchmark item's text, with commas (default guesses)")
+    p.add_argument("--validation", nargs="+", default=[], metavar="NAME", help="datasets that training is judged by")
+    p.add_argument("--thresholds", metavar="FILE", help="YAML file with the most that is allowed")
+    p.add_argument("--show-thresholds", action="store_true", help="print the built-in thresholds, ready for a file")
+    p.add_argument("--output", metavar="DIR", help="write card.json and card.md there")
+    p.add_argument("--no-near", action="store_true", help="leave near-duplicates out")
+    p.add_argument("--presidio", default="", metavar="LANGUAGE", help="add Presidio's patterns (extra presidio)")
+    p.add_argument("--max_samples", type=int, help="only the first rows of each dataset")
+    p.add_argument("--processes", type=int, default=0, help="processes for long datasets (default one a core)")
+    p.add_argument("--dataset_dir", default="data", help="folder with dataset_info.json (default data)")
+
 # %% ../nbs/99_cli.ipynb #parser
 class _Parser(argparse.ArgumentParser):
     def error(self, message): raise UserError(f"{message}; see {self.prog} --help")
@@ -118,13 +153,14 @@ def parser()->argparse.ArgumentParser:
         help="show the notebook's parameters with defaults and meaning")
     p = command("tiny", _tiny, "Write the small random model that tests and demos use")
     p.add_argument("folder", help="new folder")
-    _data_commands(command("data", _data, "List the registered datasets, or look at one"))
+    _data_commands(command("data", _data, "List the registered datasets, look at one, or check one"))
     return top
 
 def _data_commands(p):
-    "medllm data [preview NAME]."
+    "medllm data [preview NAME | check NAME…]."
     p.add_argument("--dataset_dir", default="data", help="folder with dataset_info.json (default data)")
-    inner = p.add_subparsers(metavar="list | preview")
+    inner = p.add_subparsers(metavar="list | preview | check")
+    _check_command(inner)
     inner.add_parser("list", help="registered datasets and whether they are there")
     v = inner.add_parser("preview", help="rows as the model sees them, trained tokens in green")
     v.set_defaults(function=_preview)

@@ -43,6 +43,7 @@ _Loader.add_implicit_resolver(_BOOL, re.compile("^(?:true|True|TRUE|false|False|
 def read_yaml(
     path:str,                # A YAML file with values by name
     known:Sequence[str] = (),# Names that may stand in it; none given: any
+    nulls:bool = False,      # Keep names whose value is null
 )->dict:
     "The values of a YAML file. Raises `UserError` with the line for a file that is missing, broken, or no mapping."
     file = find_path(path)
@@ -62,4 +63,4 @@ def read_yaml(
         name = str(key.value).replace("-", "_")
         if known and name not in known: raise UserError(
             f"{path}, line {key.start_mark.line + 1}: unknown name {name}{nearest(name, known)}")
-    return {str(k).replace("-", "_"): v for k, v in value.items() if v is not None}
+    return {str(k).replace("-", "_"): v for k, v in value.items() if nulls or v is not None}

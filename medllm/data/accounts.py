@@ -28,6 +28,7 @@ class Account:
     truncated:Counter = field(default_factory=Counter) # What was cut to rows
     examples:int = 0                                   # Made of the rows; ranked answers make several a row
     rejects:list = field(default_factory=list)         # (file, line, reason) of each rejected row
+    faults:Counter = field(default_factory=Counter)    # What a quick look found, see `medllm.data.gate`
 
     @property
     def kept(self)->int: return self.read - self.rejected.total() - self.truncated.total()
@@ -43,7 +44,7 @@ class Account:
     def as_dict(self)->dict:
         "The numbers, for a record."
         return {"name": self.name, "read": self.read, "kept": self.kept, "truncated": dict(self.truncated),
-            "rejected": dict(self.rejected), "examples": self.examples}
+            "rejected": dict(self.rejected), "examples": self.examples, "faults": {k: n for k, n in self.faults.items() if n}}
 
     def __str__(self):
         parts = [f"{self.name}: {self.read} rows read, {self.kept} kept"]

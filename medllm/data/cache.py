@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -71,13 +71,14 @@ def cache_key(
     renderer:Renderer, # Template and tokenizer
     recipe:Recipe,     # The rest
     files:dict,        # From `source_files`
+    watch:Callable|None = None, # What looks at the examples on the way
 )->str:                # 32 hex digits
     "The name of rows in the cache."
     read = {k: str(v) for k, v in vars(source).items() if k in (
         "columns", "mapped", "tags", "formatting", "ranking", "encoding", "group", "subset", "split")}
     read["mapped"] = sorted(source.mapped)
     whole = {"files": files, "read": read, "recipe": asdict(recipe),
-        "renderer": renderer_hash(renderer), "code": code_hash()}
+        "renderer": renderer_hash(renderer), "code": code_hash(), "watch": getattr(watch, "__name__", "")}
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:32]
 
 # %% ../../nbs/data/10_cache.ipynb #store
@@ -99,7 +100,7 @@ def _expire(cache:Path):
         shutil.rmtree(note.parent, ignore_errors=True)
         Path(f"{note.parent}.lock").unlink(missing_ok=True)
 
-def _watched(examples:Iterable[Example], account:Account)->Iterator[Example]:
+def _counted(examples:Iterable[Example], account:Account)->Iterator[Example]:
     "The same examples, with a count drawn in a terminal."
     show, last = is_first_process() and sys.stderr.isatty(), 0.0
     for example in examples:
@@ -109,12 +110,13 @@ def _watched(examples:Iterable[Example], account:Account)->Iterator[Example]:
         yield example
     if show and last: print("\r\033[K", end="", file=sys.stderr, flush=True)
 
-def _make(source:Source, renderer:Renderer, recipe:Recipe, folder:Path)->Account:
+def _make(source:Source, renderer:Renderer, recipe:Recipe, folder:Path, watch:Callable|None)->Account:
     "Tokenise a dataset into a folder."
     account, r = Account(source.name), recipe
     examples = stream_examples(
         source, account, r.stage, r.on_bad, r.max_samples, r.all_pairs, r.trust_remote_code, r.streaming)
-    tokenise(_watched(examples, account), renderer, r.cutoff_len, account, r.overlong, RowWriter(folder))
+    if watch: examples = watch(examples, account)
+    tokenise(_counted(examples, account), renderer, r.cutoff_len, account, r.overlong, RowWriter(folder))
     write_json(folder/"account.json", vars(account))
     return account
 
@@ -122,7 +124,7 @@ def _found(folder:Path)->tuple[TokenRows, Account]:
     "Rows and account of a finished folder."
     note = json.loads((folder/"account.json").read_text(encoding="utf-8"))
     account = Account(note["name"], note["read"], Counter(note["rejected"]), Counter(note["truncated"]),
-        note["examples"], [tuple(r) for r in note["rejects"]])
+        note["examples"], [tuple(r) for r in note["rejects"]], Counter(note["faults"]))
     return open_rows(folder), account
 
 # %% ../../nbs/data/10_cache.ipynb #cached
@@ -138,22 +140,23 @@ def cached_rows(
     recipe:Recipe = Recipe(),   # How rows are made
     folder:str|Path|None = None,# Folder of the cache; None: the user's
     anew:bool = False,          # Make rows even when they are there
+    watch:Callable|None = None, # Sees the examples stream by (and the account); what it counts is kept
 )->tuple[TokenRows, Account]:
     "The rows of a dataset and the account of its rows, from the cache or made now."
     files = source_files(source)
     if not files:
         place = _private_folder()
-        account = _make(source, renderer, recipe, place)
+        account = _make(source, renderer, recipe, place, watch)
         return open_rows(place), account
     cache = cache_folder(folder)
-    place = cache/cache_key(source, renderer, recipe, files)
+    place = cache/cache_key(source, renderer, recipe, files, watch)
     with FileLock(f"{place}.lock"):
         if anew and is_first_process(): shutil.rmtree(place, ignore_errors=True)
         if not (place/"account.json").exists():
             _expire(cache)
             part = Path(tempfile.mkdtemp(dir=cache, prefix=".part-"))
             try:
-                _make(source, renderer, recipe, part)
+                _make(source, renderer, recipe, part, watch)
                 os.replace(part, place)
             finally: shutil.rmtree(part, ignore_errors=True)
         os.utime(place/"account.json")

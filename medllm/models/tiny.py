@@ -41,7 +41,7 @@ def tiny_tokenizer():
     control = ["<pad>", "<s>", "</s>", *TEMPLATES["chatml"].control]
     backend.train_from_iterator(_sample_texts(), trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=control,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="<|im_end|>",
         model_max_length=1024, chat_template=TEMPLATES["chatml"].jinja, clean_up_tokenization_spaces=False)
 
 # %% ../../nbs/models/00_tiny.ipynb #model
@@ -60,7 +60,6 @@ def tiny_model(
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
         model = LlamaForCausalLM(config)
-    model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
     return model
 
 # %% ../../nbs/models/00_tiny.ipynb #folder
@@ -94,7 +93,7 @@ def _move(part:Path, folder:Path):
 
 def _key()->str:
     "What the tiny model is made of, as a hash."
-    parts = [str((VOCABULARY, SEED)), *(sha256(bundled("samples")/name) for name in _SAMPLES)]
+    parts = [str((VOCABULARY, SEED, "<|im_end|>")), *(sha256(bundled("samples")/name) for name in _SAMPLES)]
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
 def tiny_folder()->Path: # In MEDLLM_CACHE, or ~/.cache/medllm

@@ -17,12 +17,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..core import UserError, bundled, nearest, say
+from ..data.check import DataRun
 from .record import Run, new_folder, now
-from ..train.arguments import parse, preflight
 from ..train.runs import SftRun, run_parameters
 
 # %% ../../nbs/records/02_run.ipynb #notebook
-RUNS = {"sft": SftRun}
+RUNS = {"sft": SftRun, "data": DataRun}
 
 def find_notebook(
     name:str, # A stage, or a path to a copy of its notebook
@@ -113,7 +113,7 @@ def execute(
     stage, notebook = find_notebook(name)
     parameters = run_parameters(RUNS[stage], given)
     wanted = RUNS[stage](**parameters)
-    preflight(parse(wanted.flags()))
+    wanted.preflight()
     folder = Path(wanted.output_dir) if wanted.output_dir else new_folder(stage, wanted.runs_dir, wanted.tag)
     folder.mkdir(parents=True, exist_ok=True)
     run = Run(folder)

@@ -15,6 +15,7 @@ import numpy as np
 from ..core import UserError, say
 from ..data.accounts import Account, OnBad
 from ..data.cache import Recipe, cached_rows
+from ..data.gate import fault_lines, watched
 from ..data.mixing import check_mix, mix_order, sample_order, split_groups
 from ..data.registry import Source, find_sources
 from ..data.rows import TokenRows, join_rows
@@ -67,8 +68,9 @@ def load_rows(
     for source in sources:
         if training and source.eval_only: raise UserError(
             f"dataset '{source.name}' is for evaluation only (eval_only in dataset_info.json); take it out of --dataset")
-        rows, account = cached_rows(source, renderer, _recipe(args), args.data.tokenized_path, args.data.overwrite_cache)
-        say(str(account))
+        rows, account = cached_rows(
+            source, renderer, _recipe(args), args.data.tokenized_path, args.data.overwrite_cache, watched)
+        for line in (str(account), *fault_lines(account)): say(line)
         if source.num_samples is not None:
             rows = rows.pick(sample_order(len(rows), source.num_samples, _seed(source.name, args.training.seed)))
         several.append(rows)

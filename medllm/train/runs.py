@@ -12,7 +12,7 @@ import typing
 from dataclasses import MISSING, dataclass, field, fields
 
 from ..core import UserError, nearest
-from .arguments import DataArguments, FinetuningArguments, ModelArguments, flag
+from .arguments import DataArguments, FinetuningArguments, ModelArguments, flag, parse, preflight
 
 # %% ../../nbs/train/06_runs.ipynb #parameters
 _HELP = {
@@ -66,6 +66,10 @@ class SftRun:
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in record}
         return {name: value for name, value in own.items() if value is not None} | self.extra
 
+    def preflight(self):
+        "Find what cannot work without loading anything. Raises `UserError`."
+        preflight(parse(self.flags()))
+
 # %% ../../nbs/train/06_runs.ipynb #cell
 def _type_text(kind)->str:
     "A type as papermill reads it."
@@ -115,6 +119,9 @@ def run_parameters(
     out = {name: _convert(name, own[name], value) for name, value in given.items() if name in own}
     rest = {name: value for name, value in given.items() if name not in own}
     if not rest: return out
+    if "extra" not in own:
+        name = next(iter(rest))
+        raise UserError(f"unknown parameter '{name}'{nearest(name, own)}; --list-parameters shows them")
     from medllm.train.arguments import OLD_FLAGS, known_flags
     known = {*known_flags(), *OLD_FLAGS}
     for name in rest:
