@@ -46,6 +46,7 @@ class ModelArguments:
     dtype:str = flag(
         "auto", "Base weights: auto (bfloat16 if frozen on a GPU, else float32), float32, bfloat16 or float16")
 
+# %% ../../nbs/train/00_arguments.ipynb #ours-data
 @dataclass
 class DataArguments:
     "Which rows, and how they become tokens."
@@ -66,6 +67,7 @@ class DataArguments:
                   "(repeat the shorter) or interleave_once")
     interleave_probs:str|None = flag(None, "Probability of each dataset in an interleaved mix, comma list")
     val_size:float = flag(0.0, "Rows held out for validation: a share below 1, or a number of rows")
+    val_near:bool = flag(False, "With val_size: keep near-duplicates on one side too (reads the texts twice)")
     ranked_pairs:str = flag("all", "Pairs from a list of ranked answers: all, or first (the best two)")
     mask_history:bool = flag(False, "Train the last answer of a conversation only")
     thinking:str = flag("keep", "Thinking in answers: keep (trained where the template writes it) or drop")
