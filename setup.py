@@ -25,7 +25,7 @@ setup(
     package_data={"medllm.runs": ["*.ipynb"], "medllm.samples": ["*.json", "*.txt"]},
     install_requires=cfg["requirements"].split(),
     extras_require={
-        "dev": cfg["dev_requirements"].split(), "presidio": cfg["presidio_requirements"].split()},
+        name: cfg[f"{name}_requirements"].split() for name in ("dev", "excel", "presidio")},
     entry_points={"console_scripts": cfg["console_scripts"].split(),
                   "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
     zip_safe=False,
