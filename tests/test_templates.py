@@ -397,8 +397,8 @@ def test_documents_begin_as_the_tokenizer_begins_a_text(add_bos):
         "<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
     text = "Asthma is <|im_end|> common."
     ids, trained = Renderer(tokenizer, "chatml").encode([Example((Turn("document", text),))])[0]
-    assert trained.all() and tokenizer.decode(ids) == "<s>"*add_bos + text + "</s>"
-    assert (ids == tokenizer.convert_tokens_to_ids("<|im_end|>")).sum() == 0
+    assert trained.all() and tokenizer.decode(ids) == "<s>"*add_bos + text + tokenizer.eos_token
+    assert (ids[:-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")).sum() == 0
 
 
 def test_differences_from_llamafactory_are_explained():
