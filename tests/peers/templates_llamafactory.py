@@ -27,6 +27,7 @@ from medllm.data.templates import TEMPLATES  # noqa: E402
 from medllm.data.tokens import Renderer  # noqa: E402
 from test_templates import TOOLS, byte_level  # noqa: E402
 
+TORCH = "torch==2.13.0"
 TODAY = ["llamafactory==0.9.5", "transformers==5.6.0", "peft==0.18.1"]
 OLD = "llmtuner==0.2.0"
 
@@ -164,7 +165,10 @@ def environment(folder):
     "Python of a fresh environment with today's release."
     if not (folder/"bin/python").exists():
         venv.create(folder, with_pip=True)
-        subprocess.run([folder/"bin/python", "-m", "pip", "install", "-q", *TODAY], check=True)
+        pip = lambda *words: subprocess.run([folder/"bin/python", "-m", "pip", *words], check=True)
+        pip("install", "-q", TORCH)
+        pip("install", "-q", TORCH, *TODAY)
+        pip("uninstall", "-q", "-y", "torchvision", "torchaudio")     # built for another torch; text needs neither
     return folder/"bin/python"
 
 
