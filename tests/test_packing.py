@@ -234,7 +234,7 @@ def test_no_label_crosses_a_border_and_positions_restart(lengths, multiple):
     assert sorted(pairs) == sorted(wanted)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(st.lists(st.integers(1, 300), max_size=10), st.integers(3, 50))
 def test_cut_documents_lose_nothing(lengths, cutoff_len):
     "Every token but a document's first is predicted exactly once, in pieces that fit."

@@ -12,6 +12,7 @@ import gzip
 import io
 import itertools
 import sys
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -106,11 +107,24 @@ def _state(file:Path)->tuple:
     s = file.stat()
     return s.st_size, s.st_mtime_ns, s.st_ino
 
-def _unpacked(file:Path, name:str, encoding:str, reader:Callable)->Iterator[Row|Bad]:
+def _copy_unpacked(file:Path, folder:str)->Path:
+    "A copy of a gzipped file without its packing, for readers that jump about in files."
+    copy, size = Path(folder)/file.with_suffix("").name, 0
+    with open_bytes(file) as packed, open(copy, "wb") as plain:
+        while block := packed.read(2**20):
+            size += plain.write(block)
+            if size > 1000*file.stat().st_size: raise UserError(f"{file}: unpacks to more than 1000 times its size")
+    return copy
+
+def _rows(file:Path, name:str, encoding:str, reader:Callable)->Iterator[Row|Bad]:
     "Rows of a file; low-level errors become sentences."
     try:
-        if reader not in _BINARY: encoding = encoding or find_encoding(file)
-        yield from reader(file, name, encoding)
+        if reader not in _BINARY:
+            encoding = encoding or find_encoding(file)
+            yield from reader(file, name, encoding)
+        elif file.suffix.lower() == ".gz":
+            with tempfile.TemporaryDirectory() as d: yield from reader(_copy_unpacked(file, d), name, encoding)
+        else: yield from reader(file, name, encoding)
     except UnicodeDecodeError:
         bad = next(text for _, _, text in read_lines(file, name, encoding) if isinstance(text, Bad))
         raise bad.error() from None
@@ -130,7 +144,7 @@ def read_file(
         try: encoding = codecs.lookup(encoding).name
         except LookupError: raise UserError(f"{file}: unknown encoding '{encoding}'; UTF-8 is 'utf-8'") from None
     before = _state(file)
-    try: yield from _unpacked(file, name or str(file), encoding, _READERS[suffix])
+    try: yield from _rows(file, name or str(file), encoding, _READERS[suffix])
     finally:
         if _state(file) != before: raise UserError(f"{file} changed while it was read; start again")
 
@@ -148,7 +162,6 @@ def _hub_rows(source:Source, streaming:bool=False)->Iterator[Row]:
 
 def _cloud_rows(source:Source)->Iterator[Row|Bad]:
     "Rows of a file that fsspec can fetch."
-    import tempfile
     import fsspec
     with tempfile.TemporaryDirectory() as d:
         try:
@@ -177,7 +190,6 @@ def _builder(source:Source, cache:str):
 
 def _script_rows(source:Source)->Iterator[Row]:
     "Rows as a loading script yields them."
-    import tempfile
     from datasets import DownloadManager
     with tempfile.TemporaryDirectory() as cache:
         try:
