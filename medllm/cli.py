@@ -84,7 +84,8 @@ def _preview(args)->int:
     from medllm.models.loading import LoadPlan, load_tokenizer
     source, = find_sources([args.name], args.dataset_dir)
     renderer = Renderer(load_tokenizer(args.model, LoadPlan()), args.template)
-    recipe = Recipe("", args.cutoff_len, args.overlong, args.samples, on_bad=OnBad("skip", 10**9), streaming=True)
+    recipe = Recipe("", args.cutoff_len, args.overlong, args.samples, on_bad=OnBad("skip", 10**9), streaming=True,
+        trust_remote_code=args.trust_remote_code)
     rows, account = cached_rows(source, renderer, recipe)
     hide = source.private and not args.reveal
     print(Look(rows, renderer.tokenizer, hide=hide, picked=tuple(range(args.rows))))
@@ -103,7 +104,7 @@ def _check(args)->int:
     if not args.names: raise UserError("no dataset named; see medllm data check --help")
     card, _ = check(DataRun(",".join(args.names), ",".join(args.validation) or None, ",".join(args.against) or None,
         args.columns, args.dataset_dir, args.thresholds, not args.no_near, presidio=args.presidio,
-        max_samples=args.max_samples, processes=args.processes))
+        max_samples=args.max_samples, processes=args.processes, trust_remote_code=args.trust_remote_code))
     print(card_text(card))
     say(f"checked in {card['seconds']} s")
     if args.output: print(f"card: {write_card(card, args.output).parent}")
@@ -123,9 +124,10 @@ def _check_command(inner):
     p.add_argument("--output", metavar="DIR", help="write card.json and card.md there")
     p.add_argument("--no-near", action="store_true", help="leave near-duplicates out")
     p.add_argument("--presidio", default="", metavar="LANGUAGE", help="add Presidio's patterns (extra presidio)")
+    p.add_argument("--trust_remote_code", action="store_true", help="run loading scripts that datasets name")
     p.add_argument("--max_samples", type=int, help="only the first rows of each dataset")
     p.add_argument("--processes", type=int, default=0, help="processes for long datasets (default one a core)")
-    p.add_argument("--dataset_dir", default="data", help="folder with dataset_info.json (default data)")
+    p.add_argument("--dataset_dir", default=argparse.SUPPRESS, help="folder with dataset_info.json (default data)")
 
 # %% ../nbs/99_cli.ipynb #parser
 class _Parser(argparse.ArgumentParser):
@@ -156,21 +158,30 @@ def parser()->argparse.ArgumentParser:
     _data_commands(command("data", _data, "List the registered datasets, look at one, or check one"))
     return top
 
+_number = lambda text, least=1: int(text) if text.isdigit() and int(text) >= least else _refuse(text, least)
+
+def _refuse(text:str, least:int):
+    raise argparse.ArgumentTypeError(f"'{text}' must be a whole number from {least} on")
+
 def _data_commands(p):
     "medllm data [preview NAME | check NAME…]."
-    p.add_argument("--dataset_dir", default="data", help="folder with dataset_info.json (default data)")
+    where = dict(help="folder with dataset_info.json (default data)")
+    p.add_argument("--dataset_dir", default="data", **where)
     inner = p.add_subparsers(metavar="list | preview | check")
     _check_command(inner)
-    inner.add_parser("list", help="registered datasets and whether they are there")
+    each = inner.add_parser("list", help="registered datasets and whether they are there")
+    each.add_argument("--dataset_dir", default=argparse.SUPPRESS, **where)
     v = inner.add_parser("preview", help="rows as the model sees them, trained tokens in green")
     v.set_defaults(function=_preview)
+    v.add_argument("--dataset_dir", default=argparse.SUPPRESS, **where)
     v.add_argument("name", help="registered name or path")
     v.add_argument("--template", default="auto", help="chat template (default the tokenizer's own)")
     v.add_argument("--model", default="tiny", help="model whose tokenizer is used (default tiny)")
-    v.add_argument("--rows", type=int, default=2, help="rows shown (default 2)")
-    v.add_argument("--samples", type=int, default=1000, help="rows read for the lengths (default 1000)")
-    v.add_argument("--cutoff_len", type=int, default=2048, help="longest row [tokens] (default 2048)")
+    v.add_argument("--rows", type=_number, default=2, help="rows shown (default 2)")
+    v.add_argument("--samples", type=_number, default=1000, help="rows read for the lengths (default 1000)")
+    v.add_argument("--cutoff_len", type=lambda text: _number(text, 8), default=2048, help="longest row [tokens] (default 2048)")
     v.add_argument("--overlong", help="what happens to longer rows: truncate_prompt, reject or truncate_answer")
+    v.add_argument("--trust_remote_code", action="store_true", help="run the loading script of a dataset that is one")
     v.add_argument("--reveal", action="store_true", help="show the text of a private dataset")
 
 # %% ../nbs/99_cli.ipynb #main

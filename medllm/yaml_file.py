@@ -58,7 +58,7 @@ def read_yaml(
             f"{path}, line {line}: not valid YAML ({getattr(e, 'problem', None) or 'unreadable'})") from None
     except UnicodeDecodeError as e:
         raise UserError(f"{path}, byte {e.start}: not UTF-8; save the file as UTF-8") from None
-    if not isinstance(value, dict): raise UserError(f"{path} must hold lines like 'learning_rate: 1e-4'")
+    if not isinstance(value, dict): raise UserError(f"{path} must hold lines like 'name: value'")
     for key, _ in node.value:
         name = str(key.value).replace("-", "_")
         if known and name not in known: raise UserError(

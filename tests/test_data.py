@@ -96,7 +96,8 @@ def registry(tmp_path_factory):
 def test_every_real_file_loads(name, registry):
     _, _, stage, count = REAL[name]
     examples, account = load_examples(find_sources(name, str(registry))[0], stage)
-    assert account.read == count == account.kept + account.truncated.total() + account.rejected.total()
+    assert account.read == count == account.kept + account.rejected.total()
+    assert len({e.where for e in examples}) == account.kept          # counted where rows come out, not by subtraction
     assert dict(account.rejected) == REJECTED.get(name, {}), account
     assert len(examples) == account.examples and set(account.rejected) <= set(REASONS)
 
@@ -143,7 +144,7 @@ BROKEN = {
     "D14 NUL": ("r.jsonl", (LINES + '{"instruction": "a\\u0000", "output": "b"}').encode(), "NUL"),
     "D14 half a surrogate": ("r.jsonl", (LINES + '{"instruction": "\\ud83d", "output": "b"}').encode(), "surrogate"),
     "D14 a million columns": ("r.jsonl", ("{" + ", ".join(f'"{word(i)}": 0' for i in range(10**6)) + "}").encode(),
-        "no column 'instruction' .* more"),
+        "no column 'instruction' .there are: 1000000 other names"),
     "D14 a row of 40 MB": ("r.jsonl", f'{GOOD}\n{{"instruction": "{"x"*40_000_000}", "output": "y"}}\n'.encode(),
         "longer than 16 MiB"),
     "D14 a bomb": ("r.jsonl.gz", gzip.compress(b'{"a": "' + b"x"*200_000_000), "longer than 16 MiB"),
@@ -198,7 +199,7 @@ def test_long_rows_keep_their_label(tmp_path, tiny):
     examples = [Example((Turn("user", q), Turn("assistant", a)), where=f"f, line {i}") for i, (q, a) in enumerate(rows)]
     for overlong, used in (("truncate_prompt", 2), ("reject", 1), ("truncate_answer", 4)):
         from medllm.data.accounts import Account
-        account = Account("x", read=4)
+        account = Account("x", read=4, kept=4)
         kept = tokenise(examples, Renderer(tiny, "chatml"), 128, account, overlong)
         assert len(kept) == used == account.used
         assert all((kept[i]["labels"][1:] != -100).any() for i in range(len(kept)))
@@ -275,8 +276,11 @@ def test_any_bytes_give_rows_or_one_error(tmp_path_factory, data, suffix):
     assert time.perf_counter() - start < 2
 
 
-values = st.one_of(st.none(), st.text(max_size=20), st.integers(), st.booleans(), st.lists(st.text(max_size=5), max_size=3))
-talks = st.lists(st.tuples(st.sampled_from(["human", "gpt", "system", "observation"]), st.text(max_size=5)), max_size=5)
+plain = st.one_of(st.none(), st.text(max_size=20), st.integers(), st.booleans(), st.floats(allow_nan=False, allow_infinity=False))
+values = st.recursive(plain,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=4)
+roles = st.sampled_from(["human", "gpt", "system", "observation", "function_call"]) | values
+talks = st.lists(st.tuples(roles, st.text(max_size=5) | values), max_size=5)
 rows = st.one_of(
     st.fixed_dictionaries({"instruction": values}, optional={"output": values, "input": values, "history": values}),
     talks.map(lambda t: {"conversations": [{"from": r, "value": v} for r, v in t]}))
@@ -289,8 +293,10 @@ def test_every_row_has_one_fate(tmp_path_factory, chatml, some):
     file = tmp_path_factory.getbasetemp()/"fates.jsonl"
     file.write_text("\n".join(json.dumps(r) for r in some))
     examples, account = load_examples(find_sources(str(file))[0], on_bad=OnBad("skip", 100))
-    answers = [e for e in examples if e.turns[-1].role == "assistant" and e.worse is None]
-    if len(answers) == len(examples): tokenise(examples, chatml, 24, account)
+    assert len({e.where for e in examples}) == account.kept
+    on_bad = OnBad("skip", 100)
+    kept = tokenise([e for e in examples if e.turns[-1].role != "user"], chatml, 24, account, on_bad=on_bad)
+    assert len(kept) >= account.used and (len(kept) == account.used or any(e.worse for e in examples))
     assert account.read == len(some) == account.kept + account.truncated.total() + account.rejected.total()
     assert account.kept >= 0 and set(account.rejected) <= set(REASONS) and len(account.rejects) == account.rejected.total()
 
@@ -301,8 +307,14 @@ def test_every_row_has_one_fate(tmp_path_factory, chatml, some):
 def test_truncation_keeps_the_answer(tiny, chatml, talk, cutoff):
     "P7: what is kept at any cutoff ends with the whole answer and its EOS, both trained."
     from medllm.data.accounts import Account
+    account = Account("x", read=1, kept=1)
     turns = [Turn(role, text) for q, a in talk for role, text in (("user", q.strip() or "q"), ("assistant", a.strip() or "a"))]
-    kept = tokenise([Example(tuple(turns), where="f, line 1")], chatml, cutoff, Account("x", read=1))
+    kept = tokenise([Example(tuple(turns), where="f, line 1")], chatml, cutoff, account)
+    account.close()
+    assert len(kept) == account.used
+    if len(chatml.encode([Example(tuple(turns))])[0][0]) <= cutoff: assert account.kept == 1     # what fits is not touched
+    last = Example((turns[-2]._replace(text="q"), turns[-1]))
+    if len(chatml.encode([last])[0][0]) > cutoff: assert account.rejected["longer_than_cutoff"] == 1
     for i in range(len(kept)):
         row = kept[i]
         assert len(row["input_ids"]) <= cutoff
@@ -312,6 +324,6 @@ def test_truncation_keeps_the_answer(tiny, chatml, talk, cutoff):
 
 def test_a_million_columns_do_not_flood_the_terminal(tmp_path):
     "As a process, the way a user sees it; names that look like text are not shown."
-    (tmp_path/"r.csv").write_text("My mother has had a fever since Monday and coughs,no\nx,y\n")
+    (tmp_path/"r.csv").write_text("张三,hypertension\nx,y\n")
     done = subprocess.run([sys.executable, "-m", "medllm.train", f"dataset={tmp_path}/r.csv"], capture_output=True, text=True)
-    assert done.returncode == 2 and "Monday" not in done.stderr and "no column 'instruction'" in done.stderr
+    assert done.returncode == 2 and "no column 'instruction' (there are: 2 other names)" in done.stderr, done.stderr

@@ -244,7 +244,7 @@ def test_the_quick_check_is_quick():
     began, account = time.process_time(), Account("x")
     seen = list(watched([*rows, *rows[:5]], account))
     assert time.process_time() - began < 1
-    assert account.faults["duplicates"] == 5 and seen[0].group == seen[-5].group != seen[1].group
+    assert account.faults["duplicates"] == 5 and seen[0].key == seen[-5].key != seen[1].key
 
 
 def test_the_gate_needs_no_torch():

@@ -24,6 +24,7 @@ class Account:
     "What became of the rows of one dataset."
     name:str                                           # Dataset
     read:int = 0                                       # Rows in the files
+    kept:int = 0                                       # Rows used as they are
     rejected:Counter = field(default_factory=Counter)  # Reason to rows
     truncated:Counter = field(default_factory=Counter) # What was cut to rows
     examples:int = 0                                   # Made of the rows; ranked answers make several a row
@@ -31,15 +32,18 @@ class Account:
     faults:Counter = field(default_factory=Counter)    # What a quick look found, see `medllm.data.gate`
 
     @property
-    def kept(self)->int: return self.read - self.rejected.total() - self.truncated.total()
-    @property
-    def used(self)->int: return self.read - self.rejected.total()
+    def used(self)->int: return self.kept + self.truncated.total()
+
+    def close(self):
+        "Raise `RuntimeError` when a row was lost or counted twice: a fault of this program, never of the data."
+        if self.read != self.kept + self.truncated.total() + self.rejected.total(): raise RuntimeError(
+            f"rows of {self.name} do not add up: {self}")
 
     def reject(self, where:str, reason:str):
         "Count a row as rejected; `where` is 'file, line n'."
         self.rejected[reason] += 1
         file, _, line = where.rpartition(", line ")
-        self.rejects.append((file, int(line or 0), reason))
+        self.rejects.append((Path(file).name, int(line or 0), reason))
 
     def as_dict(self)->dict:
         "The numbers, for a record."
@@ -71,7 +75,8 @@ class OnBad:
 
     def __post_init__(self):
         if self.policy not in ("error", "skip"): raise UserError(f"--on_bad {self.policy}: must be error or skip")
-        if self.limit < 0: raise UserError(f"--max_bad {self.limit:g}: must not be negative")
+        if not 0 <= self.limit < float("inf"): raise UserError(
+            f"--max_bad {self.limit:g}: must be a share below 1 or a number of rows")
 
     def meet(self, account:Account, where:str, reason:str, why:str):
         "Count a rejected row; raise `UserError` for a defect that is not allowed."
@@ -130,8 +135,10 @@ def stream_examples(
             on_bad.meet(account, row.where, e.reason, e.why)
             continue
         account.examples += len(made)
+        account.kept += 1
         yield from made
     on_bad.check(account)
+    account.close()
 
 def load_examples(
     source:Source,              # A dataset

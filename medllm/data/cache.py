@@ -17,12 +17,14 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 
 from filelock import FileLock
 
-from ..core import is_first_process, sha256, write_json
+from ..core import UserError, is_first_process, sha256, write_json
 from .accounts import Account, OnBad, stream_examples
 from .formats import Example
 from .registry import Source
@@ -78,7 +80,8 @@ def cache_key(
         "columns", "mapped", "tags", "formatting", "ranking", "encoding", "group", "subset", "split")}
     read["mapped"] = sorted(source.mapped)
     whole = {"files": files, "read": read, "recipe": asdict(recipe),
-        "renderer": renderer_hash(renderer), "code": code_hash(), "watch": getattr(watch, "__name__", "")}
+        "renderer": renderer_hash(renderer), "code": code_hash(), "watch": getattr(watch, "__name__", ""),
+        "libraries": {name: metadata.version(name) for name in ("transformers", "tokenizers", "jinja2", "pyarrow")}}
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:32]
 
 # %% ../../nbs/data/10_cache.ipynb #store
@@ -99,6 +102,8 @@ def _expire(cache:Path):
         if time.time() - note.stat().st_mtime < _KEEP: continue
         shutil.rmtree(note.parent, ignore_errors=True)
         Path(f"{note.parent}.lock").unlink(missing_ok=True)
+    for part in cache.glob(".part-*"):              # left by a process that was killed
+        if time.time() - part.stat().st_mtime > 24*3600: shutil.rmtree(part, ignore_errors=True)
 
 def _counted(examples:Iterable[Example], account:Account)->Iterator[Example]:
     "The same examples, with a count drawn in a terminal."
@@ -116,14 +121,15 @@ def _make(source:Source, renderer:Renderer, recipe:Recipe, folder:Path, watch:Ca
     examples = stream_examples(
         source, account, r.stage, r.on_bad, r.max_samples, r.all_pairs, r.trust_remote_code, r.streaming)
     if watch: examples = watch(examples, account)
-    tokenise(_counted(examples, account), renderer, r.cutoff_len, account, r.overlong, RowWriter(folder))
+    tokenise(_counted(examples, account), renderer, r.cutoff_len, account, r.overlong, RowWriter(folder), on_bad=r.on_bad)
+    account.close()
     write_json(folder/"account.json", vars(account))
     return account
 
 def _found(folder:Path)->tuple[TokenRows, Account]:
     "Rows and account of a finished folder."
     note = json.loads((folder/"account.json").read_text(encoding="utf-8"))
-    account = Account(note["name"], note["read"], Counter(note["rejected"]), Counter(note["truncated"]),
+    account = Account(note["name"], note["read"], note["kept"], Counter(note["rejected"]), Counter(note["truncated"]),
         note["examples"], [tuple(r) for r in note["rejects"]], Counter(note["faults"]))
     return open_rows(folder), account
 
@@ -134,6 +140,17 @@ def _private_folder()->Path:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
+def _states(source:Source)->list[tuple]:
+    "Size, time and number of the local files."
+    return [(s.st_size, s.st_mtime_ns, s.st_ino) for s in (f.stat() for f in source.files)]
+
+@contextmanager
+def _writable(folder:str|Path|None):
+    "Turn a folder that cannot be written into a sentence."
+    try: yield
+    except OSError as e: raise UserError(f"tokenised rows cannot be kept in {folder or 'the cache'} "
+        f"({e.strerror}); name another folder with --tokenized_path") from None
+
 def cached_rows(
     source:Source,              # A dataset
     renderer:Renderer,          # Template and tokenizer
@@ -143,12 +160,19 @@ def cached_rows(
     watch:Callable|None = None, # Sees the examples stream by (and the account); what it counts is kept
 )->tuple[TokenRows, Account]:
     "The rows of a dataset and the account of its rows, from the cache or made now."
+    before = _states(source)
     files = source_files(source)
     if not files:
         place = _private_folder()
         account = _make(source, renderer, recipe, place, watch)
         return open_rows(place), account
-    cache = cache_folder(folder)
+    with _writable(folder): rows, account = _kept_rows(source, renderer, recipe, (files, before), folder, anew, watch)
+    account.name = source.name
+    return rows, account
+
+def _kept_rows(source, renderer, recipe, known:tuple, folder, anew:bool, watch)->tuple[TokenRows, Account]:
+    "Rows from the cache, or made and put there; `known` are hashes and states of the files when they were hashed."
+    (files, before), cache = known, cache_folder(folder)
     place = cache/cache_key(source, renderer, recipe, files, watch)
     with FileLock(f"{place}.lock"):
         if anew and is_first_process(): shutil.rmtree(place, ignore_errors=True)
@@ -157,9 +181,9 @@ def cached_rows(
             part = Path(tempfile.mkdtemp(dir=cache, prefix=".part-"))
             try:
                 _make(source, renderer, recipe, part, watch)
+                if _states(source) != before: raise UserError(
+                    f"dataset '{source.name}': a file changed while it was read; start again")
                 os.replace(part, place)
             finally: shutil.rmtree(part, ignore_errors=True)
         os.utime(place/"account.json")
-        rows, account = _found(place)
-    account.name = source.name
-    return rows, account
+        return _found(place)

@@ -8,6 +8,7 @@ __all__ = ['Thresholds', 'read_thresholds', 'thresholds_text', 'Check', 'checks'
 
 # %% ../../nbs/data/21_card.ipynb #imports
 import html
+import math
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from importlib import metadata
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from ..core import UserError, write_json
 from .cache import source_files
+from .formats import DEFECTS
 from .gate import Finding, Report, length_table, short_place
 from .personal import WEAK
 from .registry import Source
@@ -29,7 +31,8 @@ def _most(default:float|None, text:str):
 @dataclass(frozen=True)
 class Thresholds:
     "The most that is allowed: below 1 a share of the rows, from 1 on a number of rows, null for no limit."
-    rejected:float|None = _most(0.05, "rows the reader could not use (an empty side, a broken order)")
+    defective:float|None = _most(0.0, "rows that are not what the registry says; training stops at the first")
+    rejected:float|None = _most(0.05, "rows that cannot be used (an empty side, a broken order)")
     blank:float|None = _most(0.0, "rows with a side without a letter or digit")
     placeholder:float|None = _most(0.0, "answers like nan, N/A, 无")
     html:float|None = _most(0.01, "rows with HTML tags or entities")
@@ -59,7 +62,7 @@ def read_thresholds(
     known = [f.name for f in fields(Thresholds)]
     given = read_yaml(str(file), known, nulls=True)
     for name, value in given.items():
-        if value is not None and (isinstance(value, (bool, str, list, dict)) or value < 0): raise UserError(
+        if value is not None and (isinstance(value, (bool, str, list, dict)) or not 0 <= value < math.inf): raise UserError(
             f"{file}: threshold '{name}' must be a number from 0 on, or null")
     return Thresholds(**given)
 
@@ -97,7 +100,9 @@ def checks(
 )->list[Check]:
     "All findings of a report held against the thresholds."
     rows, read = report.rows, sum(a.read for a in report.accounts)
-    out = [Check("rejected", read - rows, read, limits.rejected)]
+    defective = sum(a.rejected[reason] for a in report.accounts for reason in DEFECTS)
+    out = [Check("defective", defective, read, limits.defective),
+        Check("rejected", read - rows - defective, read, limits.rejected)]
     for rule in (*TEXT_RULES, "personal_strong", "personal_weak"):
         found = report.findings.get(rule, Finding())
         out.append(Check(rule, found.rows, rows, getattr(limits, rule), found.places))

@@ -38,6 +38,7 @@ class DataRun:
     personal:bool = _like(True, "Look for personal data")
     presidio:str = _like("", "Language of Presidio's recognisers, to add them (needs the extra presidio)")
     max_samples:int|None = _like(None, "Only the first rows of each dataset")
+    trust_remote_code:bool = _like(False, "Run the local loading scripts that datasets name with script_url")
     processes:int = _like(0, "Processes for long datasets; 0 for one a core")
     output_dir:str|None = _like(None, "Folder of the record; default a new one under runs_dir")
     runs_dir:str = _like("runs", "Folder that new records go to")
@@ -62,6 +63,7 @@ def _prepare(run:DataRun)->_Prepared:
     find = lambda names: [short(s) for s in find_sources(names, run.dataset_dir)] if names else []
     sources, validation, against = find(run.dataset), find(run.eval_dataset), find(run.against)
     if not sources: raise UserError("no dataset named: give registered names or paths of files")
+    if run.max_samples is not None and run.max_samples < 1: raise UserError("max_samples must be at least 1")
     for s in sources: scripts_of(s.language)
     if run.presidio: presidio_finder(run.presidio)
     limits = read_thresholds(find_path(run.thresholds) if run.thresholds else None)
@@ -74,8 +76,8 @@ def check(
     "Check datasets. Raises `UserError` when something is not there or cannot be read."
     p = _prepare(run)
     columns = [name.strip() for name in run.columns.split(",") if name.strip()]
-    against = tuple(eval_set(s.name, read_rows(s), columns) for s in p.against)
-    plan = Plan(run.near, run.personal, run.presidio, against)
+    against = tuple(eval_set(s.name, read_rows(s, run.trust_remote_code), columns) for s in p.against)
+    plan = Plan(run.near, run.personal, run.presidio, against, run.trust_remote_code)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     report = inspect(p.sources, plan, p.validation, run.max_samples, run.processes or cores)
     return make_card(report, p.sources, p.limits), report

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..core import UserError
+from .formats import shown_names
 from .json_reader import Bad
 from .words import Words, grams, hash_words, pairs
 
@@ -38,7 +39,7 @@ def item_text(
     "Question and context of a benchmark item. Raises `UserError` when a named column is not there."
     for name in columns:
         if name not in row: raise UserError(
-            f"no column '{name}' in the benchmark; there are {', '.join(map(str, row))}")
+            f"no column '{name}' in the benchmark (there are: {shown_names(row)})")
     if columns: return "\n".join(filter(None, (_plain(row[name]) for name in columns)))
     plain = {re.sub(r"[^a-z0-9]", "", str(name).lower()): name for name in row}
     found = [_plain(row[plain[name]]) for name in (*_QUESTION, *_CONTEXT) if name in plain]

@@ -41,6 +41,7 @@ class Plan(NamedTuple):
     personal:bool = True             # Personal data
     presidio:str = ""                # Language of Presidio's recognisers; "" leaves Presidio out
     against:tuple[EvalSet, ...] = () # Benchmarks to look for
+    trust_remote_code:bool = False   # Run loading scripts
 
 @dataclass
 class Finding:
@@ -129,9 +130,11 @@ def stream(
     source:Source,              # A dataset
     account:Account,            # Filled while rows are read
     max_samples:int|None=None,  # Only the first rows; None takes all
+    trust:bool=False,           # Run a loading script
 )->Iterator[Example]:           # One for each row; of ranked answers the first pair
     "The examples of a dataset, one by one. Defects are counted, not fatal: how many are too many is a threshold."
-    return stream_examples(source, account, on_bad=OnBad("skip", sys.maxsize), max_samples=max_samples, all_pairs=False)
+    return stream_examples(source, account, on_bad=OnBad("skip", sys.maxsize), max_samples=max_samples, all_pairs=False,
+        trust_remote_code=trust)
 
 def _by_file(source:Source)->list[Source]:
     "A dataset file by file, so that a row's line tells its file."
@@ -198,6 +201,7 @@ class Report:
     seconds:float = 0.0                                       # How long it took
     @property
     def rows(self)->int: return sum(a.kept for a in self.accounts)
+    validation:list[Account] = field(default_factory=list)    # One for each validation set
     def place(self, row:int)->str:
         "File and line of a row by its number."
         file, first, lines = next(w for w in self.where if w[1] <= row < w[1] + len(w[2]))
@@ -233,18 +237,23 @@ def _take(report:Report, part:Measured, store:Sketches, watch:Watch):
     store.add(part.sketch)
     watch.take(part.grams)
 
-def _validate(report:Report, store:Sketches, validation:Iterable[Source]):
+def _validate(report:Report, store:Sketches, validation:Iterable[Source], trust:bool):
     "Hash the rows of the validation sets and count what is in training; the store then holds both."
     train, other = Sketches(near=False), Sketches(near=False)
     train.add(Sketch(store.prompts, store.pairs, store.bands, store.bands))
     for source in validation:
-        for rows, _, _ in _batches(stream(source, Account(source.name)), (), 0):
+        account = Account(source.name)
+        report.validation.append(account)
+        for rows, _, _ in _batches(stream(source, account, trust=trust), (), 0):
             part = sketch(hash_words(text for side in rows for text in (side.prompt, side.answer)), store.near)
             other.add(part)
             if store.near: store.add(part)
+    if validation and not len(other.pairs): raise UserError(
+        "the validation sets have no row that could be used: " + "; ".join(map(str, report.validation)))
     report.overlap, report.validation_rows = overlap(train, other), len(other.pairs)
     if store.near: report.overlap["overlap_near"] = near_overlap(near_clusters(store), len(train.pairs))
 
+# %% ../../nbs/data/20_gate.ipynb #pass
 def inspect(
     sources:Iterable[Source],          # Datasets, taken together
     plan:Plan = Plan(),                # What to check
@@ -260,7 +269,8 @@ def inspect(
         account, expected = Account(source.name), scripts_of(source.language)
         for piece in _by_file(source):
             lines, start = [], counted
-            for part in measured(_batches(stream(piece, account, max_samples), expected, start), plan, processes):
+            examples = stream(piece, account, max_samples, plan.trust_remote_code)
+            for part in measured(_batches(examples, expected, start), plan, processes):
                 _take(report, part, store, watch)
                 lengths.append(part.lengths)
                 lines.append(part.lines)
@@ -269,6 +279,7 @@ def inspect(
             name = piece.files[0].name if piece.files else piece.place
             report.where.append((name, start, np.concatenate(lines) if lines else np.zeros(0, np.int32)))
         report.accounts.append(account)
+    if not report.rows: raise UserError("no row can be checked: " + "; ".join(map(str, report.accounts)))
     tell("comparing rows")
     report.lengths = np.concatenate(lengths) if lengths else np.zeros((0, 2), np.int32)
     cluster = near_clusters(store) if plan.near else None
@@ -276,7 +287,7 @@ def inspect(
     report.repeats = {"duplicate_pairs": repeats(store.pairs, PLACES)}
     if plan.near: report.repeats["near_duplicates"] = near_repeats(store, cluster, PLACES)
     report.largest_cluster = int(np.bincount(cluster).max(initial=0)) if plan.near and counted else 0
-    if validation: _validate(report, store, validation)
+    if validation: _validate(report, store, validation, plan.trust_remote_code)
     report.contamination = contamination(watch)
     tell.close()
     report.seconds = round(time.monotonic() - began, 1)
@@ -290,7 +301,7 @@ def watched(
     examples:Iterable[Example], # Of a dataset
     account:Account,            # Gets the counts in `faults`
 )->Iterator[Example]:
-    "The same examples, with the cheap faults counted and their groups filled."
+    "The same examples, with the cheap faults counted and their keys filled."
     seen = set()
     for example in examples:
         side = sides(example)
@@ -299,7 +310,7 @@ def watched(
         account.faults["template_tokens"] += template_tokens(side.prompt) >= 0 or template_tokens(side.answer) >= 0
         account.faults["duplicates"] += (key := hash((prompt, answer))) in seen
         seen.add(key)
-        yield example if example.group or not prompt else replace(example, group=f"{prompt:x}")
+        yield replace(example, key=prompt)
 
 def fault_lines(
     account:Account, # After `watched`

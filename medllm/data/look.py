@@ -54,8 +54,9 @@ class Look:
         for at in range(1, len(ids) + 1):
             if at < len(ids) and kinds[at] == kinds[start]: continue
             text = self.tokenizer.decode(ids[start:at], clean_up_tokenization_spaces=False)
+            text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "�", text)     # what would steer a terminal
             hidden = self.hide and kinds[start] in ("plain", "trained")
-            spans.append((re.sub(r"\w", "·", text) if hidden else text, kinds[start]))
+            spans.append((re.sub(r"[^\s!-/:-@\[-`{-~，。？！、：；“”（）]", "·", text) if hidden else text, kinds[start]))
             start = at
         return spans
 

@@ -17,9 +17,9 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ..core import UserError
+from ..core import UserError, say
 from .json_reader import (
-    MAX_ROW, Bad, Row, find_encoding, json_line, json_lines, json_rows, open_bytes, read_lines)
+    MAX_ROW, Bad, Row, find_encoding, is_text, json_line, json_lines, json_rows, open_bytes, read_lines)
 from .registry import Source
 
 # %% ../../nbs/data/02_readers.ipynb #table
@@ -32,7 +32,7 @@ def _counted(f, codec:str, at:list)->Iterator[str]:
 def _table(file:Path, name:str, encoding:str, delimiter:str=",")->Iterator[Row|Bad]:
     "Rows of a CSV or TSV file with a header line."
     csv.field_size_limit(MAX_ROW)
-    at, codec = [0], "utf-16-le" if encoding == "utf-16" else "utf-8" if encoding == "utf-8-sig" else encoding
+    at, codec = [0], {"utf-16": "utf-16-le", "utf-8-sig": "utf-8", "utf-32": "utf-32-le"}.get(encoding, encoding)
     with io.TextIOWrapper(open_bytes(file), encoding=encoding, newline="") as f:
         reader = csv.reader(_counted(f, codec, at), delimiter=delimiter, strict=True)
         try:
@@ -63,7 +63,7 @@ def _text(file:Path, name:str, encoding:str)->Iterator[Row|Bad]:
         else: yield Row({"text": text.rstrip("\r\n")}, name, line, byte)
 
 # %% ../../nbs/data/02_readers.ipynb #arrow
-def _arrow(file:Path, name:str, encoding:str)->Iterator[Row]:
+def _arrow(file:Path, name:str, encoding:str)->Iterator[Row|Bad]:
     "Rows of a Parquet or Arrow file."
     import pyarrow as pa
     import pyarrow.parquet
@@ -75,7 +75,8 @@ def _arrow(file:Path, name:str, encoding:str)->Iterator[Row]:
                 whole = pa.ipc.open_file(file)
                 batches = (whole.get_batch(i) for i in range(whole.num_record_batches))
         rows = (row for batch in batches for row in batch.to_pylist())
-        yield from (Row(row, name, n) for n, row in enumerate(rows, 1))
+        for n, row in enumerate(rows, 1): yield Row(row, name, n) if is_text(row) else Bad(
+            "bad_text", name, n, 0, "a text holds a NUL or half a surrogate pair; take it out")
     except (pa.ArrowException, OSError) as e:
         raise UserError(f"{name}: not a readable {file.suffix} file ({type(e).__name__}); write it anew") from None
 
@@ -84,19 +85,28 @@ def _cell(value)->str|None:
     if isinstance(value, float) and value.is_integer(): value = int(value)
     return value if value is None or isinstance(value, str) else str(value)
 
+def _sheet_row(header:list, values:list, name:str, line:int)->Iterator[Row|Bad]:
+    "The row of a line of a sheet; none for an empty line."
+    row, lost = {k: v for k, v in zip(header, values) if k}, values[len(header):]
+    if any(lost): yield Bad("wrong_columns", name, line, 0, "a value stands beyond the header; give its column a name")
+    elif any(v is not None for v in row.values()): yield Row(row, name, line)
+
 def _sheet(file:Path, name:str, encoding:str)->Iterator[Row|Bad]:
     "Rows of the first sheet of an Excel file; columns without a name and empty rows are left out."
     try: from openpyxl import load_workbook
     except ImportError:
         raise UserError(f"{name}: reading .xlsx needs the extra: pip install 'medllm[excel]'") from None
-    try: sheet = load_workbook(file, read_only=True, data_only=True).worksheets[0]
+    try:
+        sheets = load_workbook(file, read_only=True, data_only=True).worksheets
+        cells = ([_cell(v) for v in row] for row in sheets[0].iter_rows(values_only=True))
+        header = next(cells, [])
+        named = [k for k in header if k]
+        if not named: raise UserError(f"{name} is empty")
+        if len(set(named)) < len(named): raise UserError(f"{name}, line 1: two columns have the same name")
+        if len(sheets) > 1: say(f"{name}: the first of {len(sheets)} sheets is read")
+        for line, values in enumerate(cells, 2): yield from _sheet_row(header, values, name, line)
+    except UserError: raise
     except Exception as e: raise UserError(f"{name}: not a readable .xlsx file ({type(e).__name__})") from None
-    cells = sheet.iter_rows(values_only=True)
-    header = [_cell(v) for v in next(cells, ())]
-    if not any(header): raise UserError(f"{name} is empty")
-    for line, values in enumerate(cells, 2):
-        row = {k: _cell(v) for k, v in zip(header, values) if k}
-        if any(v is not None for v in row.values()): yield Row(row, name, line)
 
 # %% ../../nbs/data/02_readers.ipynb #read
 _READERS = {".json": json_rows, ".jsonl": json_rows, ".csv": _table, ".txt": _text, ".parquet": _arrow,
@@ -141,8 +151,9 @@ def read_file(
     suffix = (file.with_suffix("") if file.suffix.lower() == ".gz" else file).suffix.lower()
     if suffix not in _READERS: raise UserError(f"{file}: unknown type '{suffix}'; known are {', '.join(_READERS)}")
     if encoding:
-        try: encoding = codecs.lookup(encoding).name
-        except LookupError: raise UserError(f"{file}: unknown encoding '{encoding}'; UTF-8 is 'utf-8'") from None
+        try: encoding = codecs.lookup(encoding).name if "a".encode(encoding) else ""
+        except (LookupError, UnicodeError, TypeError):
+            raise UserError(f"{file}: unknown encoding '{encoding}'; UTF-8 is 'utf-8'") from None
     before = _state(file)
     try: yield from _rows(file, name or str(file), encoding, _READERS[suffix])
     finally:

@@ -85,6 +85,8 @@ KEYS = (*"hf_hub_url script_url cloud_file_name file_name columns tags descripti
 _NOT_HERE = {
     "ms_hub_url": "ModelScope is not supported; use hf_hub_url, or download it and use file_name",
     "om_hub_url": "Modelers is not supported; use hf_hub_url, or download it and use file_name"}
+_TYPES = {**dict.fromkeys(("ranking", "private", "eval_only"), (bool, "true or false")),
+    **dict.fromkeys(("columns", "tags"), (dict, "an object, name to name")), "num_samples": (int, "a whole number")}
 _TEXT_ONLY = ("images", "videos", "audios")
 _FORMATTINGS = ("alpaca", "sharegpt", "openai")
 _SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".xlsx")
@@ -101,18 +103,23 @@ def _named(kind:type, given:dict, what:str, start=None):
     start = start or kind()
     return kind(**{k: given[k] or "" if k in given else getattr(start, k) for k in known})
 
+def _check_types(name:str, entry:dict):
+    "Raise `UserError` for values of a wrong type."
+    for key, value in entry.items():
+        kind, words = _TYPES.get(key, (str, "text"))
+        if value is not None and type(value) is not kind: raise UserError(f"dataset '{name}': {key} must be {words}")
+    if entry.get("num_samples") is not None and entry["num_samples"] < 1: raise UserError(f"dataset '{name}': num_samples must be at least 1")
+
 def _check_keys(name:str, entry:dict):
     "Raise `UserError` for keys and values that mean nothing here."
     if not isinstance(entry, dict): raise UserError(f"dataset '{name}': must be an object with keys like file_name")
     for key in entry:
         if key in _NOT_HERE: raise UserError(f"dataset '{name}': {key}: {_NOT_HERE[key]}")
         if key not in KEYS: raise UserError(f"dataset '{name}': unknown key '{key}'{nearest(key, KEYS)}")
+    _check_types(name, entry)
     if (got := entry.get("formatting") or "alpaca") not in _FORMATTINGS: raise UserError(
         f"dataset '{name}': unknown formatting '{got}'{nearest(got, _FORMATTINGS)}; "
         f"known are {', '.join(_FORMATTINGS)}")
-    for key, kind in (("ranking", bool), ("private", bool), ("eval_only", bool), ("num_samples", int)):
-        if entry.get(key) is not None and type(entry[key]) is not kind: raise UserError(
-            f"dataset '{name}': {key} must be {'true or false' if kind is bool else 'a whole number'}")
 
 # %% ../../nbs/data/00_registry.ipynb #files
 def _suffix(file:Path)->str:
@@ -124,8 +131,8 @@ def data_files(
 )->tuple[Path, ...]: # In order of their names
     "The data files behind a path. Raises `UserError` for a folder with none or with several types."
     if not path.is_dir(): return (path,)
-    found = sorted(
-        f for f in path.rglob("*") if f.is_file() and _suffix(f) in _SUFFIXES and not f.name.startswith("."))
+    shown = lambda f: not any(part.startswith(".") for part in f.relative_to(path).parts)
+    found = sorted(f for f in path.rglob("*") if f.is_file() and _suffix(f) in _SUFFIXES and shown(f))
     kinds = sorted({_suffix(f) for f in found})
     if not found: raise UserError(f"the folder {path} has no data file ({', '.join(_SUFFIXES)})")
     if len(kinds) > 1: raise UserError(
@@ -136,6 +143,8 @@ def _inside(folder:Path, name:str, file_name:str)->Path:
     "The dataset's file or folder, which must lie under the registry's folder."
     if "://" in file_name: raise UserError(
         f"dataset '{name}': file_name '{file_name}' is an address; use cloud_file_name")
+    if "\0" in file_name or max(len(part.encode()) for part in file_name.split("/")) > 255:
+        raise UserError(f"dataset '{name}': file_name is no name of a file")
     file = (folder/file_name).resolve()
     if not file.is_relative_to(folder.resolve()):
         raise UserError(f"dataset '{name}': file_name '{file_name}' leaves the folder {folder}; "
@@ -144,10 +153,15 @@ def _inside(folder:Path, name:str, file_name:str)->Path:
 
 def _place(name:str, entry:dict, folder:Path)->dict:
     "Where the rows are: hub before script before cloud before file, as LLaMA-Factory has it."
+    for key in ("hf_hub_url", "cloud_file_name"):
+        if (there := entry.get(key) or "").startswith(("/", ".", "~", "file:")): raise UserError(
+            f"dataset '{name}': {key} '{there}' is a local place; use file_name")
     if entry.get("hf_hub_url"): return {"hub": entry["hf_hub_url"]}
     if entry.get("script_url"): return {"script": _inside(folder, name, entry["script_url"])}
     if entry.get("cloud_file_name"): return {"cloud": entry["cloud_file_name"]}
-    if entry.get("file_name"): return {"files": data_files(_inside(folder, name, entry["file_name"]))}
+    if entry.get("file_name"):
+        files = data_files(_inside(folder, name, entry["file_name"]))
+        return {"files": tuple(_inside(folder, name, str(f.relative_to(folder.resolve()))) for f in files)}
     raise UserError(f"dataset '{name}': needs file_name, hf_hub_url, cloud_file_name or script_url")
 
 # %% ../../nbs/data/00_registry.ipynb #parse

@@ -140,8 +140,8 @@ class Renderer:
         try: return self.tokenizer.apply_chat_template(messages, tools=tools, chat_template=self.jinja,
             tokenize=False, add_generation_prompt=generate, **more)
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as e: raise UserError(
-            f"the chat template cannot write {', '.join(m['role'] for m in messages)}: {e}; "
-            "choose another with --template") from None
+            f"the chat template cannot write {', '.join(m['role'] for m in messages)}: "
+            f"{str(e).removesuffix('; choose another with --template')}; choose another with --template") from None
 
     def pieces(self,
         shape:Shape, # From `shape_of`

@@ -79,7 +79,7 @@ def mend_launch(
 # %% ../../nbs/train/05_main.ipynb #main
 def main(
     argv:Sequence[str]|None = None, # Words of the command line; None takes the program's own
-)->int:                             # 0, or 2 for a user's mistake
+)->int:                             # 0; 2 for a user's mistake; 130 when interrupted
     "Train by a command line; returns the exit code."
     argv = sys.argv[1:] if argv is None else list(argv)
     if {"-h", "--help"} & set(argv):
@@ -97,5 +97,6 @@ def main(
     except UserError as e:
         say(f"error: {e}")
         return 2
+    except KeyboardInterrupt: return 130
 
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())   # a notebook has no __file__

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ..core import UserError, find_path, nearest, say
 from ..data.accounts import OVERLONG, OnBad
+from ..data.mixing import STRATEGIES
 from ..data.registry import find_sources
 from ..data.templates import check_template_name
 from ..models.adapters import AdaptPlan, names
@@ -117,6 +118,10 @@ def _renamed(new:str): return lambda value: {new: value}
 
 def _dropped(value): return {}
 
+def _whole(name:str, value)->int:
+    try: return int(value)
+    except (ValueError, TypeError): raise UserError(f"--{name} {value}: must be a whole number") from None
+
 OLD_FLAGS = {
     **{old: _renamed(new) for old, new in {
         "lr": "learning_rate", "evaluation_strategy": "eval_strategy", "warmup_ratio": "warmup_steps",
@@ -135,8 +140,8 @@ OLD_FLAGS = {
         {"group_by_length": v == "group_by_length"} if v in ("random", "group_by_length")
         else {"train_sampling_strategy": v}),
     "flash_attn": lambda v: {"flash_attn": {"true": "fa2", "false": "auto"}.get(str(v).lower(), v)},
-    "max_source_length": lambda v: {"cutoff_len": ("add", int(v))},
-    "max_target_length": lambda v: {"cutoff_len": ("add", int(v))},
+    "max_source_length": lambda v: {"cutoff_len": ("add", _whole("max_source_length", v))},
+    "max_target_length": lambda v: {"cutoff_len": ("add", _whole("max_target_length", v))},
     **dict.fromkeys((
         "use_fast_tokenizer padding_side preprocessing_num_workers preprocessing_batch_size "
         "ignore_pad_token_for_loss save_safetensors num_hidden_layers ppo_logger logging_dir use_auth_token "
@@ -257,6 +262,13 @@ def _parser():
         def error(self, message): raise UserError(re.sub(r"argument (--\w+)(/--[\w-]+)?", r"\1", message))
     return Parser((*_OURS, TrainingArguments), allow_abbrev=False)
 
+def _evaluation(given:dict)->dict:
+    "A command of 2023 that only evaluates names its rows with --dataset."
+    asked = _true(given.get("do_eval", False)) and not _true(given.get("do_train", False))
+    if not asked or "eval_dataset" in given or "val_size" in given or "dataset" not in given: return given
+    say(f"--dataset {given['dataset']} is evaluated, since nothing is trained; --eval_dataset says so too")
+    return {k: v for k, v in given.items() if k != "dataset"} | {"eval_dataset": given["dataset"]}
+
 def parse(
     given:dict, # Flag to value; names of 2023 allowed, values as text or as themselves
 )->Arguments:
@@ -266,6 +278,7 @@ def parse(
     _check_known(given)
     asked = given
     tiny = given.get("model_name_or_path", "tiny") == "tiny" and given.get("finetuning_type", "full") == "full"
+    given = _evaluation(given)
     given = (_DEFAULTS | {"disable_tqdm": not sys.stderr.isatty(), "finetuning_type": "lora"}
         | (_TINY if tiny else {}) | given)
     if "do_train" not in given and not {"do_eval", "do_predict"} & given.keys(): given["do_train"] = True
@@ -287,9 +300,16 @@ def _check_together(args:Arguments):
     refuse(d.train_on_prompt and d.mask_history,
         "--train_on_prompt and --mask_history exclude each other: one trains more, the other less")
     refuse(t.do_train and not d.dataset, "--do_train needs --dataset")
+    refuse(t.per_device_train_batch_size < 1 or t.per_device_eval_batch_size < 1,
+        "--per_device_train_batch_size and --per_device_eval_batch_size must be at least 1")
+    refuse(d.max_samples is not None and d.max_samples < 1, f"--max_samples {d.max_samples}: must be at least 1")
+    refuse(d.val_near and not d.val_size, "--val_near needs --val_size")
+    refuse(d.tokenized_path == "True", "--tokenized_path needs a folder")
+    refuse(d.mix_strategy not in STRATEGIES,
+        f"--mix_strategy {d.mix_strategy}: unknown{nearest(d.mix_strategy, STRATEGIES)}; known are {', '.join(STRATEGIES)}")
     refuse(t.do_predict, "--do_predict is not part of training; use medllm predict")
     refuse(d.val_size and d.eval_dataset, "--val_size and --eval_dataset exclude each other")
-    refuse(d.val_size < 0, f"--val_size {d.val_size}: must not be negative")
+    refuse(not 0 <= d.val_size < float("inf"), f"--val_size {d.val_size}: must be a share below 1, or a number of rows")
     refuse(d.cutoff_len < 8, f"--cutoff_len {d.cutoff_len}: must be at least 8 tokens")
     refuse(t.label_smoothing_factor, "--label_smoothing_factor is not supported by the selected loss")
     refuse(d.packing and t.neftune_noise_alpha,
@@ -298,6 +318,7 @@ def _check_together(args:Arguments):
         "--packing and --torch_compile exclude each other: every pack would be compiled anew")
     refuse(t.eval_strategy != "no" and not (d.val_size or d.eval_dataset),
         "--eval_strategy needs --val_size or --eval_dataset")
+    refuse(t.do_eval and not (d.val_size or d.eval_dataset), "--do_eval needs --val_size or --eval_dataset")
     refuse(d.ranked_pairs not in ("all", "first"), f"--ranked_pairs {d.ranked_pairs}: must be all or first")
     refuse(d.overlong not in (None, *OVERLONG), f"--overlong {d.overlong}: must be {', '.join(OVERLONG)}")
     refuse(d.thinking not in ("keep", "drop"), f"--thinking {d.thinking}: must be keep or drop")

@@ -9,6 +9,7 @@ __all__ = ['TrainingData', 'load_renderer', 'load_rows', 'with_near_groups', 'sh
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -17,9 +18,9 @@ from ..data.accounts import Account, OnBad, stream_examples
 from ..data.cache import Recipe, cached_rows
 from ..data.duplicates import leak_groups, sketch_examples
 from ..data.gate import fault_lines, watched
-from ..data.mixing import check_mix, mix_order, sample_order, split_groups
+from ..data.mixing import check_mix, joined_groups, mix_order, sample_order, split_groups
 from ..data.registry import Source, find_sources
-from ..data.rows import TokenRows, group_of, join_rows
+from ..data.rows import TokenRows, join_rows, keys_of
 from ..data.tokens import Renderer
 from ..models.loading import load_tokenizer
 from .arguments import Arguments
@@ -66,6 +67,8 @@ def load_rows(
 )->tuple[list[TokenRows], list[Account], list[Source]]:
     "Rows, account and source of each dataset. Raises `UserError` for data that cannot be read or used."
     several, accounts, sources = [], [], find_sources(dataset, args.data.dataset_dir)
+    for name in sorted({s.name for s in sources if sum(s.name == other.name for other in sources) > 1}):
+        say(f"dataset '{name}' is named more than once; its rows count as often")
     for source in sources:
         if training and source.eval_only: raise UserError(
             f"dataset '{source.name}' is for evaluation only (eval_only in dataset_info.json); take it out of --dataset")
@@ -74,6 +77,7 @@ def load_rows(
         for line in (str(account), *fault_lines(account)): say(line)
         if source.num_samples is not None:
             rows = rows.pick(sample_order(len(rows), source.num_samples, _seed(source.name, args.training.seed)))
+        if not len(rows) and not training: raise UserError(f"dataset '{source.name}' leaves no row to validate on: {account}")
         several.append(rows)
         accounts.append(account)
     return several, accounts, sources
@@ -84,18 +88,18 @@ def with_near_groups(
     several:Sequence[TokenRows],  # Rows of each dataset
     sources:Sequence[Source],     # The datasets
 )->list[TokenRows]:
-    "The same rows; those whose texts nearly repeat each other are in one group."
+    "The same rows; those whose texts nearly repeat each other count as one question."
     r, keys = _recipe(args), []
     def passing():
         for source in sources:
             unused = Account(source.name)
             for example in watched(stream_examples(source, unused, r.stage, r.on_bad, r.max_samples, r.all_pairs,
                     r.trust_remote_code, r.streaming), unused):
-                keys.append(group_of(example))
+                keys.append(keys_of(example)[0])
                 yield example
     names = leak_groups(sketch_examples(passing()), [str(key) for key in keys])
     known, first = np.unique(np.array(keys, np.uint64), return_index=True)
-    return [TokenRows.of(rows.parts, rows.table | {"group": names[first[np.searchsorted(known, rows.groups)]]})
+    return [TokenRows.of(rows.parts, rows.table | {"question": names[first[np.searchsorted(known, rows.questions)]]})
         for rows in several]
 
 # %% ../../nbs/train/01_inputs.ipynb #prepare
@@ -104,8 +108,9 @@ def _mixed(args:Arguments, several:Sequence[TokenRows])->tuple[TokenRows, TokenR
     d, whole, held = args.data, join_rows(several), None
     kept = np.arange(len(whole))
     if d.val_size:
-        kept, out = split_groups(whole.groups, d.val_size, args.training.seed)
-        held = whole.pick(out)
+        kept, out = split_groups(joined_groups(whole.questions, whole.groups), d.val_size, args.training.seed)
+        held, want = whole.pick(out), d.val_size*len(whole) if d.val_size < 1 else d.val_size
+        if len(out) < 0.9*want: say(f"{len(out)} rows are held out, not {want:.0f}: groups are not divided")
     ends = np.cumsum([len(rows) for rows in several])
     sizes = np.diff(np.searchsorted(kept, ends), prepend=0)
     return whole.pick(kept[mix_order(sizes, d.mix_strategy, d.probabilities(), args.training.seed)]), held
@@ -114,23 +119,29 @@ def shared_questions(
     train:TokenRows, # Trained on
     held:TokenRows,  # Validated on
 )->int:
-    "Validation rows whose question (or group) is also trained on."
-    return int(np.isin(held.groups, train.groups).sum())
+    "Validation rows whose question is also trained on."
+    return int(np.isin(held.questions, train.questions).sum())
 
 def prepare_data(
     args:Arguments, # From `parse`
 )->TrainingData:
     "Rows of a run, tokenised. Raises `UserError` for data that cannot be read or when no row can be trained on."
     d, renderer = args.data, load_renderer(args)
-    check_mix(d.mix_strategy, len([n for n in d.dataset.split(",") if n.strip()]), d.probabilities())
-    several, accounts, sources = load_rows(args, d.dataset, renderer)
-    if not sum(map(len, several)): raise UserError("no row is left to train on: " + "; ".join(map(str, accounts)))
+    check_mix(d.mix_strategy, len([n for n in (d.dataset or "").split(",") if n.strip()]), d.probabilities())
+    several, accounts, sources = load_rows(args, d.dataset, renderer) if d.dataset else ([], [], [])
+    if d.dataset and not sum(map(len, several)):
+        raise UserError("no row is left to train on: " + "; ".join(map(str, accounts)))
+    if d.mix_strategy != "concat" and (empty := [s.name for s, rows in zip(sources, several) if not len(rows)]):
+        raise UserError(f"dataset '{empty[0]}' has no row left to mix; take it out of --dataset")
     if d.val_size and d.val_near: several = with_near_groups(args, several, sources)
     train, held = _mixed(args, several)
     evaluated, findings = ({"": held} if held is not None else {}), {}
     if d.eval_dataset:
         sets, more, places = load_rows(args, d.eval_dataset, renderer, training=False)
-        evaluated = {s.name: rows for s, rows in zip(places, sets) if len(rows)}
+        evaluated = {}
+        for s, rows in zip(places, sets):
+            name = Path(s.name).name if "/" in s.name else s.name          # no folders among the metrics
+            evaluated[name if name not in evaluated else f"{name}_{len(evaluated)}"] = rows
         accounts, sources = accounts + more, sources + places
         for name, rows in evaluated.items():
             if not (shared := shared_questions(train, rows)): continue
