@@ -90,7 +90,7 @@ _KEEP = 30*24*3600 # unused rows are removed after [s]
 def cache_folder(
     folder:str|Path|None = None, # --tokenized_path; None: MEDLLM_CACHE, or ~/.cache/medllm
 )->Path:
-    "The folder of the cache, made for its owner only."
+    "The folder of the cache; made for its owner only when it is not there yet."
     default = Path(os.environ.get("MEDLLM_CACHE", "~/.cache/medllm"))/"rows"
     where = Path(folder or default).expanduser()
     where.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -108,7 +108,8 @@ def _check_types(name:str, entry:dict):
     for key, value in entry.items():
         kind, words = _TYPES.get(key, (str, "text"))
         if value is not None and type(value) is not kind: raise UserError(f"dataset '{name}': {key} must be {words}")
-    if entry.get("num_samples") is not None and entry["num_samples"] < 1: raise UserError(f"dataset '{name}': num_samples must be at least 1")
+    if entry.get("num_samples") is not None and entry["num_samples"] < 1:
+        raise UserError(f"dataset '{name}': num_samples must be at least 1")
 
 def _check_keys(name:str, entry:dict):
     "Raise `UserError` for keys and values that mean nothing here."
