@@ -79,7 +79,7 @@ def find_encoding(
 
 # %% ../../nbs/data/01_json_reader.ipynb #lines
 def _too_large(file:str, line:int, byte:int)->Bad:
-    return Bad("row_too_large", file, line, byte, 
+    return Bad("row_too_large", file, line, byte,
         f"the row is longer than {MAX_ROW//2**20} MiB; split it or leave it out")
 
 def _undecodable(file:str, line:int, byte:int, encoding:str)->Bad:

@@ -136,8 +136,9 @@ def _rows(file:Path, name:str, encoding:str, reader:Callable)->Iterator[Row|Bad]
             with tempfile.TemporaryDirectory() as d: yield from reader(_copy_unpacked(file, d), name, encoding)
         else: yield from reader(file, name, encoding)
     except UnicodeDecodeError:
-        bad = next(text for _, _, text in read_lines(file, name, encoding) if isinstance(text, Bad))
-        raise bad.error() from None
+        bad = (text for _, _, text in read_lines(file, name, encoding) if isinstance(text, Bad))
+        found = next((b for b in bad if b.reason == "bad_text"), None)      # none in a line too long to look into
+        raise (found.error() if found else UserError(f"{name}: a byte is not {encoding}; save the file as UTF-8")) from None
     except (gzip.BadGzipFile, EOFError, zlib.error):
         raise UserError(f"{name}: the gzip file is damaged or cut off") from None
 

@@ -212,21 +212,20 @@ def _settle(account:Account, fates:list[tuple[str, str, str]]):
         if reason: account.reject(where, reason)
         else: account.truncated[cut] += 1
 
-def _encoded(some:list[Example], renderer:Renderer, account:Account, on_bad:OnBad)->list[tuple]:
-    "Examples with their rows; where the template refuses one, the others go on without it if that is allowed."
+def _encoded(some:list[Example], renderer:Renderer, skip:bool)->list[tuple]:
+    "Examples with their rows; None for one that the template refuses, if that is allowed."
     each = [conversations(example) for example in some]
     try: rows = iter(renderer.encode([c for several in each for c in several]))
-    except UserError as e:
-        if len(some) > 1: return [pair for one in some for pair in _encoded([one], renderer, account, on_bad)]
-        why = str(e).removeprefix(f"{some[0].where}: ")
-        account.kept -= 1
-        on_bad.meet(account, some[0].where, "template_refuses", why)
-        return []
+    except UserError:
+        if not skip: raise
+        return [(some[0], None)] if len(some) == 1 else [
+            pair for one in some for pair in _encoded([one], renderer, skip)]
     return [(example, [next(rows) for _ in several]) for example, several in zip(some, each)]
 
 def _rows_of(example:Example, rows:list, renderer:Renderer, cutoff_len:int, overlong:str)->tuple[list, str, str]:
     "Rows of an example that fit, what was cut, and why it was rejected."
     cut = ""
+    if rows is None: return [], "", "template_refuses"
     if example.turns[0].role == "document": rows = cut_document(*rows[0], cutoff_len)
     elif any(len(ids) > cutoff_len for ids, _ in rows): rows, cut = fit(example, rows, renderer, cutoff_len, overlong)
     if rows is None: return [], "", "longer_than_cutoff"
@@ -249,7 +248,7 @@ def tokenise(
     writer = writer or RowWriter()
     for some in _batches(examples, batch):
         ids, trained, keys, fates = [], [], [], []
-        for example, rows in _encoded(some, renderer, account, on_bad):
+        for example, rows in _encoded(some, renderer, on_bad.policy == "skip"):
             policy = overlong or ("reject" if example.worse is not None else "truncate_prompt")
             rows, cut, reason = _rows_of(example, rows, renderer, cutoff_len, policy)
             ids += [row for row, _ in rows]

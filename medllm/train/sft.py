@@ -64,7 +64,7 @@ def _checkpointing(args:Arguments, data:TrainingData, model):
     import torch
     from medllm.train.trainer import needs_checkpointing
     t = args.training
-    if not torch.cuda.is_available() or t.gradient_checkpointing is not None: return
+    if not (torch.cuda.is_available() and t.do_train) or t.gradient_checkpointing is not None: return
     longest = args.data.cutoff_len if args.data.packing else int(data.train.lengths.max())
     positions = longest*t.per_device_train_batch_size
     half = t.bf16 or t.fp16 or model.dtype.itemsize == 2
