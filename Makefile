@@ -6,7 +6,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint notebooks export requirements clean
+TRL := .trl/.trl-1.16.0
+
+.PHONY: demo test test-slow trl lint notebooks export requirements clean
 
 $(STAMP): requirements.txt settings.ini setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "medllm needs Python 3.11: set PYTHON=/path/to/python3.11"; exit 1; }
@@ -19,7 +21,15 @@ $(STAMP): requirements.txt settings.ini setup.py pyproject.toml
 demo: $(STAMP)
 	$(BIN)/medllm run sft -p num_train_epochs 20 --tag demo
 
-test: $(STAMP) lint notebooks
+# the library that losses are compared with: its code alone, beside our torch and transformers, imported in processes of its own
+trl: $(TRL)
+
+$(TRL): $(STAMP)
+	rm -rf .trl
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .trl trl==1.16.0
+	touch $@
+
+test: $(STAMP) $(TRL) lint notebooks
 	$(BIN)/python -m pytest tests
 
 # one thread each: two notebooks at a time on two cores would only get in each other's way
@@ -45,4 +55,4 @@ requirements:
 	rm -rf .venv-pins
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) .trl .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

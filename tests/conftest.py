@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,3 +41,17 @@ def tiny():
     "The tokenizer of the tiny model."
     from medllm.models.tiny import tiny_tokenizer
     return tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def trl(tmp_path_factory):
+    "Runs a script of tests/peers beside TRL, in a process of its own: arrays in, arrays out. Skips where TRL is missing."
+    place = Path(os.environ.get("MEDLLM_TRL", ROOT/".trl"))
+    if not (place/"trl").is_dir(): pytest.skip("TRL is not here: make trl")
+    def call(script, arrays):
+        folder = tmp_path_factory.mktemp("trl")
+        np.savez(folder/"in.npz", **arrays)
+        done = run(sys.executable, ROOT/"tests/peers"/script, folder/"in.npz", folder/"out.npz", cwd=folder, PYTHONPATH=f"{place}:{ROOT}")
+        assert done.returncode == 0, done.stderr[-2000:]
+        with np.load(folder/"out.npz", allow_pickle=False) as out: return dict(out)
+    return call
