@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from fastcore.basics import patch
 
 from ..core import UserError
 from .accounts import OVERLONG, Account, OnBad
@@ -66,25 +67,27 @@ class TokenRows:
         begin, size = (int(self.table[name][i]) for name in ("note_start", "note_length"))
         return bytes(self.parts[self.table["part"][i]][2][begin:begin + size]).decode("utf-8", "replace")
 
-    def pick(self,
-        order:np.ndarray, # Numbers of rows, in any order, perhaps repeated
-    )->"TokenRows":
-        "Chosen rows, over the same arrays."
-        return TokenRows.of(self.parts, {name: column[order] for name, column in self.table.items()})
-
-    @classmethod
-    def join(cls,
-        several:Sequence["TokenRows"], # Datasets
-    )->"TokenRows":
-        "Rows of several datasets, one behind the other, over the same arrays."
-        parts, tables = [], []
-        for rows in several:
-            tables.append(rows.table | {"part": rows.table["part"] + len(parts)})
-            parts += rows.parts
-        tables = tables or [TokenRows().table]
-        return TokenRows.of(parts, {name: np.concatenate([t[name] for t in tables]) for name in _COLUMNS})
-
     def __repr__(self): return f"TokenRows({len(self)} rows, {self.tokens} tokens, {self.trained} trained)"
+
+# %% ../../nbs/data/09_rows.ipynb #choose
+@patch
+def pick(self:TokenRows,
+    order:np.ndarray, # Numbers of rows, in any order, perhaps repeated
+)->TokenRows:
+    "Chosen rows, over the same arrays."
+    return TokenRows.of(self.parts, {name: column[order] for name, column in self.table.items()})
+
+@patch(cls_method=True)
+def join(cls:TokenRows,
+    several:Sequence[TokenRows], # Datasets
+)->TokenRows:
+    "Rows of several datasets, one behind the other, over the same arrays."
+    parts, tables = [], []
+    for rows in several:
+        tables.append(rows.table | {"part": rows.table["part"] + len(parts)})
+        parts += rows.parts
+    tables = tables or [TokenRows().table]
+    return TokenRows.of(parts, {name: np.concatenate([t[name] for t in tables]) for name in _COLUMNS})
 
 # %% ../../nbs/data/09_rows.ipynb #writer
 _COLUMNS = {"part": np.int32, "start": np.int64, "length": np.int64, "trained": np.int64, "question": np.uint64,

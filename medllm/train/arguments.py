@@ -73,6 +73,8 @@ OLD_FLAGS = {
         "overwrite_hub_dir buffer_size split eval_on_each_dataset eval_num_beams do_sample num_beams "
         "length_penalty repetition_penalty skip_special_tokens").split(), _dropped),
 }
+
+# %% ../../nbs/train/01_arguments.ipynb #translate
 _QUIET = ("flash_attn", "lr", "train_sampling_strategy")   # translations that need no comment
 
 def translate(

@@ -137,7 +137,8 @@ class StageTrainer(Trainer):
         self.callback_handler.callbacks = [
             c for c in self.callback_handler.callbacks if type(c).__name__ not in others]
         self.objective, self.pack_to = objective, pack_to
-        self.grouped, sharded = grouped and args.train_sampling_strategy != "sequential", self.is_fsdp_enabled or self.is_deepspeed_enabled
+        self.grouped = grouped and args.train_sampling_strategy != "sequential"
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         held = list(eval_units.values()) if isinstance(eval_units, dict) else [eval_units]
         longest = max((int(units.lengths.max()) for units in (train_units, *held) if units), default=0)
         if pack_to: isolate(self.model, longest, tried=not sharded)

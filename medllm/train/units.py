@@ -116,7 +116,8 @@ class UnitCollate:
         starts, batch = self._ids(ids, lengths)
         at = [np.flatnonzero(p != -100) for p in predicted]
         whole = lambda parts: torch.from_numpy(np.concatenate(parts).astype(np.int64))
-        batch |= {"positions": whole([a + s for a, s in zip(at, starts)]), "targets": whole([p[a] for a, p in zip(at, predicted)]),
+        batch |= {"positions": whole([a + s for a, s in zip(at, starts)]),
+            "targets": whole([p[a] for a, p in zip(at, predicted)]),
             "row_of": whole([np.full(len(a), i) for i, a in enumerate(at)]),
             "units": len(items), "tokens": torch.tensor(sum(lengths))}
         if self.ends: batch["last"] = torch.tensor([s + n - 1 for s, n in zip(starts, lengths)])
