@@ -169,9 +169,8 @@ class Branches(Documents):
     def attend(self, query, key, value, window=None, scale=None, dropout=0.0):
         out, wide = [], lambda x: x.repeat_interleave(query.shape[1]//key.shape[1], 1)
         for begin, end, (start, fork) in self.pieces:
-            q, k, v = (torch.cat([x[:, :, start:fork], x[:, :, begin:end]], 2) if fork > start else x[:, :, begin:end]
-                for x in (query, key, value))
-            q = q[:, :, fork - start:]
+            q, k, v = (x[:, :, begin:end] for x in (query, key, value))
+            if fork > start: k, v = (torch.cat([x[:, :, start:fork], x[:, :, begin:end]], 2) for x in (key, value))
             plain = fork == start and not (window and end - begin > window)
             mask = None if plain else self.reach(fork - start, end - begin, window, q.device)
             if not plain: k, v = wide(k), wide(v)
@@ -212,10 +211,10 @@ def _second_document(model, longest:int)->int:
 
 def document_inputs(
     model,                # A causal language model, after `isolate`
-    borders:tuple[int, ...]|Documents, # Of the packed row
+    borders:tuple,        # Of the packed row, for `Documents`; or its forks, for `Branches`
 )->dict:
     "What the model's forward needs beside ids and positions to keep documents apart."
-    documents = borders if isinstance(borders, Documents) else Documents(borders)
+    documents = Documents(borders) if isinstance(borders[0], int) else Branches(borders)
     if not model.config._attn_implementation.startswith("flash_attention"): return {"documents": documents}
     on = documents.on(model.get_input_embeddings().weight.device)
     return {"cu_seq_lens_q": on, "cu_seq_lens_k": on,
@@ -224,10 +223,10 @@ def document_inputs(
 def _trial(model, alone:torch.Tensor, ids:torch.Tensor, stem:int, first:int)->str:
     "What goes wrong when two documents, or two answers behind a stem, are packed; empty when nothing does."
     size = ids.shape[1]
-    documents = Branches(((0, stem, first, size),)) if stem else Documents((0, first, size))
+    borders = ((0, stem, first, size),) if stem else (0, first, size)
     position_ids = torch.cat([torch.arange(first), torch.arange(stem, stem + size - first)])[None].to(ids.device)
     with _seen(model, grad=True) as seen:
-        model(input_ids=ids, position_ids=position_ids, use_cache=False, **document_inputs(model, documents))
+        model(input_ids=ids, position_ids=position_ids, use_cache=False, **document_inputs(model, borders))
         second = seen["out"][:, first:].float()
         weights = torch.arange(second.numel(), device=second.device).cos().view_as(second)
         gradient = torch.autograd.grad((second*weights).sum(), seen["in"])[0]
