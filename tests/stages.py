@@ -58,7 +58,7 @@ def loaded(args, stage):
     whole = not (Path(folder)/"adapter_config.json").exists()
     if stage == "rm":
         from medllm.models.scoring import load_reward_model
-        return load_reward_model(folder if whole else args.model.model_name_or_path, args.load_plan(), () if whole else (folder,))
+        return load_reward_model(folder, None if whole else args.model.model_name_or_path, args.load_plan())
     base = load_model(folder if whole else args.model.model_name_or_path, args.load_plan())
     return base if whole else load_adapter(base, folder)
 
