@@ -506,14 +506,12 @@ def test_the_reference_stays_where_training_started_when_it_is_resumed(tuned, tm
     for step in (3, 4): assert abs(losses(tmp_path/"half")[step] - losses(tmp_path/"whole")[step]) < 1e-5
 
 
-def test_references_that_cannot_be_meant_are_refused(tuned):
+def test_references_that_cannot_be_meant_are_refused(tuned, tmp_path):
     _, flags = tuned
-    make = lambda **more: preference.make_trainer(parse(RUN | flags | more), None)
     for more, says in (
             (dict(ref_policy="base"), "not from the base model"), (dict(ref_policy="start", ref_model="tiny"), "exclude each other"),
-            (dict(ref_model_quantization_bit=4), "needs --ref_model")):
-        with pytest.raises(UserError, match=says):
-            preference.plan_reference(parse(RUN | flags | more)) if hasattr(preference, "plan_reference") else make(**more)
+            (dict(ref_model_quantization_bit=4), "needs --ref_model"), (dict(pref_loss="simpo", ref_model="tiny"), "no reference")):
+        with pytest.raises(UserError, match=says): whole_run(tmp_path/"run", **flags | more)
 
 
 def test_dropout_is_the_policys_own(tmp_path):
