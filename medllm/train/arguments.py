@@ -242,6 +242,7 @@ def _check_stage(args:Arguments, refuse):
 PAIR_LOSSES = ("sigmoid", "hinge", "ipo", "orpo", "simpo")
 REFERENCES = ("auto", "base", "start", "model")
 
+# %% ../../nbs/train/01_arguments.ipynb #together-all
 def _check_together(args:Arguments):
     "Raise `UserError` for flags that contradict each other or values out of range."
     d, f, t = args.data, args.finetuning, args.training
