@@ -152,12 +152,13 @@ class Branches(Documents):
     def __init__(self,
         forks:tuple[tuple[int, int, int, int], ...], # Where prompt, first answer and second answer begin, and the end
     ):
-        # queries [begin, end) see the keys [*stem) before their own
+        # pieces that attend by themselves; a second answer also sees the first `stem` tokens of the piece before it
         pieces = [piece for begin, fork, second, end in forks
-            for piece in ((begin, second, (begin, begin)), (second, end, (begin, fork))) if piece[0] < piece[1]]
+            for piece in ((begin, second, 0), (second, end, fork - begin)) if piece[0] < piece[1]]
         super().__init__((*(begin for begin, _, _ in pieces), pieces[-1][1]))
-        self.pieces, self.reach = pieces, lru_cache(None)(_reach)
-        seen = [torch.cat([torch.arange(*stem), torch.arange(begin, end)]) for begin, end, stem in pieces]
+        self.stems, self.reach = [stem for _, _, stem in pieces], lru_cache(None)(_reach)
+        at = [torch.arange(begin, end) for begin, end, _ in pieces]
+        seen = [torch.cat([before[:stem], own]) for before, own, stem in zip([at[0], *at], at, self.stems)]
         sizes = [len(s) for s in seen]
         self.seen = lru_cache(None)(lambda device: torch.cat(seen).to(device))
         self.key_borders = lru_cache(None)(
@@ -168,13 +169,12 @@ class Branches(Documents):
     def keys(self, x): return x.index_select(0, self.seen(x.device))
 
     def attend(self, query, key, value, window=None, scale=None, dropout=0.0):
-        out, wide = [], lambda x: x.repeat_interleave(query.shape[1]//key.shape[1], 1)
-        for begin, end, (start, fork) in self.pieces:
-            q, k, v = (x[:, :, begin:end] for x in (query, key, value))
-            if fork > start: k, v = (torch.cat([x[:, :, start:fork], x[:, :, begin:end]], 2) for x in (key, value))
-            plain = fork == start and not (window and end - begin > window)
-            mask = None if plain else self.reach(fork - start, end - begin, window, q.device)
-            if not plain: k, v = wide(k), wide(v)
+        out, heads, before = [], query.shape[1]//key.shape[1], None
+        for stem, q, *own in zip(self.stems, *(x.split(self.lengths, 2) for x in (query, key, value))):
+            k, v = (torch.cat([b[:, :, :stem], x], 2) for b, x in zip(before, own)) if stem else own
+            plain, before = not stem and not (window and q.shape[2] > window), own
+            mask = None if plain else self.reach(stem, q.shape[2], window, q.device)
+            if not plain and heads > 1: k, v = (x.repeat_interleave(heads, 1) for x in (k, v))
             out.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=plain, dropout_p=dropout,
                 scale=scale, enable_gqa=q.shape[1] != k.shape[1]))
         return torch.cat(out, 2).transpose(1, 2)
