@@ -22,7 +22,7 @@ def run(*words, cwd=ROOT, timeout=600, **env):
 
 def losses(folder):
     "Step -> logged loss of a run."
-    from medllm.train.sft import read_history
+    from medllm.train.loop import read_history
     return {h["step"]: h["loss"] for h in read_history(Path(folder)/"history.jsonl") if "loss" in h}
 
 
