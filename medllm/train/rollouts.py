@@ -160,12 +160,14 @@ class RolloutTrainer(StageTrainer):
         if per_step*objective.steps % objective.each: raise UserError(
             f"--per_device_train_batch_size x --gradient_accumulation_steps is {per_step}: it must be a multiple of the "
             f"{objective.each} answers to a prompt (--num_generations)")
-        self.size, self.number, self.queue = per_step*objective.steps//objective.each, -1, []
+        self.size, self.drawn, self.queue = per_step*objective.steps//objective.each, None, []
         self.rollouts, self.spent = Path(args.output_dir)/"rollouts.jsonl", 0.0
         self.noted, self.totals = [], {"answers": 0, "seconds": 0.0}
 
     @property
     def rollout_steps(self)->int: return self.objective.passes*self.objective.steps  # optimiser steps of a rollout
+    @property
+    def number(self)->int: return self.state.global_step//self.rollout_steps          # of the rollout that the step is in
 
 # %% ../../nbs/train/14_rollouts.ipynb #feed
 @patch
@@ -180,9 +182,9 @@ def get_train_dataloader(self:RolloutTrainer):
 def get_batch_samples(self:RolloutTrainer, epoch_iterator, num_batches:int, device)->tuple:
     "The micro-batches of the coming optimiser step."
     prompts = [next(epoch_iterator) for _ in range(num_batches)][-1]
-    number, step = divmod(self.state.global_step, self.rollout_steps)
-    if number != self.number:
-        self.number, start = number, time.perf_counter()
+    step = self.state.global_step % self.rollout_steps
+    if self.drawn != self.number:
+        self.drawn, start = self.number, time.perf_counter()
         self.queue = self.objective.rollout(self, prompts)
         self.spent += time.perf_counter() - start
     coming = self.queue[step*num_batches:(step + 1)*num_batches]
