@@ -56,11 +56,11 @@ class Rollout:
         "Answers with their prompts as `UnitCollate` lays them out; values are (B,) or, one a token, (M,) in its order."
         rows, items = torch.as_tensor(np.asarray(rows)), []
         for i in rows.tolist():
-            answer = self.answers[i, :self.lengths[i]].numpy()
-            hidden = np.full(len(self.prompts[i]), -100)
-            items.append({"rows": [{"input_ids": np.concatenate([self.prompts[i], answer]), "labels": np.concatenate([hidden, answer])}]})
-        mask = self.mask[rows]
-        return collate(items) | {name: v[rows][mask] if v.dim() > 1 else v[rows] for name, v in values.items() if v is not None}
+            prompt, answer = self.prompts[i], self.answers[i, :self.lengths[i]].numpy()
+            labels = np.concatenate([np.full(len(prompt), -100), answer])
+            items.append({"rows": [{"input_ids": np.concatenate([prompt, answer]), "labels": labels}]})
+        mask, given = self.mask[rows], {name: v[rows] for name, v in values.items() if v is not None}
+        return collate(items) | {name: v[mask] if v.dim() > 1 else v for name, v in given.items()}
 
 # %% ../../nbs/train/14_rollouts.ipynb #rewards
 @dataclass
@@ -98,7 +98,8 @@ class RolloutBatches(Sampler):
         rank:int = 0,  # This process, from 0
         world:int = 1, # W, processes
     ):
-        self.prompts, self.size, self.repeat, self.seed, self.rank, self.world = prompts, size, repeat, seed, rank, world
+        self.prompts, self.size, self.repeat, self.seed = prompts, size, repeat, seed
+        self.rank, self.world = rank, world
         self.batch_size, self.drop_last, self.epoch = size, False, 0
 
     def set_epoch(self, epoch:int): self.epoch = epoch
@@ -132,7 +133,7 @@ class RolloutPlan:
     "What a `RolloutTrainer` is told beside the objective."
     renderer:object             # Of the run: decodes answers, knows what ends them
     how:Sampling                # How answers are drawn
-    reference:Callable|None = None  # (trainer, batch, temperature) -> (M,) log-probabilities of the reference; None: no KL
+    reference:object|None = None # A `medllm.train.reference.Reference`; None: the KL is not measured
     kl_limit:float = 50.0       # For the monitor [nat/answer]
     texts:bool = False          # Write questions and answers into the record
 
@@ -148,18 +149,20 @@ class RolloutTrainer(StageTrainer):
         eval_units = None,# `Prompts`, or several by name
         pack_to:int|None = None, # Lay the rows of a micro-batch end to end
     ):
-        if plan.how.temperature == 0: raise UserError("--temperature 0: answers that are always the same teach nothing; 1 is usual")
+        if plan.how.temperature == 0: raise UserError(
+            "--temperature 0: answers that are always the same teach nothing; 1 is usual")
         for m in model.modules():
             if isinstance(m, torch.nn.Dropout): m.p = 0.0
             if getattr(m, "attention_dropout", 0): m.attention_dropout = 0.0
         super().__init__(model, args, objective, train_units, eval_units, plan.renderer.tokenizer, False, pack_to)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled: raise UserError(
-            "PPO and GRPO draw answers from whole weights: run them without FSDP and DeepSpeed (--quantization_bit 4 saves memory)")
+            "PPO and GRPO draw answers from whole weights: run them without FSDP and DeepSpeed "
+            "(--quantization_bit 4 saves memory)")
         self.plan, self.monitor = plan, Monitor(plan.kl_limit)
         per_step = args.per_device_train_batch_size*args.gradient_accumulation_steps
         if per_step*objective.steps % objective.each: raise UserError(
-            f"--per_device_train_batch_size x --gradient_accumulation_steps is {per_step}: it must be a multiple of the "
-            f"{objective.each} answers to a prompt (--num_generations)")
+            f"--per_device_train_batch_size x --gradient_accumulation_steps is {per_step}: it must be a multiple of "
+            f"the {objective.each} answers to a prompt (--num_generations)")
         self.size, self.drawn, self.queue = per_step*objective.steps//objective.each, None, []
         self.rollouts, self.spent = Path(args.output_dir)/"rollouts.jsonl", 0.0
         self.noted, self.totals = [], {"answers": 0, "seconds": 0.0}
@@ -241,7 +244,8 @@ def answer(self:RolloutTrainer,
     table = uniform_table(len(ids)*each, how.max_new_tokens, self.args.seed, *key, self.args.process_index)
     answers, lengths, ended = sample_answers(
         self.model, ids, table, how, plan.renderer.stop_ids, plan.renderer.tokenizer.pad_token_id or 0)
-    decode = lambda rows: plan.renderer.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    decode = lambda rows: plan.renderer.tokenizer.batch_decode(
+        rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     texts = decode([row[:n - end].tolist() for row, n, end in zip(answers, lengths.tolist(), ended.tolist())])
     return Rollout(each_of(ids), answers, lengths, ended, each, each_of([p["note"] for p in prompts]),
         np.array(each_of([p["index"] for p in prompts])), texts, each_of(decode([i.tolist() for i in ids])))
@@ -253,8 +257,18 @@ def sample(self:RolloutTrainer,
     "G answers to each prompt, with log-probabilities under the policy and the reference at the sampling temperature."
     rollout, heat = self.answer(prompts, self.objective.each, self.plan.how, self.number), self.plan.how.temperature
     rollout.logps, rollout.entropy = self.token_logps(rollout, lambda b: self.logps(self.model, b, heat, entropy=True))
-    if self.plan.reference: rollout.reference, = self.token_logps(rollout, lambda b: (self.plan.reference(self, b, heat),))
+    if self.plan.reference: rollout.reference, = self.token_logps(rollout, lambda b: (self.reference_logps(b, heat),))
     return rollout
+
+@patch
+def reference_logps(self:RolloutTrainer,
+    batch:dict,              # A micro-batch on the device
+    temperature:float = 1.0, # Of sampling
+)->torch.Tensor:             # (M,), [nat]
+    "Log-probability of each target under the reference."
+    reference = self.plan.reference
+    with reference.answering(self.model) as asked: return (reference.head or self.head).token_logps(
+        asked, *(batch[k] for k in ("input_ids", "positions", "targets")), temperature, **self.apart(batch))
 
 # %% ../../nbs/train/14_rollouts.ipynb #watch
 @patch
@@ -273,14 +287,17 @@ def watch(self:RolloutTrainer,
         **{f"reward_{name}": values.nanmean().item() for name, values in parts.items()},
         "length": lengths.float().mean().item(), "ended": ended.float().mean().item(),
         "entropy": (entropy.sum()/lengths.sum()).item()}
-    if rollout.reference is not None: noted["kl"] = gather(rollout.sums(kl_estimate(rollout.logps, rollout.reference))).mean().item()
     self.noted.append(noted)
     self.totals["answers"] += len(rewards)
     self._record(rollout, parts, lengths, ended)
-    if rollout.reference is not None: self.monitor.check_kl(gather(rollout.sums(rollout.logps - rollout.reference)), noted["kl"])
+    if rollout.reference is not None:
+        k1, k3 = (gather(rollout.sums(kl_estimate(rollout.logps, rollout.reference, kind))) for kind in ("k1", "k3"))
+        noted["kl"] = k3.mean().item()
+        self.monitor.check_kl(k1, noted["kl"])
     self.monitor(lengths, noted["entropy"], rewards, flat == 1)
-    if flat == 1 and self.monitor.streaks["flat"] in (1, 5, 10): say(f"step {self.state.global_step}: no group of answers has "
-        f"different rewards (all {rewards.mean():.3f} on average): nothing is learnt from this batch")
+    if flat == 1 and self.monitor.streaks["flat"] in (1, 5, 10): say(
+        f"step {self.state.global_step}: no group of answers has different rewards ({rewards.mean():.3f} on average): "
+        "nothing is learnt from this batch")
     if self.monitor.finished: self.control.should_training_stop = True
 
 @patch
@@ -306,7 +323,8 @@ def log(self:RolloutTrainer, logs:dict, start_time:float|None=None):
         names = dict.fromkeys(name for noted in self.noted for name in noted)
         logs |= {name: float(np.nanmean([n[name] for n in self.noted if name in n])) for name in names}
         seconds = max(time.perf_counter() - self._since, 1e-9)
-        if self.noted: logs |= {"rollout_share": round(min(self.spent/seconds, 1), 4), "flat_batches": self.monitor.flat}
+        if self.noted: logs |= {
+            "rollout_share": round(min(self.spent/seconds, 1), 4), "flat_batches": self.monitor.flat}
         self.totals["seconds"] += self.spent
         self.noted, self.spent = [], 0.0
     super(RolloutTrainer, self).log(logs, start_time)
@@ -320,7 +338,8 @@ def _total(self:RolloutTrainer, model, units)->torch.Tensor:
     for prompts in self.get_eval_dataloader(units):
         rollout = self.answer(prompts, 1, how, 0)
         parts, rewards = add_rewards(self.objective.rewards, rollout)
-        sums = [rewards.sum(), *(parts[name].nansum() for name in names), rollout.lengths.sum(), rollout.ended.sum(), len(rollout)]
+        sums = [rewards.sum(), *(parts[name].nansum() for name in names),
+            rollout.lengths.sum(), rollout.ended.sum(), len(rollout)]
         total += torch.tensor([float(x) for x in sums]).to(total)
         self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
     return self.accelerator.reduce(total, "sum") if self.args.world_size > 1 else total
