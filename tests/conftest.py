@@ -51,7 +51,8 @@ def trl(tmp_path_factory):
     def call(script, arrays):
         folder = tmp_path_factory.mktemp("trl")
         np.savez(folder/"in.npz", **arrays)
-        done = run(sys.executable, ROOT/"tests/peers"/script, folder/"in.npz", folder/"out.npz", cwd=folder, PYTHONPATH=f"{place}:{ROOT}")
+        done = run(sys.executable, ROOT/"tests/peers"/script, folder/"in.npz", folder/"out.npz", cwd=folder,
+            PYTHONPATH=f"{place}{os.pathsep}{ROOT}")
         assert done.returncode == 0, done.stderr[-2000:]
         with np.load(folder/"out.npz", allow_pickle=False) as out: return dict(out)
     return call

@@ -70,6 +70,7 @@ class Speak(ProgressCallback):
 class Objective:
     "What a stage minimises; a stage overrides what differs."
     unit = "units"     # What the loss is a mean over
+    sampler = None     # Batches of unit numbers of this process, where the usual ones will not do
     watched = ()       # Names of the sums that a call returns beside the loss
 
     def collate(self, pad_id:int, multiple:int, packed:bool):
@@ -164,6 +165,7 @@ def get_train_dataloader(self:StageTrainer)->DataLoader:
     "Batches of this process; every row once an epoch."
     a, rows = self.args, self.train_dataset
     seed = a.seed if a.data_seed is None else a.data_seed
+    if self.objective.sampler is not None: return self._loader(rows, self.objective.sampler)
     if self.pack_to and self.objective.unit == "tokens": return self._loader(rows, PackedBatches(
         rows.lengths, self.pack_to, self._train_batch_size, seed, a.process_index, a.world_size))
     return self._loader(rows, GroupedBatches(
