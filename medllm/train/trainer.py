@@ -92,9 +92,21 @@ class Objective:
         "Loss summed over the units, and sums over the units of everything in `watched`."
         raise NotImplementedError
 
+    def begin_validation(self, trainer, batches):
+        "Called before a validation set, with this process's batches of it; they come anew afterwards."
+
+    def validate(self, trainer, model, batch:dict)->tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        "As a call, on a batch of a validation set."
+        self.begin(trainer, [batch])
+        return self(trainer, model, batch)
+
+    def means(self, sums:dict[str, float], units:float)->dict[str, float]:
+        "What is logged, from sums of what is watched."
+        return {name: total/units for name, total in sums.items()}
+
     def metrics(self, sums:dict[str, float], units:float)->dict[str, float]:
         "Validation metrics from sums over a whole set: \"loss\" and everything watched."
-        return {name: total/units for name, total in sums.items()}
+        return self.means(sums, units)
 
 class TokenLoss(Objective):
     "Next-token cross-entropy: pre-training and supervised fine-tuning."
@@ -228,10 +240,10 @@ def _total(self:StageTrainer, model, units)->torch.Tensor:
     "Sums over a validation set and all processes: loss, what is watched, units."
     names = self.objective.watched
     total = torch.zeros(2 + len(names), dtype=torch.float64, device=self.args.device)
+    self.objective.begin_validation(self, self.get_eval_dataloader(units))
     for inputs in self.get_eval_dataloader(units):
         with torch.no_grad(), self.compute_loss_context_manager():
-            self.objective.begin(self, [inputs])
-            loss, sums = self.objective(self, model, inputs)
+            loss, sums = self.objective.validate(self, model, inputs)
             total += torch.stack([v.double() for v in (
                 loss, *(sums[name] for name in names), total.new_tensor(self.objective.units(inputs)))])
         self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
@@ -295,7 +307,7 @@ def _watched(self:StageTrainer)->dict:
     if self.args.world_size > 1: sums = self.accelerator.reduce(sums, "sum")
     units, *sums = sums.tolist()
     self.sums = dict.fromkeys(self.sums, 0.0)
-    return {name: total/max(units, 1) for name, total in zip(self.objective.watched, sums)}
+    return self.objective.means(dict(zip(self.objective.watched, sums)), max(units, 1))
 
 @patch
 def log(self:StageTrainer, logs:dict, start_time:float|None=None):
