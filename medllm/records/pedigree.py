@@ -41,9 +41,9 @@ def consumed(
     found = []
     for role, name in asked:
         if not name: continue
-        place = find_path(name) if find_path(name).is_dir() else model_location(name)
-        found.append({"role": role, "name": name, "place": str(Path(place).resolve()) if Path(place).is_dir() else str(place),
-            "weights": weights(place)})
+        place = model_location(name) if name == "tiny" or not find_path(name).is_dir() else find_path(name)
+        if Path(place).is_dir(): place = Path(place).resolve()
+        found.append({"role": role, "name": name, "place": str(place), "weights": weights(place)})
     return found
 
 # %% ../../nbs/records/01_pedigree.ipynb #tree
@@ -65,7 +65,8 @@ def _note(then:dict, now:dict, place:str)->str:
     "How weights differ from what they were."
     if then == now: return ""
     if not now: return f"{place} is not there any more"
-    return "its weights were changed since: " + ", ".join(sorted(n for n in then.keys() | now.keys() if then.get(n) != now.get(n)))
+    other = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
+    return f"its weights were changed since: {', '.join(other)}"
 
 def ancestry(
     folder:str|Path, # Of a record
@@ -94,7 +95,7 @@ def _line(a:Ancestor)->str:
     facts = [s.get("status", "?")]
     if m.get("loss_first"): facts.append(f"loss {m['loss_first']:.3f} -> {m['loss_last']:.3f}")
     for name in ("accuracy", "margin", "reward"):
-        if f"eval_{name}" in m: facts.append(f"{name} {m.get(f'eval_{name}_before', float('nan')):.3f} -> {m[f'eval_{name}']:.3f}")
+        if f"eval_{name}_before" in m: facts.append(f"{name} {m[f'eval_{name}_before']:.3f} -> {m[f'eval_{name}']:.3f}")
     if p := m.get("reference"): facts.append(f"reference {p if isinstance(p, str) else p.get('policy', '')}")
     data = ", ".join(d["name"] for d in s.get("inputs", {}).get("data", []))
     return f"{a.role + ': ' if a.role else ''}{s.get('stage', '?')} [{data}] {', '.join(facts)}  {a.place}"

@@ -16,6 +16,7 @@ from .arguments import Arguments
 from .flags import PreferenceArguments
 from .inputs import TrainingData
 from .objectives import row_sums
+from .preference import won
 from .reference import Reference, ReferredCollate, computes_once, make_reference, precompute
 from .start import start_model
 from .trainer import Objective, StageTrainer
@@ -120,7 +121,7 @@ class Kto(Objective):
             means = row_sums(logps, part["row_of"], count)/torch.bincount(part["row_of"], minlength=count)
             losses = losses - p.pref_ftx*means*liked
         rewards, away = p.pref_beta*ratios.detach(), torch.where(liked, 1, -1)*(ratios.detach() - self.z0)
-        seen = ((torch.sign(away) + 1)/2, self.z0.expand(count), liked.float(), rewards*liked, rewards*~liked)
+        seen = (won(away, before.abs()), self.z0.expand(count), liked.float(), rewards*liked, rewards*~liked)
         return losses.sum(), {name: values.sum() for name, values in zip(self.watched, seen)}
 
     def means(self, sums, units):

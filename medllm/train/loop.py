@@ -123,6 +123,7 @@ def train(
     gc.collect()
     return metrics
 
+# %% ../../nbs/train/18_loop.ipynb #totals
 def _packing_metrics(trainer, packed:float)->dict:
     "How many documents went into how many packs, how full these are, and the padding without and with packing."
     lengths, args = trainer.train_dataset.lengths, trainer.args

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'dpo_loss', 'hinge_loss', 'ipo_loss', 'log_odds', 'orpo_loss', 'simpo_loss', 'PairLoss', 'answer_weights',
-           'pair_scores', 'Preference', 'shared_tokens', 'BranchCollate', 'saved_share', 'shares_prompts',
+           'pair_scores', 'won', 'Preference', 'shared_tokens', 'BranchCollate', 'saved_share', 'shares_prompts',
            'make_trainer', 'finish']
 
 # %% ../../nbs/train/12_preference.ipynb #imports
@@ -125,6 +125,13 @@ def pair_scores(
     if loss.per_token: scores = scores/tokens
     return scores.chunk(2)
 
+def won(
+    ahead:torch.Tensor, # Difference of two scores, (B,)
+    size:torch.Tensor,  # Size of what was subtracted, (B,)
+)->torch.Tensor:        # (B,)
+    "1 where a difference is positive, 0 where it is negative, one half where it is no more than rounding."
+    return torch.where(ahead.abs() <= 2e-6*size, 0.5, (ahead > 0).float())
+
 # %% ../../nbs/train/12_preference.ipynb #objective
 class Preference(Objective):
     "A loss of the family, over pairs."
@@ -158,9 +165,9 @@ class Preference(Objective):
         scores = pair_scores(row_sums(logps*self.weigh(batch), row_of, rows), before, tokens, self.loss)
         losses = self.loss.function(*scores, p)
         if p.pref_ftx: losses = losses - p.pref_ftx*means[:rows//2]
-        chosen, rejected = (p.pref_beta*s.detach() for s in scores)
-        seen = (chosen, rejected, chosen - rejected, ((chosen > rejected).double() + (chosen >= rejected))/2,
-            *means.detach().chunk(2))
+        (chosen, rejected), size = (s.detach() for s in scores), (means if self.loss.per_token else means*tokens).detach().abs()
+        seen = (p.pref_beta*chosen, p.pref_beta*rejected, p.pref_beta*(chosen - rejected),
+            won(chosen - rejected, sum(size.chunk(2))), *means.detach().chunk(2))
         return losses.sum(), {name: values.sum() for name, values in zip(self.watched, seen)}
 
 # %% ../../nbs/train/12_preference.ipynb #shared

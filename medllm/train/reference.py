@@ -129,8 +129,9 @@ class Reference:
             if self.head is None: return trainer.logps(asked, batch)
             return self.head.token_logps(asked, *(batch[k] for k in ("input_ids", "positions", "targets")), **trainer.apart(batch))
 
-    def release(self):
+    def release(self, model):
         "Let go of everything that only the reference needed."
+        if self.adapter: model.delete_adapter(self.adapter)
         self.other, self.head, self.kept, self.gone = None, None, [], True
 
 # %% ../../nbs/train/11_reference.ipynb #make
@@ -290,5 +291,5 @@ def precompute(
         return Referred(units, _stored(folder/f"{key}.npy", trainer, lambda: reference_sums(trainer, reference, units, weigh)))
     if args.training.do_train: trainer.train_dataset = referred(trainer.train_dataset)
     trainer.eval_dataset = {name: referred(units) for name, units in (trainer.eval_dataset or {}).items()}
-    reference.release()
+    reference.release(trainer.model)
     say(f"the reference's log-probabilities are there for all rows ({time.perf_counter() - start:.0f} s)")

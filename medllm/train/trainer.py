@@ -11,6 +11,7 @@ import json
 import math
 import re
 import resource
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -27,6 +28,7 @@ from ..data.batches import Collate, GroupedBatches
 from ..data.packing import PackedBatches, PackedCollate
 from ..models.documents import document_inputs, isolate
 from ..models.elementwise import fewer_passes
+from ..models.roles import frozen_roles
 from .objectives import SelectedHead
 from .units import UnitCollate
 
@@ -325,9 +327,13 @@ def log(self:StageTrainer, logs:dict, start_time:float|None=None):
 
 @patch
 def _save(self:StageTrainer, output_dir:str|None=None, state_dict:dict|None=None):
-    "Save model and tokenizer; the pickled training arguments (with the hub token in them) are left out."
+    ("Save model and tokenizer; the pickled training arguments (with the hub token in them) and adapters that do not "
+        "train are left out.")
     super(StageTrainer, self)._save(output_dir, state_dict)
-    if self.args.should_save: (Path(output_dir or self.args.output_dir)/"training_args.bin").unlink(missing_ok=True)
+    if not self.args.should_save: return
+    folder = Path(output_dir or self.args.output_dir)
+    (folder/"training_args.bin").unlink(missing_ok=True)
+    for name in frozen_roles(self.model): shutil.rmtree(folder/name, ignore_errors=True)
 
 # %% ../../nbs/train/05_trainer.ipynb #memory
 def activation_bytes(
