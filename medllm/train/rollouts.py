@@ -21,7 +21,7 @@ from ..core import UserError, say
 from ..models.documents import branched
 from ..models.sampling import Sampling, at_rest, sample_answers, uniform_table
 from .answers import AnswerLayout, Reward, Rollout, add_rewards
-from .monitor import Monitor, kl_estimate
+from .monitor import Monitor, kl_estimate, mean_kl
 from .trainer import Objective, StageTrainer
 
 # %% ../../nbs/train/14_rollouts.ipynb #batches
@@ -233,7 +233,7 @@ def watch(self:RolloutTrainer,
     self._record(rollout, parts, lengths, ended)
     if rollout.reference is not None:
         k1, k3 = (gather(rollout.sums(kl_estimate(rollout.logps, rollout.reference, kind))) for kind in ("k1", "k3"))
-        noted["kl"] = k3.mean().item()
+        noted["kl"] = mean_kl(k1, k3)
         self.monitor.check_kl(k1, noted["kl"])
     self.monitor(lengths, noted["entropy"], rewards, flat == 1)
     if flat == 1 and self.monitor.streaks["flat"] in (1, 5, 10): say(
