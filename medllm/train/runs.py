@@ -111,7 +111,7 @@ def parameters_cell(
     "The parameters cell of a run notebook, written from its dataclass."
     value = lambda f: f.default_factory() if f.default_factory is not MISSING else f.default
     lines = [(f"{f.name}:{_type_text(f.type)} = {value(f)!r}", f.metadata["help"]) for f in fields(run)]
-    width = max(len(code) for code, _ in lines) + 2
+    width = max(len(code) for code, _ in lines if len(code) < 80) + 2
     return "\n".join(f"{code.ljust(width)}# {text}" for code, text in lines)
 
 # %% ../../nbs/train/20_runs.ipynb #read
