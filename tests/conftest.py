@@ -22,7 +22,7 @@ def run(*words, cwd=ROOT, timeout=600, **env):
 
 def losses(folder):
     "Step -> logged loss of a run."
-    from medllm.train.sft import read_history
+    from medllm.train.loop import read_history
     return {h["step"]: h["loss"] for h in read_history(Path(folder)/"history.jsonl") if "loss" in h}
 
 
@@ -51,7 +51,8 @@ def trl(tmp_path_factory):
     def call(script, arrays):
         folder = tmp_path_factory.mktemp("trl")
         np.savez(folder/"in.npz", **arrays)
-        done = run(sys.executable, ROOT/"tests/peers"/script, folder/"in.npz", folder/"out.npz", cwd=folder, PYTHONPATH=f"{place}:{ROOT}")
+        done = run(sys.executable, ROOT/"tests/peers"/script, folder/"in.npz", folder/"out.npz", cwd=folder,
+            PYTHONPATH=f"{place}{os.pathsep}{ROOT}")
         assert done.returncode == 0, done.stderr[-2000:]
         with np.load(folder/"out.npz", allow_pickle=False) as out: return dict(out)
     return call

@@ -68,7 +68,7 @@ def use_wheel(python, folder):
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     there = lambda *words: subprocess.run(
         [str(w) for w in words], cwd=folder, capture_output=True, text=True, env=env)
-    where = there(python, "-c", "import medllm.train.sft, medllm.core as c; "
+    where = there(python, "-c", "import medllm.train.loop, medllm.core as c; "
         "print(c.__file__, c.bundled('runs'), c.project_root())").stdout.split()
     assert str(ROOT) not in " ".join(where) and where[-1] == "None", where
     done = there(Path(python).parent/"medllm", "run", "sft", "-p", "max_steps", 3)

@@ -23,7 +23,7 @@ from medllm.models.loading import LoadPlan, load_model, load_tokenizer
 from medllm.train.arguments import parse
 from medllm.train.objectives import SelectedHead
 from medllm.train.inputs import prepare_data
-from medllm.train.sft import train
+from medllm.train.loop import train
 
 FLAGS = dict(
     model_name_or_path="tiny", dataset="mm", max_samples=120, packing=True, cutoff_len=256, logging_steps=1,

@@ -12,7 +12,7 @@ from medllm.data.batches import GroupedBatches
 from medllm.models.loading import load_model
 from medllm.train.arguments import parse
 from medllm.train.inputs import prepare_data
-from medllm.train.sft import train
+from medllm.train.loop import train
 
 
 @pytest.fixture

@@ -107,8 +107,8 @@ def _check_kind(source:Source, row:Row, stage:str):
         f"dataset '{source.name}' is plain text: use it with --stage pt, not {stage}")
     if want == "document" and got == "answer" and source.columns.response in row.data: raise UserError(
         f"dataset '{source.name}' holds questions and answers: use it with --stage sft, not {stage}")
-    if want == "liked" and not source.columns.kto_tag: raise UserError(
-        f"dataset '{source.name}': --stage kto needs the column kto_tag under 'columns' in dataset_info.json")
+    if want == "liked" and not source.columns.kto_tag and got != "pair": raise UserError(
+        f"dataset '{source.name}': --stage kto needs the column kto_tag under 'columns' in dataset_info.json, or pairs")
 
 def stream_examples(
     source:Source,              # A dataset

@@ -242,6 +242,11 @@ def _pairs(base:Example, answers:list[Turn], all_pairs:bool)->list[Example]:
     if not ordered: raise Rejected("same_answers")
     return [replace(base, turns=(*base.turns, a), worse=b) for a, b in ordered]
 
+def _both_sides(pair:Example)->list[Example]:
+    "A pair as a good answer and a bad one."
+    return [replace(pair, worse=None, liked=True),
+        replace(pair, turns=(*pair.turns[:-1], pair.worse), worse=None, liked=False)]
+
 # %% ../../nbs/data/03_formats.ipynb #convert
 KINDS = {"pt": "document", "sft": "answer", "rm": "pair", "rw": "pair", "dpo": "pair", "kto": "liked",
     "ppo": "prompt", "grpo": "prompt"}
@@ -297,13 +302,15 @@ def _with_answers(row:Row, source:Source, kind:str, tags:Tags, all_pairs:bool)->
     if read in ("sharegpt", "openai") or lists: (system, turns), separate = _conversation(row, source, tags), False
     else: (system, turns), separate = _alpaca_prompt(row, source), True
     base = Example((), system, _tools(row, c.tools), gold=_text(row, c.answer, "answer" in source.mapped))
-    if kind == "pair":
+    ranked = kind == "liked" and not c.kto_tag and kind_of(row, source) == "pair"
+    if kind == "pair" or ranked:
         turns, answers = _ranked(row, source, turns, tags)
         _check(turns, ("user", "tool"))
-        return _pairs(replace(base, turns=tuple(turns)), answers, all_pairs)
+        pairs = _pairs(replace(base, turns=tuple(turns)), answers, all_pairs)
+        return pairs if not ranked else [one for pair in pairs for one in _both_sides(pair)]
     if separate and kind != "prompt": turns.append(answer_turn(_text(row, c.response, True), _text(row, c.thought)))
     if kind == "prompt":
-        gold = base.gold or (_text(row, c.response) if separate else "")
+        gold = base.gold or (_text(row, c.response) if separate and isinstance(row.data.get(c.response), str) else "")
         if not separate and turns and turns[-1].role == "assistant": gold = gold or turns.pop().text
         base = replace(base, gold=gold)
     _check(turns, ("user", "tool") if kind == "prompt" else ("assistant",))

@@ -15,7 +15,7 @@ from ..core import UserError, write_json
 from .record import Run
 from ..train.arguments import Arguments
 from ..train.inputs import TrainingData
-from ..train.sft import train
+from ..train.loop import train
 
 # %% ../../nbs/records/01_launch.ipynb #launch
 def _command(file:Path, processes:int)->list[str]:

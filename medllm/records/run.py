@@ -19,10 +19,11 @@ from pathlib import Path
 from ..core import UserError, bundled, nearest, say
 from ..data.check import DataRun
 from .record import Run, new_folder, now
-from ..train.runs import SftRun, run_parameters
+from ..train.runs import DpoRun, GrpoRun, KtoRun, PpoRun, PtRun, RmRun, SftRun, run_parameters
 
 # %% ../../nbs/records/02_run.ipynb #notebook
-RUNS = {"sft": SftRun, "data": DataRun}
+RUNS = {"pt": PtRun, "sft": SftRun, "rm": RmRun, "dpo": DpoRun, "kto": KtoRun, "ppo": PpoRun, "grpo": GrpoRun,
+    "data": DataRun}
 
 def find_notebook(
     name:str, # A stage, or a path to a copy of its notebook

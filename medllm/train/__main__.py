@@ -26,9 +26,9 @@ def help_text()->str:
     "Every flag with its default and meaning."
     from dataclasses import MISSING, fields
     from transformers import TrainingArguments
-    from medllm.train import arguments as a
+    from medllm.train.flags import OURS
     lines = [_HEAD]
-    for kind in (a.ModelArguments, a.DataArguments, a.FinetuningArguments, TrainingArguments):
+    for kind in (*OURS, TrainingArguments):
         lines.append(f"""\n{(kind.__doc__ or '').strip().splitlines()[0] if kind is not TrainingArguments
             else 'The training loop (transformers.TrainingArguments).'}\n""")
         for f in fields(kind):
@@ -87,7 +87,7 @@ def main(
         return 0
     if (code := mend_launch(argv)) is not None: return code
     from medllm.train.arguments import read_command
-    from medllm.train.sft import run
+    from medllm.train.loop import run
     try:
         metrics = run(read_command(argv))
         if metrics.get("loss_first"): say(

@@ -17,24 +17,27 @@ from ..core import UserError, say
 from ..data.accounts import Account, OnBad, stream_examples
 from ..data.cache import Recipe, cached_rows
 from ..data.duplicates import leak_groups, sketch_examples
+from ..data.formats import KINDS
 from ..data.gate import fault_lines, watched
 from ..data.mixing import check_mix, joined_groups, mix_order, sample_order, split_groups
 from ..data.registry import Source, find_sources
-from ..data.rows import TokenRows, join_rows, keys_of
+from ..data.rows import TokenRows, mark_of
 from ..data.tokens import Renderer
 from ..models.loading import load_tokenizer
 from .arguments import Arguments
+from .units import Liked, Pairs, Prompts, Units
 
 # %% ../../nbs/train/03_inputs.ipynb #data
 @dataclass
 class TrainingData:
     "Everything a run needs to know about its rows."
     renderer:Renderer             # Template and tokenizer
-    train:TokenRows               # Rows trained on
-    eval:dict[str, TokenRows]     # Rows validated on, by name of the set; empty for none
+    train:TokenRows|Units         # What is trained on
+    eval:dict[str, TokenRows|Units] # What is validated on, by name of the set; empty for none
     accounts:list[Account]        # What became of the rows of each dataset
     sources:list[Source]          # The datasets
     findings:dict = field(default_factory=dict) # What a quick look at the data found
+    replay:TokenRows|None = None  # General text mixed into pre-training
 
     @property
     def private(self)->bool: return any(s.private for s in self.sources)
@@ -43,9 +46,9 @@ def load_renderer(
     args:Arguments, # From `parse`
 )->Renderer:
     "The tokenizer of the run's model with the run's template."
-    d = args.data
+    d, last_only = args.data, args.finetuning.stage not in ("pt", "sft")     # what is judged is the last answer
     tokenizer = load_tokenizer(args.model.model_name_or_path, args.load_plan())
-    return Renderer(tokenizer, d.template, d.default_system or "", d.mask_history, d.train_on_prompt,
+    return Renderer(tokenizer, d.template, d.default_system or "", d.mask_history or last_only, d.train_on_prompt,
         enable_thinking=d.enable_thinking, thinking=d.thinking)
 
 # %% ../../nbs/train/03_inputs.ipynb #load
@@ -54,6 +57,13 @@ def _recipe(args:Arguments)->Recipe:
     d = args.data
     return Recipe(args.finetuning.stage, d.cutoff_len, d.overlong, d.max_samples, d.ranked_pairs == "all",
         OnBad(d.on_bad, d.max_bad), args.model.trust_remote_code, d.streaming)
+
+_UNITS = {"pair": Pairs, "liked": Liked, "prompt": Prompts}
+
+def _units(args:Arguments, rows:TokenRows)->TokenRows|Units:
+    "Rows as units of the stage."
+    kind = _UNITS.get(KINDS[args.finetuning.stage])
+    return kind(rows, args.training.seed) if kind else rows
 
 def _seed(name:str, seed:int)->int:
     "A seed of its own for each dataset."
@@ -64,8 +74,8 @@ def load_rows(
     dataset:str,        # Names or paths, separated by commas
     renderer:Renderer,  # Template and tokenizer
     training:bool=True, # Sets that are for evaluation only are refused
-)->tuple[list[TokenRows], list[Account], list[Source]]:
-    "Rows, account and source of each dataset. Raises `UserError` for data that cannot be read or used."
+)->tuple[list[TokenRows|Units], list[Account], list[Source]]:
+    "Units, account and source of each dataset. Raises `UserError` for data that cannot be read or used."
     several, accounts, sources = [], [], find_sources(dataset, args.data.dataset_dir)
     for name in sorted({s.name for s in sources if sum(s.name == other.name for other in sources) > 1}):
         say(f"dataset '{name}' is named more than once; its rows count as often")
@@ -75,6 +85,7 @@ def load_rows(
         rows, account = cached_rows(
             source, renderer, _recipe(args), args.data.tokenized_path, args.data.overwrite_cache, watched)
         for line in (str(account), *fault_lines(account)): say(line)
+        rows = _units(args, rows)
         if source.num_samples is not None:
             rows = rows.pick(sample_order(len(rows), source.num_samples, _seed(source.name, args.training.seed)))
         if not len(rows) and not training: raise UserError(f"dataset '{source.name}' leaves no row to validate on: {account}")
@@ -85,27 +96,28 @@ def load_rows(
 # %% ../../nbs/train/03_inputs.ipynb #near
 def with_near_groups(
     args:Arguments,               # From `parse`
-    several:Sequence[TokenRows],  # Rows of each dataset
+    several:Sequence[TokenRows|Units], # Of each dataset
     sources:Sequence[Source],     # The datasets
-)->list[TokenRows]:
-    "The same rows; those whose texts nearly repeat each other count as one question."
+)->list[TokenRows|Units]:
+    "The same units; those whose texts nearly repeat each other count as one question."
     r, keys = _recipe(args), []
     def passing():
         for source in sources:
             unused = Account(source.name)
             for example in watched(stream_examples(source, unused, r.stage, r.on_bad, r.max_samples, r.all_pairs,
                     r.trust_remote_code, r.streaming), unused):
-                keys.append(keys_of(example)[0])
+                keys.append(mark_of(example).question)
                 yield example
     names = leak_groups(sketch_examples(passing()), [str(key) for key in keys])
     known, first = np.unique(np.array(keys, np.uint64), return_index=True)
-    return [TokenRows.of(rows.parts, rows.table | {"question": names[first[np.searchsorted(known, rows.questions)]]})
-        for rows in several]
+    groups = lambda rows: names[first[np.searchsorted(known, rows.table["question"])]]
+    named = lambda rows: TokenRows.of(rows.parts, rows.table | {"question": groups(rows)})
+    return [type(u)(named(u.rows), u.seed) if isinstance(u, Units) else named(u) for u in several]
 
 # %% ../../nbs/train/03_inputs.ipynb #prepare
-def _mixed(args:Arguments, several:Sequence[TokenRows])->tuple[TokenRows, TokenRows|None]:
-    "Training rows of several datasets in the order of their mix, and the validation rows drawn from them."
-    d, whole, held = args.data, join_rows(several), None
+def _mixed(args:Arguments, several:Sequence)->tuple[TokenRows|Units, TokenRows|Units|None]:
+    "Units of several datasets in the order of their mix, and the validation units drawn from them."
+    d, whole, held = args.data, (type(several[0]) if several else TokenRows).join(several), None
     kept = np.arange(len(whole))
     if d.val_size:
         kept, out = split_groups(joined_groups(whole.questions, whole.groups), d.val_size, args.training.seed)
@@ -116,8 +128,8 @@ def _mixed(args:Arguments, several:Sequence[TokenRows])->tuple[TokenRows, TokenR
     return whole.pick(kept[mix_order(sizes, d.mix_strategy, d.probabilities(), args.training.seed)]), held
 
 def shared_questions(
-    train:TokenRows, # Trained on
-    held:TokenRows,  # Validated on
+    train:TokenRows|Units, # Trained on
+    held:TokenRows|Units,  # Validated on
 )->int:
     "Validation rows whose question is also trained on."
     return int(np.isin(held.questions, train.questions).sum())
@@ -147,4 +159,8 @@ def prepare_data(
             if not (shared := shared_questions(train, rows)): continue
             findings[f"overlap_{name}"] = shared
             say(f"{name}: {shared} of {len(rows)} validation rows ask what is also trained on; their loss flatters")
-    return TrainingData(renderer, train, evaluated, accounts, sources, findings)
+    replay = None
+    if d.replay_dataset:
+        again, more, places = load_rows(args, d.replay_dataset, renderer)
+        replay, accounts, sources = TokenRows.join(again), accounts + more, sources + places
+    return TrainingData(renderer, train, evaluated, accounts, sources, findings, replay)

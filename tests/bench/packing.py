@@ -52,7 +52,7 @@ def measure(folder, way, cutoff, batch):
     import numpy as np
     from medllm.train.arguments import parse
     from medllm.train.inputs import prepare_data
-    from medllm.train.sft import train
+    from medllm.train.loop import train
     flags = dict(model_name_or_path=str(folder/"model"), dataset=str(folder/"rows.json"), cutoff_len=cutoff,
         finetuning_type="lora", lora_target="q_proj,v_proj", num_train_epochs=1, save_strategy="no",
         logging_steps=1000, per_device_train_batch_size=batch, disable_tqdm=True, use_cpu=True,

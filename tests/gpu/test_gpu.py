@@ -6,7 +6,7 @@ import torch
 
 from medllm.train.arguments import parse
 from medllm.train.inputs import prepare_data
-from medllm.train.sft import read_history, train
+from medllm.train.loop import read_history, train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
