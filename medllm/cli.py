@@ -47,8 +47,15 @@ def _run(args)->int:
     if m.get("loss_first"): print(
         f"loss {m['loss_first']:.3f} -> {m['loss_last']:.3f} ({m['loss_last']/m['loss_first'] - 1:+.0%}) "
         f"in {m['steps']} steps, {m['train_runtime']:.0f} s of training, {run.state['duration_s']:.0f} s in all")
+    for stage in run.state.get("stages", []): print(f"{stage['name']}: {stage['folder']}"
+        + (" (taken over)" if stage.get("taken_over") else ""))
     print(f"record: {run.folder}")
     return 0 if m.get("passed", True) else 1
+
+def _show(args)->int:
+    from medllm.records.pedigree import ancestry, as_tree
+    print(as_tree(ancestry(args.folder)))
+    return 0
 
 # %% ../nbs/99_cli.ipynb #data-commands
 def _described(name:str, entry:dict, folder)->tuple[str, str, str]:
@@ -144,8 +151,8 @@ def parser()->argparse.ArgumentParser:
         return p
     p = command("train", _train, "Train by flags or a YAML file; 'medllm train --help' lists every flag")
     p.add_argument("words", nargs=argparse.REMAINDER, metavar="FILE.yaml | --flag value | flag=value")
-    p = command("run", _run, "Execute a run notebook (sft) with papermill and keep it as a record")
-    p.add_argument("notebook", help="stage (sft) or path of a run notebook")
+    p = command("run", _run, "Execute a run notebook with papermill and keep it as a record")
+    p.add_argument("notebook", help="pt, sft, rm, dpo, kto, ppo, grpo, pipeline or data; or the path of a run notebook")
     p.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
         help="set a parameter; may be repeated")
     p.add_argument("-f", "--file", help="YAML file with parameters")
@@ -153,6 +160,11 @@ def parser()->argparse.ArgumentParser:
     p.add_argument("--tag", help="word at the end of the record's name")
     p.add_argument("--list-parameters", action="store_true",
         help="show the notebook's parameters with defaults and meaning")
+    p = command("runs", _show, "Look at records")
+    verbs = p.add_subparsers(metavar="show", required=True)
+    shown = verbs.add_parser("show", help="where a model comes from, from record to record")
+    shown.set_defaults(function=_show)
+    shown.add_argument("folder", help="a record: the folder with run.json")
     p = command("tiny", _tiny, "Write the small random model that tests and demos use")
     p.add_argument("folder", help="new folder")
     _data_commands(command("data", _data, "List the registered datasets, look at one, or check one"))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['code_version', 'provenance', 'describe_inputs', 'new_folder', 'now', 'reason_of', 'Run', 'start', 'verdict',
-           'as_markdown']
+           'changes', 'as_markdown']
 
 # %% ../../nbs/records/00_record.ipynb #imports
 import hashlib
@@ -212,6 +212,19 @@ def verdict(
     if answers: add(
         "answers that end by themselves", "most", f"{sum(a.ended for a in answers)} of {len(answers)}",
         sum(a.ended for a in answers)*2 > len(answers))
+    return table
+
+def changes(
+    metrics:dict,              # From `train`
+    names:tuple[str, ...],     # What to compare: "perplexity", "accuracy", …
+)->list[dict]:                 # set, what, before, after; empty without validation
+    "Validation before and after training, each set by itself."
+    table = []
+    for key, before in metrics.items():
+        found = re.fullmatch(rf"eval_(?:(.+)_)?({'|'.join(names)})_before", key)
+        after = metrics.get(key.removesuffix("_before"))
+        if found and after is not None: table.append(
+            {"set": found[1] or "all", "what": found[2], "before": f"{before:.4g}", "after": f"{after:.4g}"})
     return table
 
 def as_markdown(

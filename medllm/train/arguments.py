@@ -224,7 +224,13 @@ def _check_stage(args:Arguments, refuse):
     refuse(p.dpo_label_smoothing and p.pref_loss != "sigmoid", "--dpo_label_smoothing needs --pref_loss sigmoid")
     refuse(not 0 <= p.dpo_label_smoothing < 0.5, f"--dpo_label_smoothing {p.dpo_label_smoothing}: must be below 0.5")
     refuse(p.ref_policy not in REFERENCES, f"--ref_policy {p.ref_policy}: must be {', '.join(REFERENCES)}")
-    refuse(p.ref_policy == "model" and not p.ref_model, "--ref_policy model needs --ref_model")
+    refuse(p.ref_policy == "model" and not (p.ref_model or p.ref_model_adapters),
+        "--ref_policy model needs --ref_model or --ref_model_adapters")
+    refuse(stage in ("dpo", "kto") and p.pref_beta <= 0, f"--pref_beta {p.pref_beta}: must be above 0")
+    refuse(p.pref_ftx < 0, f"--pref_ftx {p.pref_ftx}: must not be below 0")
+    refuse(p.ld_alpha is not None and not 0 <= p.ld_alpha <= 1, f"--ld_alpha {p.ld_alpha}: must be from 0 to 1")
+    refuse(p.ld_alpha is not None and (stage == "kto" or p.pref_loss in ("orpo", "simpo")),
+        "--ld_alpha weighs sums over the tokens of a pair: it needs --stage dpo and --pref_loss sigmoid, hinge or ipo")
     refuse(r.reward_model_type not in (None, "lora", "full"),
         f"--reward_model_type {r.reward_model_type}: must be lora or full; rows are sent to no server")
     refuse(online and not (r.reward_model or r.reward_funcs), f"--stage {stage} needs --reward_model or --reward_funcs")
@@ -236,6 +242,7 @@ def _check_stage(args:Arguments, refuse):
 PAIR_LOSSES = ("sigmoid", "hinge", "ipo", "orpo", "simpo")
 REFERENCES = ("auto", "base", "start", "model")
 
+# %% ../../nbs/train/01_arguments.ipynb #together-all
 def _check_together(args:Arguments):
     "Raise `UserError` for flags that contradict each other or values out of range."
     d, f, t = args.data, args.finetuning, args.training

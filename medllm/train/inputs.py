@@ -48,7 +48,9 @@ def load_renderer(
     "The tokenizer of the run's model with the run's template."
     d, last_only = args.data, args.finetuning.stage not in ("pt", "sft")     # what is judged is the last answer
     tokenizer = load_tokenizer(args.model.model_name_or_path, args.load_plan())
-    return Renderer(tokenizer, d.template, d.default_system or "", d.mask_history or last_only, d.train_on_prompt,
+    bare = args.finetuning.stage == "pt" and d.template == "auto" and not tokenizer.chat_template
+    return Renderer(tokenizer, "vanilla@2023" if bare else d.template, d.default_system or "",
+        d.mask_history or last_only, d.train_on_prompt,
         enable_thinking=d.enable_thinking, thinking=d.thinking)
 
 # %% ../../nbs/train/03_inputs.ipynb #load

@@ -39,22 +39,25 @@ def _smooth(values:list, weight:float=0.6)->list:
 def plot_loss(
     history:list[dict],       # From `read_history`
     file:str|Path|None=None,  # Where to save a PNG
+    watched:tuple[str, ...]=(), # More that was logged, one panel each: "accuracy", "margin", …
 ):
-    "A matplotlib figure of loss and learning rate over steps; saved to `file` if given."
+    "A matplotlib figure of loss, learning rate and what is watched over steps; saved to `file` if given."
     column = lambda key: (
         zip(*[(h["step"], h[key]) for h in history if key in h]) if any(key in h for h in history) else ((), ()))
-    figure = picture(6.4, 4.2)
-    top, low = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    steps, losses = column("loss")
-    top.plot(steps, losses, color="#9ecae1", lw=1, label="training")
-    top.plot(steps, _smooth(list(losses)), color="#08519c", label="training, smoothed")
-    if any("eval_loss" in h for h in history):
-        top.plot(*column("eval_loss"), "o-", color="#d94801", ms=4, label="validation")
+    shown = [name for name in watched if any(name in h or f"eval_{name}" in h for h in history)]
+    figure = picture(6.4, 4.2 + 1.6*len(shown))
+    top, *middle, low = figure.subplots(2 + len(shown), 1, sharex=True, height_ratios=(3, *(1.6 for _ in shown), 1))
+    for axis, name in ((top, "loss"), *zip(middle, shown)):
+        steps, values = map(list, column(name))
+        axis.plot(steps, values, color="#9ecae1", lw=1, label="training")
+        axis.plot(steps, _smooth(values), color="#08519c", label="training, smoothed")
+        if any(f"eval_{name}" in h for h in history):
+            axis.plot(*column(f"eval_{name}"), "o-", color="#d94801", ms=4, label="validation")
+        axis.set_ylabel(name.replace("_", " "))
     low.plot(*column("learning_rate"), color="#525252")
-    top.set_ylabel("loss [nat/token]")
     low.set(ylabel="learning rate", xlabel="optimiser step")
     top.legend(frameon=False)
-    for axis in (top, low): axis.spines[["top", "right"]].set_visible(False)
+    for axis in (top, *middle, low): axis.spines[["top", "right"]].set_visible(False)
     if file: figure.savefig(file, dpi=110)
     return figure
 
@@ -94,27 +97,33 @@ def train(
     t, folder = args.training, Path(args.training.output_dir)
     resume = _checkpoint(args)
     set_seed(t.seed)
-    trainer = stage_module(args.finetuning.stage).make_trainer(args, data)
+    stage = stage_module(args.finetuning.stage)
+    trainer = stage.make_trainer(args, data)
     counted = trained_parameters(trainer.model)
     say(describe(counted))
     if not resume and is_first_process(): _clear(folder)
-    metrics = {"eval_loss_before": trainer.evaluate()["eval_loss"]} if data.eval else {}
+    before = trainer.evaluate() if data.eval else {}
+    metrics = {f"{name}_before": value for name, value in before.items() if not name.endswith("_runtime")}
     result = trainer.train(resume_from_checkpoint=resume) if t.do_train else None
     if result:
         trainer.save_model()
         trainer.save_state()
         metrics |= _training_metrics(trainer, result, read_history(trainer.history) if is_first_process() else [])
-    if args.data.packing and result: metrics |= _packing_metrics(trainer, metrics["padding_share"])
-    if data.eval: metrics |= trainer.evaluate() if result else {"eval_loss": metrics["eval_loss_before"]}
+    if args.data.packing and result and trainer.objective.unit == "tokens":
+        metrics |= _packing_metrics(trainer, metrics["padding_share"])
+    if data.eval: metrics |= trainer.evaluate() if result else before
+    if result and hasattr(stage, "finish"): metrics |= stage.finish(trainer, args, data)
     metrics |= {"parameters": counted, "rows": [a.as_dict() for a in data.accounts], "data": data.findings}
     if is_first_process():
         write_rejects(data.accounts, folder/"rejects.jsonl")
         write_json(folder/"metrics.json", metrics)
-        if args.finetuning.plot_loss and result: plot_loss(read_history(trainer.history), folder/"loss.png")
+        if args.finetuning.plot_loss and result: plot_loss(
+            read_history(trainer.history), folder/"loss.png", trainer.objective.watched)
     del trainer
     gc.collect()
     return metrics
 
+# %% ../../nbs/train/18_loop.ipynb #totals
 def _packing_metrics(trainer, packed:float)->dict:
     "How many documents went into how many packs, how full these are, and the padding without and with packing."
     lengths, args = trainer.train_dataset.lengths, trainer.args

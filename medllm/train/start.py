@@ -39,7 +39,7 @@ def start_model(
     model = adapt(
         load_model(args.model.model_name_or_path, args.load_plan()), args.adapt_plan(), args.finetuning.pure_bf16)
     check_memory(args, data, model)
-    finish_start(data, model)
+    if args.finetuning.stage != "pt": finish_start(data, model)      # a base model stays without a template
     return model
 
 def finish_start(

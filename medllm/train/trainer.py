@@ -11,6 +11,7 @@ import json
 import math
 import re
 import resource
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -27,6 +28,7 @@ from ..data.batches import Collate, GroupedBatches
 from ..data.packing import PackedBatches, PackedCollate
 from ..models.documents import document_inputs, isolate
 from ..models.elementwise import fewer_passes
+from ..models.roles import frozen_roles
 from .objectives import SelectedHead
 from .units import UnitCollate
 
@@ -70,6 +72,7 @@ class Speak(ProgressCallback):
 class Objective:
     "What a stage minimises; a stage overrides what differs."
     unit = "units"     # What the loss is a mean over
+    sampler = None     # Batches of unit numbers of this process, where the usual ones will not do
     watched = ()       # Names of the sums that a call returns beside the loss
 
     def collate(self, pad_id:int, multiple:int, packed:bool):
@@ -91,9 +94,21 @@ class Objective:
         "Loss summed over the units, and sums over the units of everything in `watched`."
         raise NotImplementedError
 
+    def begin_validation(self, trainer, batches):
+        "Called before a validation set, with this process's batches of it; they come anew afterwards."
+
+    def validate(self, trainer, model, batch:dict)->tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        "As a call, on a batch of a validation set."
+        self.begin(trainer, [batch])
+        return self(trainer, model, batch)
+
+    def means(self, sums:dict[str, float], units:float)->dict[str, float]:
+        "What is logged, from sums of what is watched."
+        return {name: total/units for name, total in sums.items()}
+
     def metrics(self, sums:dict[str, float], units:float)->dict[str, float]:
         "Validation metrics from sums over a whole set: \"loss\" and everything watched."
-        return {name: total/units for name, total in sums.items()}
+        return self.means(sums, units)
 
 class TokenLoss(Objective):
     "Next-token cross-entropy: pre-training and supervised fine-tuning."
@@ -164,6 +179,7 @@ def get_train_dataloader(self:StageTrainer)->DataLoader:
     "Batches of this process; every row once an epoch."
     a, rows = self.args, self.train_dataset
     seed = a.seed if a.data_seed is None else a.data_seed
+    if self.objective.sampler is not None: return self._loader(rows, self.objective.sampler)
     if self.pack_to and self.objective.unit == "tokens": return self._loader(rows, PackedBatches(
         rows.lengths, self.pack_to, self._train_batch_size, seed, a.process_index, a.world_size))
     return self._loader(rows, GroupedBatches(
@@ -226,10 +242,10 @@ def _total(self:StageTrainer, model, units)->torch.Tensor:
     "Sums over a validation set and all processes: loss, what is watched, units."
     names = self.objective.watched
     total = torch.zeros(2 + len(names), dtype=torch.float64, device=self.args.device)
+    self.objective.begin_validation(self, self.get_eval_dataloader(units))
     for inputs in self.get_eval_dataloader(units):
         with torch.no_grad(), self.compute_loss_context_manager():
-            self.objective.begin(self, [inputs])
-            loss, sums = self.objective(self, model, inputs)
+            loss, sums = self.objective.validate(self, model, inputs)
             total += torch.stack([v.double() for v in (
                 loss, *(sums[name] for name in names), total.new_tensor(self.objective.units(inputs)))])
         self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
@@ -293,7 +309,7 @@ def _watched(self:StageTrainer)->dict:
     if self.args.world_size > 1: sums = self.accelerator.reduce(sums, "sum")
     units, *sums = sums.tolist()
     self.sums = dict.fromkeys(self.sums, 0.0)
-    return {name: total/max(units, 1) for name, total in zip(self.objective.watched, sums)}
+    return self.objective.means(dict(zip(self.objective.watched, sums)), max(units, 1))
 
 @patch
 def log(self:StageTrainer, logs:dict, start_time:float|None=None):
@@ -311,9 +327,13 @@ def log(self:StageTrainer, logs:dict, start_time:float|None=None):
 
 @patch
 def _save(self:StageTrainer, output_dir:str|None=None, state_dict:dict|None=None):
-    "Save model and tokenizer; the pickled training arguments (with the hub token in them) are left out."
+    ("Save model and tokenizer; the pickled training arguments (with the hub token in them) and adapters that do not "
+        "train are left out.")
     super(StageTrainer, self)._save(output_dir, state_dict)
-    if self.args.should_save: (Path(output_dir or self.args.output_dir)/"training_args.bin").unlink(missing_ok=True)
+    if not self.args.should_save: return
+    folder = Path(output_dir or self.args.output_dir)
+    (folder/"training_args.bin").unlink(missing_ok=True)
+    for name in frozen_roles(self.model): shutil.rmtree(folder/name, ignore_errors=True)
 
 # %% ../../nbs/train/05_trainer.ipynb #memory
 def activation_bytes(
