@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ..core import UserError
+from .loading import scalar_head
 
 # %% ../../nbs/models/04_documents.ipynb #borders
 class Documents:
@@ -186,15 +187,15 @@ def _reach(stem:int, own:int, window:int|None, device)->torch.Tensor:
 @contextmanager
 def _seen(model, grad:bool):
     "Collects, within the block, the embeddings that enter the model and the hidden states that reach its head."
-    caught, training = {}, model.training
+    caught, training, speaks = {}, model.training, model.get_output_embeddings()
+    head = scalar_head(model) if speaks is None else speaks
     def embedded(module, args, out):
         caught["in"] = out.detach().requires_grad_(grad)
         return caught["in"]
     def headed(module, args):
         caught["out"] = args[0]
-        return (args[0][:, -1:], *args[1:])          # logits are not looked at
-    hooks = [model.get_input_embeddings().register_forward_hook(embedded),
-        model.get_output_embeddings().register_forward_pre_hook(headed)]
+        return (args[0][:, -1:], *args[1:]) if head is speaks else None # logits are not looked at
+    hooks = [model.get_input_embeddings().register_forward_hook(embedded), head.register_forward_pre_hook(headed)]
     model.eval()
     try:
         with torch.set_grad_enabled(grad): yield caught
