@@ -8,7 +8,6 @@ __all__ = ['load_scorer', 'scores', 'load_reward_model', 'score_rows', 'scoring_
 # %% ../../nbs/models/06_scoring.ipynb #imports
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch

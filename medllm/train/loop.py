@@ -82,8 +82,9 @@ def _checkpoint(args:Arguments)->str|None:
 
 # %% ../../nbs/train/18_loop.ipynb #clear
 def _clear(folder:Path):
-    "Remove the history and the checkpoints of an earlier run."
-    for name in ("history.jsonl", "rejects.jsonl"): (folder/name).unlink(missing_ok=True)
+    "Remove the history, the report card and the checkpoints of an earlier run."
+    for name in ("history.jsonl", "rejects.jsonl", "report_card.json", "report_card.png"):
+        (folder/name).unlink(missing_ok=True)
     for old in folder.glob("checkpoint-*"): shutil.rmtree(old)
 
 # %% ../../nbs/train/18_loop.ipynb #loop
@@ -101,7 +102,7 @@ def train(
     trainer = stage.make_trainer(args, data)
     counted = trained_parameters(trainer.model)
     say(describe(counted))
-    if not resume and is_first_process(): _clear(folder)
+    if t.do_train and not resume and is_first_process(): _clear(folder)
     before = trainer.evaluate() if data.eval else {}
     metrics = {f"{name}_before": value for name, value in before.items() if not name.endswith("_runtime")}
     result = trainer.train(resume_from_checkpoint=resume) if t.do_train else None
