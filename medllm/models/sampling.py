@@ -25,7 +25,8 @@ class Sampling:
     top_k:int = 0            # Only the k most probable tokens; 0: all
 
     def __post_init__(self):
-        if self.max_new_tokens < 1: raise UserError(f"--max_new_tokens {self.max_new_tokens}: must be at least 1")
+        if self.max_new_tokens < 1: raise UserError(
+            f"--max_new_tokens {self.max_new_tokens}: must be at least 1")
         if self.temperature < 0: raise UserError(f"--temperature {self.temperature}: must not be negative")
         if not 0 < self.top_p <= 1: raise UserError(f"--top_p {self.top_p}: must be above 0 and at most 1")
         if self.top_k < 0: raise UserError(f"--top_k {self.top_k}: must not be negative; 0 is off")
@@ -129,7 +130,8 @@ def _answer(model, prompts:list, uniforms:torch.Tensor, how:Sampling, stop_ids:l
         if left <= 0.75*len(going):
             keep = going.nonzero()[:, 0]
             cache.batch_select_indices(keep)
-            answers.inside, tokens, seen, place = (x[keep] for x in (answers.inside, tokens, seen, place))
+            answers.inside, tokens, seen, place = (
+                x[keep] for x in (answers.inside, tokens, seen, place))
         logits, cache = forward(tokens[:, None], seen[:, :width + at + 1], (place + at)[:, None], cache)
     return answers
 
@@ -142,14 +144,15 @@ def sample_answers(
     stop_ids:list[int],     # Tokens that end an answer
     pad_id:int = 0,         # Any id: pads are never looked at
     rows:int = 64,          # Answers drawn at a time
-)->tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # (N, L) ids padded on the right, (N,) lengths with the stop token, (N,) ended
+)->tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # (N, L) ids padded on the right, (N,) lengths, (N,) ended
     "Answers drawn from the model; the stop token is part of an answer. Only whole groups are drawn at a time."
     each, parts = len(uniforms)//len(prompts), []
     order = np.argsort([-len(p) for p in prompts], kind="stable")
     with at_rest(model):
         for some in np.split(order, range(max(rows//each, 1), len(order), max(rows//each, 1))):
             mine = (some[:, None]*each + np.arange(each)).reshape(-1)
-            parts.append((mine, _answer(model, [prompts[i] for i in some], uniforms[mine], how, stop_ids, pad_id)))
+            drawn = _answer(model, [prompts[i] for i in some], uniforms[mine], how, stop_ids, pad_id)
+            parts.append((mine, drawn))
     back = torch.from_numpy(np.argsort(np.concatenate([mine for mine, _ in parts])))
     whole = lambda name: torch.cat([getattr(answers, name).cpu() for _, answers in parts])[back]
     lengths = whole("lengths")

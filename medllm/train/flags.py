@@ -146,6 +146,8 @@ class ReinforcementArguments:
     epsilon:float = flag(0.2, "GRPO: clip of the probability ratio, below 1")
     epsilon_high:float|None = flag(None, "GRPO: clip of the probability ratio, above 1; default epsilon")
     kl_coef:float|None = flag(None, "Weight of the KL to the reference; default 0.04 for grpo, 0.2 at the start of ppo")
+    kl_unbiased:bool = flag(
+        True, "GRPO: weigh the KL by the probability ratio, which makes its gradient right; false is the first paper's form")
     kl_limit:float = flag(50.0, "Stop when the mean KL to the reference is above this [nat/answer]")
     temperature:float = flag(1.0, "Sampling temperature")
     top_p:float = flag(1.0, "Sample from the most probable tokens up to this mass; 1 is off")

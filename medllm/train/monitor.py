@@ -39,7 +39,8 @@ class Monitor:
     streaks:dict = field(default_factory=dict)  # How long each sign has lasted
     flat:int = 0           # Rollouts without any variance of rewards
 
-    def __post_init__(self): self.recent, self.begin, self.best, self.varied, self.finished = deque(), [], -np.inf, False, False
+    def __post_init__(self):
+        self.recent, self.begin, self.best, self.varied, self.finished = deque(), [], -np.inf, False, False
 
     def _last(self, name:str, sign:bool)->bool:
         "Whether a sign has now lasted too long."
@@ -55,8 +56,9 @@ class Monitor:
         while len(self.recent) > self.window: self.recent.popleft()
         x = np.array(self.recent)
         if len(x) >= 32 and x.mean() + 5*x.std(ddof=1)/len(x)**.5 < -1e-3: raise Halted(
-            f"the KL to the reference reads {x.mean():.4f} nat/answer over {len(x)} answers, below zero by more than chance: they "
-            "were not drawn from the policy that is trained; leave --top_p at 1 and --top_k at 0, and look at --ref_policy")
+            f"the KL to the reference reads {x.mean():.4f} nat/answer over {len(x)} answers, below zero by more than "
+            "chance: they were not drawn from the policy that is trained; leave --top_p at 1 and --top_k at 0, and look "
+            "at --ref_policy")
         if not kl <= self.kl_limit: raise Halted(f"the KL to the reference is {kl:.1f} nat/answer, over --kl_limit "
             f"{self.kl_limit:g}: lower --learning_rate, or raise --kl_coef")
 
@@ -70,16 +72,17 @@ class Monitor:
         length, reward = lengths.float().mean().item(), rewards.mean().item()
         if len(self.begin) < self.patience: self.begin.append((length, reward))
         first_length, first_reward = np.mean(self.begin, 0)
-        self.best, self.varied, self.flat = max(self.best, rewards.max().item()), self.varied or not flat, self.flat + flat
+        self.best, self.varied = max(self.best, rewards.max().item()), self.varied or not flat
+        self.flat += flat
         at_best = self.varied and reward >= self.best - 1e-6
         empty = (lengths <= 1).float().mean().item() > 0.9
         if self._last("short", empty or length <= first_length/10 and reward <= first_reward): raise Halted(
-            f"answers have collapsed to {length:.1f} tokens from {first_length:.1f}, without earning more: raise --kl_coef, or reward "
-            "what an answer must contain")
+            f"answers have collapsed to {length:.1f} tokens from {first_length:.1f}, without earning more: raise "
+            "--kl_coef, or reward what an answer must contain")
         if self._last("certain", entropy < self.certain and not at_best): raise Halted(
-            f"the policy's entropy has fallen to {entropy:.5f} nat/token at a mean reward of {reward:.3f}: it explores no more; lower "
-            "--learning_rate, or raise --kl_coef")
+            f"the policy's entropy has fallen to {entropy:.5f} nat/token at a mean reward of {reward:.3f}: it explores "
+            "no more; lower --learning_rate, or raise --kl_coef")
         if self._last("flat", flat):
-            if not at_best: raise Halted(f"in {self.patience} batches no group of answers had different rewards (now {reward:.3f} "
-                "on average): nothing can be learnt; look at --reward_funcs, or take other questions")
+            if not at_best: raise Halted(f"in {self.patience} batches no group of answers had different rewards (now "
+                f"{reward:.3f} on average): nothing can be learnt; look at --reward_funcs, or take other questions")
             self.finished = True
