@@ -163,6 +163,7 @@ class ReinforcementArguments:
     ppo_value_weight:float = flag(0.1, "PPO: weight of the value loss")
     ppo_gamma:float = flag(1.0, "PPO: discount of a later token's reward")
     ppo_lambda:float = flag(0.95, "PPO: lambda of generalised advantage estimation")
+    missing_eos_penalty:float = flag(1.0, "PPO: taken off the score of an answer that is cut off before it ends")
     log_completions:bool = flag(False, "Write sampled answers into the record; never those to a private dataset")
 
 # %% ../../nbs/train/00_flags.ipynb #known
