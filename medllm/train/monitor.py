@@ -63,7 +63,8 @@ class Monitor:
         self.recent.extend(log_ratios.tolist())
         while len(self.recent) > self.window: self.recent.popleft()
         x = np.array(self.recent)
-        if len(x) >= 32 and x.mean() + 5*x.std(ddof=1)/len(x)**.5 < -1e-3: raise Halted(
+        errors = 5 if len(x) >= 32 else 8
+        if len(x) >= 8 and x.mean() + errors*x.std(ddof=1)/len(x)**.5 < -1e-3: raise Halted(
             f"the KL to the reference reads {x.mean():.4f} nat/answer over {len(x)} answers, below zero by more than "
             "chance: they were not drawn from the policy that is trained; leave --top_p at 1 and --top_k at 0, and look "
             "at --ref_policy")
