@@ -16,7 +16,7 @@ RESULTS = HERE/"stages_results.json"
 
 SHORT = dict(model_name_or_path="tiny", per_device_train_batch_size=2, gradient_accumulation_steps=1, max_steps=2, max_samples=12,
     cutoff_len=256, logging_steps=1, learning_rate=1e-3, save_strategy="no", disable_tqdm=True)
-DRAWN = dict(dataset="mm_choice", max_new_tokens=4, reward_funcs="option_letter")
+DRAWN = dict(dataset="mm_choice", max_new_tokens=4, reward_funcs="letter")
 STAGES = {
     "pt": dict(dataset="mm_pt"), "sft": dict(dataset="mm"), "rm": dict(dataset="mm_rm"),
     "dpo": dict(dataset="mm_rm"), "kto": dict(dataset="mm_rm"),
