@@ -67,9 +67,13 @@ def cell(stage, kind, start, adapter, folder):
     "Train two steps, save, load again; the largest difference of the outputs, relative to their size."
     import torch
     from medllm.train.arguments import parse
+    from medllm.train.medical_rewards import REWARDS, Rule
+    # an untrained model never answers right, and where all rewards are equal nothing is learnt
+    REWARDS["length"] = lambda option: Rule("length", "any", lambda gold, prompt: "any", lambda text, gold, prompt: len(text) % 5/5)
     from medllm.train.inputs import prepare_data
     from medllm.train.loop import stage_module
     more = {} if start == "fresh" else {"adapter_name_or_path": adapter}
+    if "reward_funcs" in STAGES[stage]: more["reward_funcs"] = "length"
     with quiet():
         args = parse(SHORT | STAGES[stage] | KINDS[kind] | more | dict(stage=stage, output_dir=str(folder)))
         data = prepare_data(args)
