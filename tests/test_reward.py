@@ -148,6 +148,10 @@ def test_micro_batches_packing_and_order_change_nothing(tmp_path):
         "checkpointing": dict(gradient_checkpointing=True)}
     for name, way in ways.items(): assert np.abs(curve(name, **way) - plain).max() < 1e-4, name
     assert plain[0] - plain[3] > 0.1
+    lora = lambda: shaken(adapt(load_scorer("tiny"), AdaptPlan()))
+    plain = curve("lora", model=lora())
+    for name in ("packed", "checkpointing"):
+        assert np.abs(curve(f"lora {name}", model=lora(), **ways[name]) - plain).max() < 1e-4, name
     three = trainer_of(tmp_path/"three", pairs, per_device_eval_batch_size=3).evaluate()
     all_at_once = trainer_of(tmp_path/"all", pairs, per_device_eval_batch_size=16).evaluate()
     assert abs(three["eval_margin"] - all_at_once["eval_margin"]) < 1e-6
@@ -174,6 +178,13 @@ def test_neither_side_nor_id_of_pads_moves_a_score():
         assert (packed - alone).abs().max() < 1e-5
         half = load_scorer("tiny", LoadPlan(dtype="bfloat16"))
         assert scores(half, ids, last, attention_mask=mask).dtype == torch.float32
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed, states = scores(model, ids, last, attention_mask=mask), []
+            hook = model.score.register_forward_pre_hook(lambda head, args: states.append(args[0]))
+            model(ids, attention_mask=mask)
+            hook.remove()
+        exact = states[0].flatten(0, 1)[last].float() @ model.score.weight[0]
+        assert mixed.dtype == torch.float32 and (mixed - exact).abs().max() < 1e-6
 
 
 # ---- on the disk

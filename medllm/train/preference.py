@@ -105,6 +105,7 @@ def answer_weights(
     row_of:torch.Tensor, # Row of each answer token, (M,); the tokens of a row in their order
     rows:int,            # R
     ld_alpha:float,      # Weight of the tokens past the shorter answer of the pair
+    dtype:torch.dtype = torch.float32, # Of the log-probabilities
 )->torch.Tensor:         # (M,)
     "Weights of LD-DPO, arXiv:2409.06411 eq. 9."
     counts = torch.bincount(row_of, minlength=rows)
@@ -112,7 +113,7 @@ def answer_weights(
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[row_of[order]]
     shorter = counts.view(2, -1).amin(0).repeat(2)
-    return torch.where(place < shorter[row_of], 1.0, ld_alpha)
+    return torch.full_like(place, ld_alpha, dtype=dtype).masked_fill(place < shorter[row_of], 1)
 
 def pair_scores(
     sums:torch.Tensor,     # Summed log-probability of each answer, (R,), [nat]
@@ -146,23 +147,23 @@ class Preference(Objective):
     def collate(self, pad_id, multiple, packed):
         return ReferredCollate(BranchCollate(pad_id, multiple) if self.shared else UnitCollate(pad_id, multiple, packed))
 
-    def weigh(self, batch:dict)->torch.Tensor|float:
-        "Weight of each answer token in a sum."
-        if self.flags.ld_alpha is None: return 1.0
-        return answer_weights(batch["row_of"], 2*self.units(batch), self.flags.ld_alpha)
+    def weighted(self, logps:torch.Tensor, batch:dict)->torch.Tensor:
+        "Log-probabilities as they enter a sum, (M,)."
+        if self.flags.ld_alpha is None: return logps
+        return logps*answer_weights(batch["row_of"], 2*self.units(batch), self.flags.ld_alpha, logps.dtype)
 
     def before(self, trainer, model, batch:dict)->torch.Tensor|None:
         "The reference's sums, (R,)."
         if not self.loss.relative or "reference" in batch: return batch.get("reference")
         logps = self.reference.logps(trainer, model, batch)
-        return row_sums(logps*self.weigh(batch), batch["row_of"], 2*self.units(batch))
+        return row_sums(self.weighted(logps, batch), batch["row_of"], 2*self.units(batch))
 
     def __call__(self, trainer, model, batch):
         p, row_of, rows = self.flags, batch["row_of"], 2*self.units(batch)
         before, tokens = self.before(trainer, model, batch), torch.bincount(row_of, minlength=rows)
         logps = trainer.logps(model, batch)
         means = row_sums(logps, row_of, rows)/tokens
-        scores = pair_scores(row_sums(logps*self.weigh(batch), row_of, rows), before, tokens, self.loss)
+        scores = pair_scores(row_sums(self.weighted(logps, batch), row_of, rows), before, tokens, self.loss)
         losses = self.loss.function(*scores, p)
         if p.pref_ftx: losses = losses - p.pref_ftx*means[:rows//2]
         (chosen, rejected), size = (s.detach() for s in scores), (means if self.loss.per_token else means*tokens).detach().abs()
@@ -218,7 +219,7 @@ class BranchCollate:
         return {name: torch.from_numpy(np.concatenate(values).astype(np.int64)) for name, values in parts.items()}
 
 # %% ../../nbs/train/12_preference.ipynb #pays
-_PAYS = 0.1 # share of the tokens saved from which the layout is used
+_PAYS = 0.05 # share of the tokens saved from which the layout is used
 
 def saved_share(
     units,            # `Pairs`
@@ -262,7 +263,7 @@ def make_trainer(
         args.data.cutoff_len if args.data.packing else None)
     if args.data.packing:
         for other in others: isolate(other, int(data.train.lengths.max()))
-    if once: precompute(args, trainer, reference, objective.weigh, f"ld_alpha {p.ld_alpha}")
+    if once: precompute(args, trainer, reference, objective.weighted, f"ld_alpha {p.ld_alpha}")
     return trainer
 
 def finish(

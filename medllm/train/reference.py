@@ -219,7 +219,7 @@ def reference_sums(
     trainer,             # A `StageTrainer`
     reference:Reference, # Of the run
     units,               # `Units`
-    weigh:Callable|None = None, # Weights of a batch's answer tokens, (M,), from the batch; None: all count alike
+    weighted:Callable|None = None, # Log-probabilities (M,) and batch -> as they enter the sums; None: as they are
 )->np.ndarray:           # (N, k), [nat]
     "Summed log-probability of each row's answer under the reference."
     a, model = trainer.args, trainer.model
@@ -228,7 +228,7 @@ def reference_sums(
     total = torch.zeros(len(units), len(units[0]["rows"]), dtype=torch.float64, device=a.device)
     for numbers, batch in zip(mine, trainer._loader(units, [numbers.tolist() for numbers in mine])):
         logps = reference.logps(trainer, model, batch)
-        if weigh: logps = logps*weigh(batch)
+        if weighted: logps = weighted(logps, batch)
         sums = row_sums(logps.double(), batch["row_of"], total.shape[1]*len(numbers))
         total[torch.from_numpy(numbers).to(a.device)] = sums.view(-1, len(numbers)).T
     return (trainer.accelerator.reduce(total, "sum") if a.world_size > 1 else total).cpu().numpy()
@@ -278,8 +278,8 @@ def precompute(
     args:Arguments,      # From `parse`
     trainer,             # A `StageTrainer` whose collator is a `ReferredCollate`
     reference:Reference, # Released at the end
-    weigh:Callable|None = None, # As for `reference_sums`
-    how:str = "",        # What `weigh` does, for the name
+    weighted:Callable|None = None, # As for `reference_sums`
+    how:str = "",        # What `weighted` does, for the name
 ):
     "Give the trainer's units the reference's sums, computed before training or found on disk."
     reference.weights, start = weights_hash(reference, trainer.model), time.perf_counter()
@@ -288,7 +288,7 @@ def precompute(
     autocast = "bf16" if args.training.bf16 else "fp16" if args.training.fp16 else "float32"
     def referred(units):
         key = hashlib.sha256(f"{rows_hash(units)} {reference.weights} {how} {autocast}".encode()).hexdigest()[:32]
-        return Referred(units, _stored(folder/f"{key}.npy", trainer, lambda: reference_sums(trainer, reference, units, weigh)))
+        return Referred(units, _stored(folder/f"{key}.npy", trainer, lambda: reference_sums(trainer, reference, units, weighted)))
     if args.training.do_train: trainer.train_dataset = referred(trainer.train_dataset)
     trainer.eval_dataset = {name: referred(units) for name, units in (trainer.eval_dataset or {}).items()}
     reference.release(trainer.model)

@@ -21,7 +21,7 @@ from ..core import UserError, say
 from ..models.documents import branched
 from ..models.sampling import Sampling, at_rest, sample_answers, uniform_table
 from .answers import AnswerLayout, Reward, Rollout, add_rewards
-from .monitor import Monitor, kl_estimate
+from .monitor import Monitor, kl_estimate, mean_kl
 from .trainer import Objective, StageTrainer
 
 # %% ../../nbs/train/14_rollouts.ipynb #batches
@@ -106,7 +106,7 @@ class RolloutTrainer(StageTrainer):
             f"the {objective.each} answers to a prompt (--num_generations)")
         self.size, self.drawn, self.queue = per_step*objective.steps//objective.each, None, []
         self.rollouts, self.spent = Path(args.output_dir)/"rollouts.jsonl", 0.0
-        self.noted, self.totals = [], {"answers": 0, "seconds": 0.0}
+        self.noted, self.ends, self.totals = [], ({}, {}), {"rollouts": 0, "answers": 0, "seconds": 0.0}
 
     @property
     def rollout_steps(self)->int: return self.objective.passes*self.objective.steps  # optimiser steps of a rollout
@@ -229,11 +229,13 @@ def watch(self:RolloutTrainer,
         "length": lengths.float().mean().item(), "ended": ended.float().mean().item(),
         "entropy": (entropy.sum()/lengths.sum()).item()}
     self.noted.append(noted)
+    self.ends = self.ends[0] or noted, noted
+    self.totals["rollouts"] += 1
     self.totals["answers"] += len(rewards)
     self._record(rollout, parts, lengths, ended)
     if rollout.reference is not None:
         k1, k3 = (gather(rollout.sums(kl_estimate(rollout.logps, rollout.reference, kind))) for kind in ("k1", "k3"))
-        noted["kl"] = k3.mean().item()
+        noted["kl"] = mean_kl(k1, k3)
         self.monitor.check_kl(k1, noted["kl"])
     self.monitor(lengths, noted["entropy"], rewards, flat == 1)
     if flat == 1 and self.monitor.streaks["flat"] in (1, 5, 10): say(
@@ -252,9 +254,17 @@ def _record(self:RolloutTrainer, rollout:Rollout, parts:dict, lengths:torch.Tens
     if not self.is_world_process_zero(): return
     rounded = {name: [None if v != v else round(v, 4) for v in values.tolist()] for name, values in parts.items()}
     self.rollouts.parent.mkdir(parents=True, exist_ok=True)
-    with open(self.rollouts, "a", encoding="utf-8") as f: f.write(json.dumps({
+    with open(self.rollouts, "a" if self.state.global_step else "w", encoding="utf-8") as f: f.write(json.dumps({
         "step": self.state.global_step, "prompts": index.tolist(), "rewards": rounded, "lengths": lengths.tolist(),
         "ended": ended.int().tolist(), **texts}, ensure_ascii=False) + "\n")
+
+# %% ../../nbs/train/14_rollouts.ipynb #summary
+@patch
+def summary(self:RolloutTrainer)->dict:
+    "The first and the last rollout, and what all of them took; over all processes."
+    first, last = self.ends
+    return {"first_rollout": first, "last_rollout": last, "rollouts": self.totals["rollouts"], "answers": self.totals["answers"],
+        "flat_batches": self.monitor.flat, "rollout_seconds": self.totals["seconds"], "prompts_computed_once": self.objective.layout.shared}
 
 # %% ../../nbs/train/14_rollouts.ipynb #log
 @patch

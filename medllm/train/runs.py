@@ -92,9 +92,9 @@ DpoRun = _stage("dpo", "pref_loss pref_beta pref_ftx dpo_label_smoothing ld_alph
     dataset="mm_rm", val_size=0.2)
 KtoRun = _stage("kto", "pref_beta kto_chosen_weight kto_rejected_weight " + _REFERENCE, dataset="mm_rm", val_size=0.2)
 PpoRun = _stage("ppo", _SAMPLING + "ppo_epochs ppo_buffer_size ppo_target ppo_score_norm ppo_whiten_rewards",
-    dataset="mm_choice", reward_funcs="answer_format", max_new_tokens=32, num_train_epochs=1.0)
+    dataset="mm_choice", reward_funcs="letter", max_new_tokens=32, max_steps=10)
 GrpoRun = _stage("grpo", _SAMPLING + "num_generations num_iterations grpo_loss epsilon epsilon_high",
-    dataset="mm_choice", reward_funcs="option_letter", max_new_tokens=16, num_train_epochs=1.0)
+    dataset="mm_choice", reward_funcs="letter", max_new_tokens=16, max_steps=10)
 
 STAGE_RUNS = {"pt": PtRun, "sft": SftRun, "rm": RmRun, "dpo": DpoRun, "kto": KtoRun, "ppo": PpoRun, "grpo": GrpoRun}
 
@@ -111,7 +111,7 @@ def parameters_cell(
     "The parameters cell of a run notebook, written from its dataclass."
     value = lambda f: f.default_factory() if f.default_factory is not MISSING else f.default
     lines = [(f"{f.name}:{_type_text(f.type)} = {value(f)!r}", f.metadata["help"]) for f in fields(run)]
-    width = max(len(code) for code, _ in lines) + 2
+    width = max(len(code) for code, _ in lines if len(code) < 80) + 2
     return "\n".join(f"{code.ljust(width)}# {text}" for code, text in lines)
 
 # %% ../../nbs/train/20_runs.ipynb #read

@@ -78,3 +78,34 @@ def test_packed_attention_kernels_agree(dtype, window):
 def test_packing_learns(flags, tmp_path):
     losses = curve(tmp_path, packing=True, cutoff_len=512, per_device_train_batch_size=2, max_samples=200, **flags)
     assert losses[-1] < losses[0]
+
+
+@pytest.fixture(scope="module")
+def llama_1b(tmp_path_factory):
+    "A random Llama of about 1.2 billion parameters in bfloat16, with the tiny model's tokenizer."
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from medllm.models.tiny import tiny_tokenizer
+    folder, tokenizer = tmp_path_factory.mktemp("llama")/"1b", tiny_tokenizer()
+    config = LlamaConfig(vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=24, num_attention_heads=16,
+        num_key_value_heads=16, max_position_embeddings=4096, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id)
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("stage", ["sft", "rm", "dpo", "grpo"])
+def test_fifty_steps_of_a_1b_llama(stage, bits, llama_1b, tmp_path):
+    own = {"rm": dict(dataset="mm_rm"), "dpo": dict(dataset="mm_rm"),
+        "grpo": dict(dataset="mm_choice", reward_funcs="letter", num_generations=4, max_new_tokens=32)}.get(stage, {})
+    flags = dict(model_name_or_path=llama_1b, stage=stage, finetuning_type="lora", bf16=True, max_steps=50, max_samples=None,
+        learning_rate=1e-4, cutoff_len=1024, per_device_train_batch_size=4, **own)
+    if bits: flags["quantization_bit"] = bits
+    args = parse(FLAGS | flags | {"output_dir": str(tmp_path)})
+    metrics = train(args, prepare_data(args))
+    assert metrics["steps"] == 50
+    print(f"{stage}, {'bf16' if bits is None else '4 bit'}: {metrics['tokens_per_second']:.0f} tokens/s, "
+        f"{metrics['peak_memory_gib']:.2f} GiB")
