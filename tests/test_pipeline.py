@@ -72,11 +72,9 @@ def test_a_mistake_in_the_last_stage_is_told_before_the_first_begins(tmp_path):
 @pytest.mark.slow
 def test_medicalgpt_files(tmp_path, shared):
     place = shared("data/medicalgpt/dpo_zh_500.jsonl").parent
-    write(tmp_path/"dataset_info.json", {"sft": {"file_name": str(place/"medical_sft_1K_format.jsonl"), "formatting": "sharegpt"},
-        "dpo": {"file_name": str(place/"dpo_zh_500.jsonl"), "formatting": "sharegpt", "ranking": True}})
     more = SHORT | dict(max_samples=60, cutoff_len=512, val_size=0.2)
-    done, record = pipeline(tmp_path, {"sft": more | dict(dataset="sft"), "dpo": more | dict(dataset="dpo")},
-        dataset_dir=str(tmp_path))
+    done, record = pipeline(tmp_path, {"sft": more | dict(dataset=str(place/"medical_sft_1K_format.jsonl")),
+        "dpo": more | dict(dataset=str(place/"dpo_zh_500.jsonl"))})
     assert done.returncode == 0, done.stderr
     assert [s["status"] for s in record["stages"]] == ["completed"]*2
 

@@ -219,7 +219,7 @@ class BranchCollate:
         return {name: torch.from_numpy(np.concatenate(values).astype(np.int64)) for name, values in parts.items()}
 
 # %% ../../nbs/train/12_preference.ipynb #pays
-_PAYS = 0.1 # share of the tokens saved from which the layout is used
+_PAYS = 0.05 # share of the tokens saved from which the layout is used
 
 def saved_share(
     units,            # `Pairs`
