@@ -208,6 +208,9 @@ def verdict(
     if "eval_loss_before" in metrics: add(
         "validation loss", f"below {metrics['eval_loss_before']:.3f}, untrained", f"{metrics['eval_loss']:.3f}",
         metrics["eval_loss"] < metrics["eval_loss_before"])
+    if "eval_margin_before" in metrics: add(
+        "held-out margin", f"above {metrics['eval_margin_before']:.3f}, untrained", f"{metrics['eval_margin']:.3f}",
+        metrics["eval_margin"] > metrics["eval_margin_before"])
     if "pair_accuracy" in metrics: add("held-out pairs in the right order", "above 50%, by the lower end of the interval",
         f"{metrics['pair_accuracy']:.0%} ({metrics['pair_accuracy_low']:.0%}–{metrics['pair_accuracy_high']:.0%})",
         metrics["pair_accuracy_low"] > 0.5)
