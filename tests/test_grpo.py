@@ -304,6 +304,18 @@ def test_equal_rewards(tiny, tmp_path, capsys):
     with pytest.raises(Halted, match="in 20 batches no group of answers had different rewards"): trainer.train()
 
 
+def test_all_learnt_ends_the_run(tiny, tmp_path, capsys):
+    "When every answer has the best reward for long, after there were others, the run ends and has not failed."
+    calls = []
+    def reward(answers, golds, prompts):
+        calls.append(len(answers))
+        return [1.0 if len(calls) > 2 else i % 2 for i in range(len(answers))]
+    trainer = make_trainer(tiny, tmp_path, GrpoLoss(), rewards=[Reward.of_text("late", reward)], max_steps=40)
+    trainer.monitor.patience = 3
+    trainer.train()
+    assert trainer.state.global_step == 5 and "training ends here" in capsys.readouterr().err
+
+
 def test_a_negative_kl_halts(tiny, tmp_path):
     "Answers that were not drawn from the policy: here their tail is cut off, and the reference is surer of the rest."
     sure = whole_model()
