@@ -358,5 +358,5 @@ def finish(
     args:Arguments,     # From `parse`
     data:TrainingData,  # From `prepare_data`
 )->dict:                # Beside the usual metrics
-    "What the run was measured against, and where the weight of the KL ended."
-    return trainer.made | {"kl_coef": trainer.objective.weight.value}
+    "What the run was measured against, what its rollouts came to, and where the weight of the KL ended."
+    return trainer.made | trainer.summary() | {"kl_coef_last": trainer.objective.weight.value}
