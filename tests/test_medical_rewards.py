@@ -29,7 +29,8 @@ def forms(letter, text, language):
     common = [
         letter, f"({letter})", f"{letter}.", f"{letter}. {text}", rf"\boxed{{{letter}}}", full, f"<think>A or B?</think>{letter}"]
     english = [
-        f"The answer is **{letter}**.", f"The correct answer is ({letter}) {text}", f"Answer: {letter}", f"I would choose {letter}."]
+        f"The answer is **{letter}**.", f"The correct answer is ({letter}) {text}", f"Answer: {letter}",
+        f"I would choose {letter}."]
     chinese = [f"答案是{letter}", f"答案：{full}。", f"选{letter}", f"故选{letter}项", f"正确答案为（{full}）", f"{letter}项正确"]
     return common + (chinese if language == "zh" else english)
 
@@ -43,7 +44,8 @@ def test_every_form_of_a_right_answer_to_the_samples():
         for gold in (letter, f"{letter}. {text}", text):
             said = forms(letter, text, row["language"])
             assert LETTER(said, [gold]*len(said), [prompt]*len(said)) == [1]*len(said), row["id"]
-            said = forms(wrong, row["options"][wrong], row["language"]) + [f"{letter} or {wrong}", f"选{letter}。选{wrong}。", "?"]
+            said = forms(wrong, row["options"][wrong], row["language"])
+            said += [f"{letter} or {wrong}", f"选{letter}。选{wrong}。", "?"]
             assert LETTER(said, [gold]*len(said), [prompt]*len(said)) == [0]*len(said), row["id"]
 
 
@@ -95,8 +97,8 @@ def test_refusals_are_seen_and_help_is_not_taken_for_one(shared):
 
 
 pieces = st.sampled_from(
-    "A B (B) Ｂ 答案是 选 不选 answer is not . , 。 \n <think> </think> \\boxed{ } { \" : gout 糖尿病 排除 no 5 mg mmol/L × 10^ ⁹ [1] "
-    "《 》指南 2020 PMID I'm sorry cannot help 抱歉 无法 * or 和 ± ~ %".split(" "))
+    "A B (B) Ｂ 答案是 选 不选 answer is not . , 。 \n <think> </think> \\boxed{ } { \" : gout 糖尿病 排除 no 5 mg mmol/L "
+    "× 10^ ⁹ [1] 《 》指南 2020 PMID I'm sorry cannot help 抱歉 无法 * or 和 ± ~ %".split(" "))
 
 
 @settings(max_examples=300, deadline=None)

@@ -17,9 +17,10 @@ from fastcore.basics import patch
 
 from ..core import UserError, say, write_json
 from ..models.adapters import adapt
+from ..models.loading import scalar_head
 from ..models.roles import copy_adapter, speaking
 from ..models.sampling import Sampling
-from ..models.scoring import load_scorer, scores
+from ..models.scoring import load_scorer
 from .answers import add_rewards
 from .arguments import Arguments
 from .inputs import TrainingData
@@ -143,6 +144,11 @@ class RunningScale:
         return (scores - self.mean)/(deviation + 1e-8)
 
 # %% ../../nbs/train/17_ppo.ipynb #critic
+def _values(hidden:torch.Tensor, positions:torch.Tensor, head)->torch.Tensor:
+    "What a head says at chosen positions, (M,) float32."
+    states = hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions)
+    with torch.autocast(states.device.type, enabled=False): return head(states.float())[:, 0]
+
 class RoleCritic(torch.nn.Module):
     "Values from an adapter named critic on the policy's base."
     def __init__(self,
@@ -156,8 +162,7 @@ class RoleCritic(torch.nn.Module):
         "The value before each answer token of a batch."
         with speaking(trainer.model, "critic"): hidden = trainer.head._hidden(
             trainer.model, batch["input_ids"], **trainer.apart(batch))
-        states = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch["positions"])
-        with torch.autocast(states.device.type, enabled=False): return self.head(states.float())[:, 0]
+        return _values(hidden, batch["positions"], self.head)
 
 class ModelCritic(torch.nn.Module):
     "Values from a model of their own."
@@ -167,7 +172,12 @@ class ModelCritic(torch.nn.Module):
 
     def forward(self, trainer, batch:dict)->torch.Tensor: # (M,)
         "The value before each answer token of a batch."
-        return scores(self.scorer, batch["input_ids"], batch["positions"], **trainer.apart(batch))
+        head, caught = scalar_head(self.scorer), []
+        plain = head.forward
+        head.forward = lambda hidden: caught.append(hidden) or hidden.new_zeros(*hidden.shape[:-1], 1)
+        try: self.scorer(input_ids=batch["input_ids"], use_cache=False)
+        finally: del head.forward
+        return _values(caught[0], batch["positions"], plain)
 
 def is_critic(
     name:str, # Of a parameter
@@ -348,5 +358,5 @@ def finish(
     args:Arguments,     # From `parse`
     data:TrainingData,  # From `prepare_data`
 )->dict:                # Beside the usual metrics
-    "What the run was measured against, and where the weight of the KL ended."
-    return trainer.made | {"kl_coef": trainer.objective.weight.value}
+    "What the run was measured against, what its rollouts came to, and where the weight of the KL ended."
+    return trainer.made | trainer.summary() | {"kl_coef_last": trainer.objective.weight.value}
