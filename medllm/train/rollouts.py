@@ -127,7 +127,7 @@ class RolloutTrainer(StageTrainer):
     @property
     def rollout_steps(self)->int: return self.objective.passes*self.objective.steps  # optimiser steps of a rollout
     @property
-    def number(self)->int: return self.state.global_step//self.rollout_steps          # of the rollout that the step is in
+    def number(self)->int: return self.state.global_step//self.rollout_steps         # of the rollout of the step
 
 # %% ../../nbs/train/14_rollouts.ipynb #feed
 @patch
@@ -259,8 +259,8 @@ def watch(self:RolloutTrainer,
         f"step {self.state.global_step}: no group of answers has different rewards ({rewards.mean():.3f} on average): "
         "nothing is learnt from this batch")
     if self.monitor.finished and not self.control.should_training_stop:
-        say(f"step {self.state.global_step}: for {self.monitor.patience} batches all answers have had the best reward there "
-            "is; training ends here")
+        say(f"step {self.state.global_step}: for {self.monitor.patience} batches all answers have had the best reward "
+            "there is; training ends here")
         self.control.should_training_stop = True
 
 @patch
@@ -283,8 +283,9 @@ def _record(self:RolloutTrainer, rollout:Rollout, parts:dict, lengths:torch.Tens
 def summary(self:RolloutTrainer)->dict:
     "The first and the last rollout, and what all of them took; over all processes."
     first, last = self.ends
-    return {"first_rollout": first, "last_rollout": last, "rollouts": self.totals["rollouts"], "answers": self.totals["answers"],
-        "flat_batches": self.monitor.flat, "rollout_seconds": self.totals["seconds"], "prompts_computed_once": self.objective.layout.shared}
+    return {"first_rollout": first, "last_rollout": last, "rollouts": self.totals["rollouts"],
+        "answers": self.totals["answers"], "rollout_seconds": self.totals["seconds"],
+        "flat_batches": self.monitor.flat, "prompts_computed_once": self.objective.layout.shared}
 
 # %% ../../nbs/train/14_rollouts.ipynb #log
 @patch
