@@ -69,7 +69,8 @@ def cell(stage, kind, start, adapter, folder):
     from medllm.train.arguments import parse
     from medllm.train.medical_rewards import REWARDS, Rule
     # an untrained model never answers right, and where all rewards are equal nothing is learnt
-    REWARDS["length"] = lambda option: Rule("length", "any", lambda gold, prompt: "any", lambda text, gold, prompt: len(text) % 5/5)
+    REWARDS["length"] = lambda option: Rule(
+        "length", "any", lambda gold, prompt: "any", lambda text, gold, prompt: len(text) % 5/5)
     from medllm.train.inputs import prepare_data
     from medllm.train.loop import stage_module
     more = {} if start == "fresh" else {"adapter_name_or_path": adapter}

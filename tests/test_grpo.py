@@ -43,7 +43,8 @@ def make_trainer(tiny, folder, loss, model=None, reference=None, rewards=(), how
     "A GRPO trainer over sixteen prompts of several lengths."
     args = TrainingArguments(**dict(
         output_dir=str(folder), per_device_train_batch_size=8, report_to="none", disable_tqdm=True, save_strategy="no",
-        use_cpu=True, remove_unused_columns=False, logging_steps=1, lr_scheduler_type="constant", weight_decay=0.0) | flags)
+        use_cpu=True, remove_unused_columns=False, logging_steps=1, lr_scheduler_type="constant",
+        weight_decay=0.0) | flags)
     rng = np.random.default_rng(5)
     prompts = [rng.integers(300, 4000, n).astype(np.int32) for n in rng.integers(3, 12, 16)]
     plan = RolloutPlan(Renderer(tiny, "chatml"), how or Sampling(LONGEST), reference)
@@ -59,7 +60,9 @@ def some_rollout(groups=2):
     lengths = torch.from_numpy(rng.integers(1, LONGEST + 1, groups*EACH))
     answers = torch.from_numpy(rng.integers(300, 4000, (groups*EACH, LONGEST)))
     n = len(prompts)
-    drawn = Rollout(prompts, answers, lengths, torch.zeros(n, dtype=torch.bool), EACH, [""]*n, np.arange(n), [""]*n, [""]*n)
+    nothing = [""]*n
+    drawn = Rollout(
+        prompts, answers, lengths, torch.zeros(n, dtype=torch.bool), EACH, nothing, np.arange(n), nothing, nothing)
     drawn.answers[~drawn.mask] = 0
     return drawn
 
@@ -83,8 +86,8 @@ def theirs(trl):
     "What TRL's trainers make of one batch, case by case."
     drawn, width = some_rollout(), max(len(p) for p in some_rollout().prompts)
     return trl("trl_grpo.py", {
-        "cases": json.dumps(CASES), "each": EACH, "longest": LONGEST, "rewards": REWARDS.numpy(), "old_shift": SHIFT.numpy(),
-        "prompts": np.stack([np.pad(p, (0, width - len(p))) for p in drawn.prompts]),
+        "cases": json.dumps(CASES), "each": EACH, "longest": LONGEST, "rewards": REWARDS.numpy(),
+        "old_shift": SHIFT.numpy(), "prompts": np.stack([np.pad(p, (0, width - len(p))) for p in drawn.prompts]),
         "prompt_lengths": np.array([len(p) for p in drawn.prompts]),
         "answers": drawn.answers.numpy(), "lengths": drawn.lengths.numpy(),
         **{f"step/{name}": s for name, s in steps_of(load_model("tiny"), STEPS).items()}})
@@ -143,7 +146,8 @@ def plain_loss(loss, model, drawn, old, reference, advantages, temperature):
 
 
 @pytest.mark.parametrize("settings", [
-    dict(kind="grpo"), dict(kind="grpo", unbiased=False, epsilon_high=0.4), dict(kind="dr_grpo"), dict(kind="rloo")], ids=str)
+    dict(kind="grpo"), dict(kind="grpo", unbiased=False, epsilon_high=0.4), dict(kind="dr_grpo"),
+    dict(kind="rloo")], ids=str)
 def test_closed_form(tiny, tmp_path, settings):
     "Loss and gradients in float64 equal the formula written out on full logits, within 1e-10."
     loss, drawn, heat = GrpoLoss(kl_coef=0.1, longest=LONGEST, **settings), some_rollout(), 0.8
@@ -186,9 +190,9 @@ def test_micro_batches_and_accumulation_do_not_matter(tiny, tmp_path, passes):
     after, losses = [], []
     for batch in (16, 8, 4, 2):
         trainer = make_trainer(
-            tiny, tmp_path/str(batch), GrpoLoss(longest=LONGEST, kl_coef=0.1), reference=Frozen(whole_model()), rewards=[longer],
-            passes=passes, per_device_train_batch_size=batch, gradient_accumulation_steps=16//batch, max_steps=2*passes,
-            learning_rate=1e-3)
+            tiny, tmp_path/str(batch), GrpoLoss(longest=LONGEST, kl_coef=0.1), reference=Frozen(whole_model()),
+            rewards=[longer], passes=passes, per_device_train_batch_size=batch, gradient_accumulation_steps=16//batch,
+            max_steps=2*passes, learning_rate=1e-3)
         trainer.train()
         losses.append([h["loss"] for h in map(json.loads, open(trainer.history)) if "loss" in h])
         after.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
@@ -219,13 +223,17 @@ def test_padding_does_not_matter(tiny, tmp_path):
 # ---- learning ----
 
 QUESTIONS = [
-    ("Malaria? A louse B tick C mosquito D fly", "C"), ("Plague? A flea B louse C bug D fly", "A"),
-    ("Scurvy lacks? A iron B zinc C iodine D vitamin C", "D"), ("Insulin comes from? A liver B pancreas C spleen D thyroid", "B"),
-    ("Bile comes from? A liver B pancreas C spleen D lung", "A"), ("Warfarin antidote? A iron B naloxone C vitamin K D zinc", "C"),
-    ("Goitre lacks? A iron B iodine C zinc D salt", "B"), ("Opioid antidote? A iron B zinc C salt D naloxone", "D")]
+    ("Malaria? A louse B tick C mosquito D fly", "C"),
+    ("Plague? A flea B louse C bug D fly", "A"),
+    ("Scurvy lacks? A iron B zinc C iodine D vitamin C", "D"),
+    ("Insulin comes from? A liver B pancreas C spleen D thyroid", "B"),
+    ("Bile comes from? A liver B pancreas C spleen D lung", "A"),
+    ("Warfarin antidote? A iron B naloxone C vitamin K D zinc", "C"),
+    ("Goitre lacks? A iron B iodine C zinc D salt", "B"),
+    ("Opioid antidote? A iron B zinc C salt D naloxone", "D")]
 START = dict(
-    model_name_or_path="tiny", finetuning_type="full", template="chatml", disable_tqdm=True, save_strategy="no", use_cpu=True,
-    overwrite_output_dir=True)
+    model_name_or_path="tiny", finetuning_type="full", template="chatml", disable_tqdm=True, save_strategy="no",
+    use_cpu=True, overwrite_output_dir=True)
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +243,8 @@ def guesser(tmp_path_factory):
     rows = [{"instruction": q, "output": "ABCD"[rng.integers(4)]} for q, _ in QUESTIONS for _ in range(100)]
     (folder/"any.json").write_text(json.dumps(rows))
     (folder/"right.json").write_text(json.dumps([{"instruction": q, "output": a} for q, a in QUESTIONS]))
-    args = parse(START | dict(dataset=str(folder/"any.json"), output_dir=str(folder/"sft"), max_steps=100, learning_rate=2e-3,
+    args = parse(START | dict(
+        dataset=str(folder/"any.json"), output_dir=str(folder/"sft"), max_steps=100, learning_rate=2e-3,
         per_device_train_batch_size=16, logging_steps=50))
     loop.train(args, prepare_data(args))
     return folder
@@ -268,11 +277,11 @@ def test_does_not_learn_from_chance(guesser, tmp_path, monkeypatch):
     "The same run with rewards that have nothing to do with the answers does not pass."
     rng = np.random.default_rng(0)
     rule = Reward("letter", lambda drawn: rng.random(len(drawn)) < 0.25)
-    right = Reward.of_text("right", lambda answers, golds, prompts: [float(a.strip() == g) for a, g in zip(answers, golds)], 0.0)
+    right = lambda answers, golds, prompts: [float(a.strip() == g) for a, g in zip(answers, golds)]
     real = grpo.reward_parts
     def shuffled(*given):
         parts = real(*given)
-        parts.rewards = [rule, right]
+        parts.rewards = [rule, Reward.of_text("right", right, 0.0)]
         return parts
     monkeypatch.setattr(grpo, "reward_parts", shuffled)
     learn(guesser, tmp_path, max_steps=60)
@@ -304,12 +313,25 @@ def test_equal_rewards(tiny, tmp_path, capsys):
     with pytest.raises(Halted, match="in 20 batches no group of answers had different rewards"): trainer.train()
 
 
+def test_all_learnt_ends_the_run(tiny, tmp_path, capsys):
+    "When every answer has the best reward for long, after there were others, the run ends and has not failed."
+    calls = []
+    def reward(answers, golds, prompts):
+        calls.append(len(answers))
+        return [1.0 if len(calls) > 2 else i % 2 for i in range(len(answers))]
+    trainer = make_trainer(tiny, tmp_path, GrpoLoss(), rewards=[Reward.of_text("late", reward)], max_steps=40)
+    trainer.monitor.patience = 3
+    trainer.train()
+    assert trainer.state.global_step == 5 and "training ends here" in capsys.readouterr().err
+
+
 def test_a_negative_kl_halts(tiny, tmp_path):
     "Answers that were not drawn from the policy: here their tail is cut off, and the reference is surer of the rest."
     sure = whole_model()
     with torch.no_grad(): sure.lm_head.weight.mul_(8)
     cut = make_trainer(
-        tiny, tmp_path, GrpoLoss(), reference=Frozen(sure), rewards=[longer], how=Sampling(LONGEST, top_k=1), max_steps=40)
+        tiny, tmp_path, GrpoLoss(), reference=Frozen(sure), rewards=[longer], how=Sampling(LONGEST, top_k=1),
+        max_steps=40)
     with pytest.raises(Halted, match="below zero by more than chance"): cut.train()
     assert cut.state.global_step == 0 and cut.ends[1]["kl"] >= 0
     far = make_trainer(tiny, tmp_path, GrpoLoss(), reference=Frozen(sure), rewards=[longer], max_steps=40)
@@ -333,12 +355,22 @@ def test_the_reference_is_what_training_starts_from(tmp_path):
     assert (drawn.logps - drawn.reference).abs().max() > 0.1
 
 
+def test_without_a_pull_to_the_reference(tmp_path):
+    "--kl_coef 0: whole weights are then not copied, and no KL is reported; with LoRA it is measured all the same."
+    for kind, measured in (("full", False), ("lora", True)):
+        args = parse(START | dict(
+            stage="grpo", finetuning_type=kind, dataset="mm_choice", reward_funcs="letter", kl_coef=0.0, max_new_tokens=4,
+            max_steps=1, logging_steps=1, output_dir=str(tmp_path/kind)))
+        metrics = loop.train(args, prepare_data(args))
+        assert (metrics["reference"] is not None, "kl" in metrics["last_rollout"]) == (measured, measured)
+
+
 def test_texts_stay_out_of_the_record(tmp_path):
     "Answers are written where they are asked for, and never those to a private dataset."
     for private, asked, shown in ((False, True, True), (False, False, False), (True, True, False)):
         args = parse(START | dict(
-            stage="grpo", dataset="mm_choice", reward_funcs="letter", max_new_tokens=4, max_steps=1, log_completions=asked,
-            output_dir=str(tmp_path/f"{private}{asked}")))
+            stage="grpo", dataset="mm_choice", reward_funcs="letter", max_new_tokens=4, max_steps=1,
+            log_completions=asked, output_dir=str(tmp_path/f"{private}{asked}")))
         data = prepare_data(args)
         data.sources[0] = replace(data.sources[0], private=private)
         trainer = grpo.make_trainer(args, data)

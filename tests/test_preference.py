@@ -464,6 +464,17 @@ def test_two_processes_train_as_one_does(stage, tmp_path):
         for name in ("eval_loss", "eval_margin", "eval_accuracy"): assert abs(metrics[name] - both[name]) < 2e-3, name
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["dpo", "kto"])
+def test_the_run_notebook(stage, tmp_path):
+    "The record says which policy was the reference, and what became of the held-out margin."
+    done = run("medllm", "run", stage, "--runs", tmp_path, "-p", "max_steps", 14, MEDLLM_CACHE=tmp_path/"cache")
+    assert done.returncode == 0, done.stderr[-2000:]
+    state = json.loads(next(tmp_path.glob(f"{stage}/*/run.json")).read_text())
+    assert state["status"] == "completed" and state["metrics"]["reference"]["policy"] == "start"
+    assert {row["what"]: row["met"] for row in state["verdict"]}["held-out margin"], state["verdict"]
+
+
 # ------------------------------------------------------------------------------------------------ traps
 
 @pytest.fixture(scope="module")
@@ -475,18 +486,18 @@ def tuned(tmp_path_factory):
     return folder, flags | dict(adapter_name_or_path=str(folder/"sft"), learning_rate=5e-3, max_steps=4, val_size=8)
 
 
-@pytest.mark.parametrize("stage", ["dpo", "kto"])
-@pytest.mark.parametrize("once", [False, True])
-def test_the_reference_of_a_tuned_adapter_is_that_adapter(stage, once, tuned, tmp_path):
+@pytest.mark.parametrize("stage, once, bits", [("dpo", False, None), ("dpo", True, None), ("kto", False, None), ("kto", True, None),
+    ("dpo", False, 4)])
+def test_the_reference_of_a_tuned_adapter_is_that_adapter(stage, once, bits, tuned, tmp_path):
     "At the start policy and reference are one: log 2 for DPO, one half for KTO. The raw base would give another loss, and is shown to."
     folder, flags = tuned
     at_start = {"dpo": math.log(2), "kto": 0.5}[stage]
     if stage == "kto": flags = flags | dict(dataset="mm_rm", dataset_dir="data", max_samples=24)
-    flags = flags | dict(stage=stage, precompute_ref_log_probs=once)
+    flags = flags | dict(stage=stage, precompute_ref_log_probs=once, quantization_bit=bits)
     metrics = whole_run(tmp_path/"right", **flags)
     assert abs(metrics["eval_loss_before"] - at_start) < 1e-5 and abs(losses(tmp_path/"right")[1] - at_start) < 1e-5
     assert metrics["reference"]["policy"] == "start" and str(folder/"sft") in metrics["reference"]["is"]
-    raw = whole_run(tmp_path/"raw", **flags | dict(ref_model="tiny"))                    # the trap, on purpose
+    raw = whole_run(tmp_path/"raw", **flags | dict(ref_model="tiny", ref_model_quantization_bit=bits))   # the trap, on purpose
     assert abs(raw["eval_loss_before"] - at_start) > 1e-3, raw["eval_loss_before"]
     assert raw["reference"] | {"weights": 0} == {"policy": "model", "is": "tiny: adapters off", "weights": 0,
         "computed": "before training" if once else "while training"}

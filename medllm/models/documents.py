@@ -147,6 +147,20 @@ def _mask(q_length, kv_length, attention_mask=None, use_vmap=False, **more):
 AttentionInterface.register(NAME, document_attention)
 AttentionMaskInterface.register(NAME, _mask)
 
+# %% ../../nbs/models/04_documents.ipynb #branch-rows
+def _rows(spans:list, left:bool=False)->tuple[torch.Tensor, torch.Tensor]:
+    "Spans of tokens as rows of one width, padded with token 0: numbers, and which are no padding."
+    width = max(b - a for a, b in spans)
+    at, real = (torch.zeros(len(spans), width, dtype=kind) for kind in (torch.long, torch.bool))
+    for i, (a, b) in enumerate(spans):
+        where = slice(width - (b - a), width) if left else slice(b - a)
+        at[i, where], real[i, where] = torch.arange(a, b), True
+    return at, real
+
+def _reach(stem:int, own:int, window:int|None, device)->torch.Tensor:
+    "Which of `stem + own` keys each of the last `own` tokens sees, (own, stem + own)."
+    return _band(stem + own, window or stem + own, device)[stem:]
+
 # %% ../../nbs/models/04_documents.ipynb #branches
 class Branches(Documents):
     "Prompts with two answers or more each, end to end in one row."
@@ -196,19 +210,6 @@ class Branches(Documents):
             own, there, keys, mask = further
             out.append(call(own, keys, mask, False)[there])
         return torch.cat(out).index_select(0, back)[None]
-
-def _rows(spans:list, left:bool=False)->tuple[torch.Tensor, torch.Tensor]:
-    "Spans of tokens as rows of one width, padded with token 0: numbers, and which are no padding."
-    width = max(b - a for a, b in spans)
-    at, real = (torch.zeros(len(spans), width, dtype=kind) for kind in (torch.long, torch.bool))
-    for i, (a, b) in enumerate(spans):
-        where = slice(width - (b - a), width) if left else slice(b - a)
-        at[i, where], real[i, where] = torch.arange(a, b), True
-    return at, real
-
-def _reach(stem:int, own:int, window:int|None, device)->torch.Tensor:
-    "Which of `stem + own` keys each of the last `own` tokens sees, (own, stem + own)."
-    return _band(stem + own, window or stem + own, device)[stem:]
 
 # %% ../../nbs/models/04_documents.ipynb #isolate
 @contextmanager

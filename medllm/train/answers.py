@@ -59,8 +59,9 @@ class AnswerLayout:
             ids, places = [*ids, np.full(pads, self.pad_id)], [*places, np.arange(pads)]
         answers = [answer for group in together for answer in group]
         whole = lambda parts: torch.from_numpy(np.concatenate(parts).astype(np.int64))
-        return {"input_ids": whole(ids)[None], "position_ids": whole(places)[None], "borders": tuple(forks), "positions": whole(at),
-            "targets": whole(answers), "row_of": whole([np.full(len(a), i) for i, a in enumerate(answers)]),
+        return {"input_ids": whole(ids)[None], "position_ids": whole(places)[None], "borders": tuple(forks),
+            "positions": whole(at), "targets": whole(answers),
+            "row_of": whole([np.full(len(a), i) for i, a in enumerate(answers)]),
             "units": torch.tensor(len(answers)), "tokens": torch.tensor(end)}
 
 # %% ../../nbs/train/13_answers.ipynb #rollout

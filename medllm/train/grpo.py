@@ -111,8 +111,8 @@ def make_trainer(
 )->RolloutTrainer:
     "The trainer of a GRPO run. Raises `UserError` for a reward, a reference or settings that cannot work."
     n, model = args.reinforcement, start_model(args, data)
-    loss = GrpoLoss(
-        n.grpo_loss, n.epsilon, n.epsilon_high, 0.04 if n.kl_coef is None else n.kl_coef, n.max_new_tokens, n.kl_unbiased)
+    weight = 0.04 if n.kl_coef is None else n.kl_coef
+    loss = GrpoLoss(n.grpo_loss, n.epsilon, n.epsilon_high, weight, n.max_new_tokens, n.kl_unbiased)
     free = args.finetuning.finetuning_type == "lora" and not args.preference.ref_model
     reference = make_reference(args, model, data.renderer.tokenizer) if loss.kl_coef or free else None
     if reference is None: say("--kl_coef 0: no reference is kept, and the KL is not measured")

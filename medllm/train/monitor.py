@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 
 from ..core import UserError
 
@@ -55,22 +56,6 @@ class Monitor:
         self.streaks[name] = self.streaks.get(name, 0) + 1 if sign else 0
         return self.streaks[name] >= self.patience
 
-    def check_kl(self,
-        log_ratios:torch.Tensor, # Sum of k1 over each answer, (N,), [nat]
-        kl:float,                # From `mean_kl` [nat/answer]
-    ):
-        "Raises `Halted` for a KL that cannot be one, or is too high."
-        self.recent.extend(log_ratios.tolist())
-        while len(self.recent) > self.window: self.recent.popleft()
-        x = np.array(self.recent)
-        errors = 5 if len(x) >= 32 else 8
-        if len(x) >= 8 and x.mean() + errors*x.std(ddof=1)/len(x)**.5 < -1e-3: raise Halted(
-            f"the KL to the reference reads {x.mean():.4f} nat/answer over {len(x)} answers, below zero by more than "
-            "chance: they were not drawn from the policy that is trained; leave --top_p at 1 and --top_k at 0, and look "
-            "at --ref_policy")
-        if not kl <= self.kl_limit: raise Halted(f"the KL to the reference is {kl:.1f} nat/answer, over --kl_limit "
-            f"{self.kl_limit:g}: lower --learning_rate, or raise --kl_coef")
-
     def __call__(self,
         lengths:torch.Tensor, # (N,), [tokens]
         entropy:float,        # Mean over tokens [nat]
@@ -95,3 +80,21 @@ class Monitor:
             if not at_best: raise Halted(f"in {self.patience} batches no group of answers had different rewards (now "
                 f"{reward:.3f} on average): nothing can be learnt; look at --reward_funcs, or take other questions")
             self.finished = True
+
+# %% ../../nbs/train/13_monitor.ipynb #check
+@patch
+def check_kl(self:Monitor,
+    log_ratios:torch.Tensor, # Sum of k1 over each answer, (N,), [nat]
+    kl:float,                # From `mean_kl` [nat/answer]
+):
+    "Raises `Halted` for a KL that cannot be one, or is too high."
+    self.recent.extend(log_ratios.tolist())
+    while len(self.recent) > self.window: self.recent.popleft()
+    x = np.array(self.recent)
+    errors = 5 if len(x) >= 32 else 8
+    if len(x) >= 8 and x.mean() + errors*x.std(ddof=1)/len(x)**.5 < -1e-3: raise Halted(
+        f"the KL to the reference reads {x.mean():.4f} nat/answer over {len(x)} answers, below zero by more than "
+        "chance: they were not drawn from the policy that is trained; leave --top_p at 1 and --top_k at 0, and "
+        "look at --ref_policy")
+    if not kl <= self.kl_limit: raise Halted(f"the KL to the reference is {kl:.1f} nat/answer, over --kl_limit "
+        f"{self.kl_limit:g}: lower --learning_rate, or raise --kl_coef")

@@ -19,7 +19,7 @@ from torch.utils.data import Sampler
 
 from ..core import UserError, say
 from ..models.documents import branched
-from ..models.sampling import Sampling, at_rest, sample_answers, uniform_table
+from ..models.sampling import Sampling, at_rest, rows_that_fit, sample_answers, uniform_table
 from .answers import AnswerLayout, Reward, Rollout, add_rewards
 from .monitor import Monitor, kl_estimate, mean_kl
 from .trainer import Objective, StageTrainer
@@ -75,6 +75,23 @@ class RolloutPlan:
     texts:bool = False          # Write questions and answers into the record
 
 # %% ../../nbs/train/14_rollouts.ipynb #trainer
+def _without_dropout(model):
+    "Turn every dropout of a model off, and say so if there was one."
+    found = False
+    for m in model.modules():
+        if isinstance(m, torch.nn.Dropout) and m.p: found, m.p = True, 0.0
+        if getattr(m, "attention_dropout", 0): found, m.attention_dropout = True, 0.0
+    if found: say("dropout is off: answers are drawn and learnt from by one policy")
+
+def _longest(model, several:list, how:Sampling)->int:
+    "Tokens of the longest prompt with the longest answer. Raises `UserError` for more than the model has positions."
+    prompt = max((int(units.lengths.max()) for units in several if units is not None and len(units)), default=0)
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if most and prompt + how.max_new_tokens > most: raise UserError(
+        f"prompts of {prompt} tokens and answers of {how.max_new_tokens} are more than the model's {most} positions: "
+        "lower --max_new_tokens or --cutoff_len")
+    return prompt + how.max_new_tokens
+
 class RolloutTrainer(StageTrainer):
     "A `StageTrainer` over `Prompts`; writes `rollouts.jsonl` beside the history."
     def __init__(self,
@@ -88,18 +105,17 @@ class RolloutTrainer(StageTrainer):
     ):
         if plan.how.temperature == 0: raise UserError(
             "--temperature 0: answers that are always the same teach nothing; 1 is usual")
-        for m in model.modules():
-            if isinstance(m, torch.nn.Dropout): m.p = 0.0
-            if getattr(m, "attention_dropout", 0): m.attention_dropout = 0.0
+        _without_dropout(model)
         super().__init__(model, args, objective, train_units, eval_units, plan.renderer.tokenizer, False, pack_to)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled: raise UserError(
             "PPO and GRPO draw answers from whole weights: run them without FSDP and DeepSpeed "
             "(--quantization_bit 4 saves memory)")
         self.plan, self.monitor = plan, Monitor(plan.kl_limit)
-        longest = int(train_units.lengths.max()) + plan.how.max_new_tokens
+        held = eval_units.values() if isinstance(eval_units, dict) else [eval_units]
+        self.longest = _longest(model, [train_units, *held], plan.how)
         others = [other] if (other := getattr(plan.reference, "other", None)) is not None else []
         objective.layout.shared = objective.each > 1 and not args.torch_compile and all(
-            [branched(m, longest) for m in (self.model, *others)])
+            [branched(m, self.longest) for m in (self.model, *others)])
         per_step = args.per_device_train_batch_size*args.gradient_accumulation_steps
         if per_step*objective.steps % objective.each: raise UserError(
             f"--per_device_train_batch_size x --gradient_accumulation_steps is {per_step}: it must be a multiple of "
@@ -111,7 +127,7 @@ class RolloutTrainer(StageTrainer):
     @property
     def rollout_steps(self)->int: return self.objective.passes*self.objective.steps  # optimiser steps of a rollout
     @property
-    def number(self)->int: return self.state.global_step//self.rollout_steps          # of the rollout that the step is in
+    def number(self)->int: return self.state.global_step//self.rollout_steps         # of the rollout of the step
 
 # %% ../../nbs/train/14_rollouts.ipynb #feed
 @patch
@@ -184,7 +200,8 @@ def answer(self:RolloutTrainer,
     ids = [np.asarray(p["input_ids"], np.int64) for p in prompts]
     table = uniform_table(len(ids)*each, how.max_new_tokens, self.args.seed, *key, self.args.process_index)
     answers, lengths, ended = sample_answers(
-        self.model, ids, table, how, plan.renderer.stop_ids, plan.renderer.tokenizer.pad_token_id or 0)
+        self.model, ids, table, how, plan.renderer.stop_ids, plan.renderer.tokenizer.pad_token_id or 0,
+        rows_that_fit(self.model, self.longest))
     decode = lambda rows: plan.renderer.tokenizer.batch_decode(
         rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     texts = decode([row[:n - end].tolist() for row, n, end in zip(answers, lengths.tolist(), ended.tolist())])
@@ -241,7 +258,10 @@ def watch(self:RolloutTrainer,
     if flat == 1 and self.monitor.streaks["flat"] in (1, 5, 10): say(
         f"step {self.state.global_step}: no group of answers has different rewards ({rewards.mean():.3f} on average): "
         "nothing is learnt from this batch")
-    if self.monitor.finished: self.control.should_training_stop = True
+    if self.monitor.finished and not self.control.should_training_stop:
+        say(f"step {self.state.global_step}: for {self.monitor.patience} batches all answers have had the best reward "
+            "there is; training ends here")
+        self.control.should_training_stop = True
 
 @patch
 def _record(self:RolloutTrainer, rollout:Rollout, parts:dict, lengths:torch.Tensor, ended:torch.Tensor):
@@ -263,8 +283,9 @@ def _record(self:RolloutTrainer, rollout:Rollout, parts:dict, lengths:torch.Tens
 def summary(self:RolloutTrainer)->dict:
     "The first and the last rollout, and what all of them took; over all processes."
     first, last = self.ends
-    return {"first_rollout": first, "last_rollout": last, "rollouts": self.totals["rollouts"], "answers": self.totals["answers"],
-        "flat_batches": self.monitor.flat, "rollout_seconds": self.totals["seconds"], "prompts_computed_once": self.objective.layout.shared}
+    return {"first_rollout": first, "last_rollout": last, "rollouts": self.totals["rollouts"],
+        "answers": self.totals["answers"], "rollout_seconds": self.totals["seconds"],
+        "flat_batches": self.monitor.flat, "prompts_computed_once": self.objective.layout.shared}
 
 # %% ../../nbs/train/14_rollouts.ipynb #log
 @patch
@@ -301,4 +322,4 @@ def _named(self:RolloutTrainer, prefix:str, total:torch.Tensor)->dict:
     reward, *parts, length, ended = (total[:-1]/total[-1].clamp(min=1)).tolist()
     named = {f"reward_{part.name}": value for part, value in zip(self.objective.rewards, parts)}
     return {f"{prefix}_{name}": value for name, value in (
-        {"loss": -reward, "reward": reward} | named | {"length": length, "ended": ended}).items()}
+        {"loss": 0.0 - reward, "reward": reward} | named | {"length": length, "ended": ended}).items()}

@@ -94,7 +94,7 @@ KtoRun = _stage("kto", "pref_beta kto_chosen_weight kto_rejected_weight " + _REF
 PpoRun = _stage("ppo", _SAMPLING + "ppo_epochs ppo_buffer_size ppo_target ppo_score_norm ppo_whiten_rewards",
     dataset="mm_choice", reward_funcs="letter", max_new_tokens=32, max_steps=10)
 GrpoRun = _stage("grpo", _SAMPLING + "num_generations num_iterations grpo_loss epsilon epsilon_high",
-    dataset="mm_choice", reward_funcs="letter", max_new_tokens=16, max_steps=10)
+    dataset="mm_choice", reward_funcs="letter", max_new_tokens=16, max_steps=10, per_device_train_batch_size=32)
 
 STAGE_RUNS = {"pt": PtRun, "sft": SftRun, "rm": RmRun, "dpo": DpoRun, "kto": KtoRun, "ppo": PpoRun, "grpo": GrpoRun}
 

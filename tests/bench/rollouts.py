@@ -2,10 +2,10 @@
 
     python tests/bench/rollouts.py --data ../shared/data/chatdoctor/chatdoctor5k.json
 
-A Llama of 34M random parameters answers the first questions of the file (they are cut to `--prompt` tokens), G answers each, all of
-them `--answer` tokens long, since such a model does not stop. Both trainers draw, score by length, compare with the base through
-LoRA, and take a step on the same number of answers. One process a measurement, in turn, `--repeats` times; medians are printed.
-TRL comes from `make trl`, or from the folder in MEDLLM_TRL.
+A Llama of 34M random parameters answers the first questions of the file (they are cut to `--prompt` tokens), G answers
+each, all of them `--answer` tokens long, since such a model does not stop. Both trainers draw, score by length, compare
+with the base through LoRA, and take a step on the same number of answers. One process a measurement, in turn,
+`--repeats` times; medians are printed. TRL comes from `make trl`, or from the folder in MEDLLM_TRL.
 """
 import argparse
 import json
@@ -52,8 +52,9 @@ def ours(o):
     from medllm.train.units import Prompts
     tokenizer = load_tokenizer(o["model"])
     ids = [np.array(tokenizer(t).input_ids[:o["prompt"]], np.int32) for t in texts(o, o["prompts"]*o["steps"])]
-    args = TrainingArguments(output_dir=o["out"], per_device_train_batch_size=o["prompts"]*o["each"], max_steps=o["steps"],
-        learning_rate=1e-5, report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True, remove_unused_columns=False)
+    args = TrainingArguments(
+        output_dir=o["out"], per_device_train_batch_size=o["prompts"]*o["each"], max_steps=o["steps"], learning_rate=1e-5,
+        report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True, remove_unused_columns=False)
     class Base:
         head = None
         def answering(self, model): return speaking(model, None)
@@ -73,9 +74,10 @@ def trl(o):
     from transformers import AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained(o["model"])
     rows = [tokenizer.decode(tokenizer(t).input_ids[:o["prompt"]]) for t in texts(o, o["prompts"]*o["steps"])]
-    args = GRPOConfig(output_dir=o["out"], per_device_train_batch_size=o["prompts"]*o["each"], num_generations=o["each"],
-        max_completion_length=o["answer"], beta=0.04, max_steps=o["steps"], learning_rate=1e-5, report_to="none", save_strategy="no",
-        use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True)
+    args = GRPOConfig(
+        output_dir=o["out"], per_device_train_batch_size=o["prompts"]*o["each"], num_generations=o["each"],
+        max_completion_length=o["answer"], beta=0.04, max_steps=o["steps"], learning_rate=1e-5, report_to="none",
+        save_strategy="no", use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True)
     adapter = LoraConfig(r=LORA["rank"], lora_alpha=16, target_modules=LORA["targets"], task_type="CAUSAL_LM")
     return timed(GRPOTrainer(o["model"], lambda completions, **_: [float(len(c)) for c in completions], args,
         Dataset.from_list([{"prompt": r} for r in rows]), processing_class=tokenizer, peft_config=adapter))
@@ -100,11 +102,14 @@ def drawing(o):
     tokenizer, model = load_tokenizer(o["model"]), load_model(o["model"]).eval()
     ids = [tokenizer(t).input_ids[:o["prompt"]] for t in texts(o, o["prompts"])]
     width, stop = max(map(len, ids)), [tokenizer.eos_token_id]
-    left = torch.tensor([[0]*(width - len(i)) + i for i in ids]), torch.tensor([[0]*(width - len(i)) + [1]*len(i) for i in ids])
+    left = torch.tensor([[0]*(width - len(i)) + i for i in ids])
+    mask = torch.tensor([[0]*(width - len(i)) + [1]*len(i) for i in ids])
+    table = uniform_table(len(ids)*o["each"], o["answer"], 1)
     def plain():
-        with torch.no_grad(): model.generate(input_ids=left[0], attention_mask=left[1], do_sample=True, top_k=0, top_p=1.0,
-            num_return_sequences=o["each"], max_new_tokens=o["answer"], eos_token_id=stop, pad_token_id=0)
-    def here(): sample_answers(model, ids, uniform_table(len(ids)*o["each"], o["answer"], 1), Sampling(o["answer"]), stop)
+        with torch.no_grad(): model.generate(
+            input_ids=left, attention_mask=mask, do_sample=True, top_k=0, top_p=1.0, num_return_sequences=o["each"],
+            max_new_tokens=o["answer"], eos_token_id=stop, pad_token_id=0)
+    def here(): sample_answers(model, ids, table, Sampling(o["answer"]), stop)
     out = {}
     for name, draw in (("generate", plain), ("medllm", here)):
         draw()
@@ -132,7 +137,8 @@ def main():
             for what in found:
                 words = [f"--{name}={o[name]}" for name in ("data", "prompts", "each", "prompt", "answer", "steps")]
                 measure = json.dumps({"what": what, "model": folder, "out": f"{folder}/out"})
-                done = subprocess.run([sys.executable, __file__, *words, "--measure", measure], capture_output=True, text=True,
+                done = subprocess.run(
+                    [sys.executable, __file__, *words, "--measure", measure], capture_output=True, text=True,
                     env={**os.environ, "PYTHONPATH": f"{place}{os.pathsep}{ROOT}"})
                 lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
                 if not lines: sys.exit(done.stderr[-2000:])

@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer or RLOOTrainer on given batches: advantages, log-probabilities, loss, gradients. Run beside TRL (`make trl`)."""
+"""TRL's GRPOTrainer or RLOOTrainer on given batches: advantages, log-probabilities, loss, gradients (`make trl`)."""
 import json
 import os
 import sys
@@ -30,7 +30,8 @@ def trainer_of(given, case, folder):
         reward_funcs=lambda completions, **_: given["rewards"].tolist(),
         train_dataset=Dataset.from_list([{"prompt": "?"}]*rows))
     with torch.no_grad():
-        for name, p in trainer.model.named_parameters(): p.requires_grad_(True).add_(torch.from_numpy(given["step/" + name]))
+        for name, p in trainer.model.named_parameters(): p.add_(torch.from_numpy(given["step/" + name]))
+    trainer.model.requires_grad_(True)
     trainer.model.train()
     return trainer
 
