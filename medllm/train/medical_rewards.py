@@ -21,7 +21,7 @@ from ..data.quantities import Quantity, analyte_in, comparable, folded, quantiti
 # %% ../../nbs/train/14_medical_rewards.ipynb #rule
 @dataclass(frozen=True)
 class Rule:
-    "A reward for answers; called with answers, golds and prompts it gives a number for each, NaN where it does not apply."
+    "A reward: called with answers, golds and prompts it gives a number for each, NaN where it does not apply."
     name:str       # In the log and the record
     wants:str      # What a gold must be, for messages
     reads:Callable # (gold, prompt) -> what `score` needs; None when the gold is not of this kind
@@ -147,7 +147,8 @@ def citation_rule(
     forms = tuple(option.split("|")) if option else tuple(CITATIONS)
     for form in forms:
         if form not in CITATIONS: raise UserError(
-            f"reward citation:{option}: unknown form '{form}'{nearest(form, CITATIONS)}; known are {', '.join(CITATIONS)}")
+            f"reward citation:{option}: unknown form '{form}'{nearest(form, CITATIONS)}; "
+            f"known are {', '.join(CITATIONS)}")
     def score(answer, wanted, prompt):
         found, sources = citations(said(answer), forms), citations(prompt, ["number"])
         if sources: found = {c for c in found if c[0] != "number" or c in sources}
@@ -192,13 +193,13 @@ def json_rule(
         lambda answer, read, prompt: (json_in(said(answer)) or {}).get(key) not in (None, "", [], {}))
 
 # %% ../../nbs/train/14_medical_rewards.ipynb #refusal
-_sorry = r"(?:\bi'?m (?:really |very )?sorry|\bi am (?:really |very )?sorry|\bsorry|\bi apologi[sz]e|\bunfortunately)\b"
+_sorry = r"\b(?:i'?m (?:really |very )?sorry|i am (?:really |very )?sorry|sorry|i apologi[sz]e|unfortunately)\b"
 _cannot = (
     r"(?:can(?:not|'t| not)|could not|couldn't|won't|will not|(?:am |'m )(?:unable to|not able to|not comfortable|"
     r"not willing to)|(?:must |have to )?(?:decline|refuse) to|do(?: not|n't) feel comfortable)")
 _task = (
-    r"(?:help|assist|provid|give|offer|comply|fulfil|do (?:that|this|so)|shar|creat|generat|writ|participat|engag|answer|"
-    r"support|facilitat|condon|endors|promot|encourag|continu)")
+    r"(?:help|assist|provid|give|offer|comply|fulfil|do (?:that|this|so)|shar|creat|generat|writ|participat|engag|"
+    r"answer|support|facilitat|condon|endors|promot|encourag|continu)")
 _no_chinese = (
     "(?:抱歉|对不起|不好意思|很遗憾)[^。]{0,30}(?:不能|无法|不可以|不便|不会|没办法)|恕我?(?:不能|无法|难)|"
     "拒绝(?:提供|回答|协助|执行|这)|我们?(?:不能|无法|不会|不便|不可以|没有办法)[^。，]{0,12}?(?:提供|帮助|帮您|帮你|协助|回答|"
@@ -237,7 +238,8 @@ def refusal_rule(
 
 # %% ../../nbs/train/14_medical_rewards.ipynb #registry
 REWARDS = { # Name -> what makes the rule from its option
-    "letter": letter_rule, "name": name_rule, "number": number_rule, "citation": citation_rule, "think_format": think_rule,
+    "letter": letter_rule, "name": name_rule, "number": number_rule, "citation": citation_rule,
+    "think_format": think_rule,
     "boxed_format": boxed_rule, "json_format": json_rule, "refusal": refusal_rule}
 
 def _rule(name:str)->Rule:
@@ -261,7 +263,8 @@ def reward_functions(
     if twice: raise UserError(f"--reward_funcs names {twice[0]} twice")
     given = weights.split(",") if isinstance(weights, str) else [1.0]*len(rules) if weights is None else weights
     try: numbers = [float(w) for w in given]
-    except ValueError: raise UserError(f"--reward_weights {weights}: must be numbers with commas between them") from None
+    except ValueError: raise UserError(
+        f"--reward_weights {weights}: must be numbers with commas between them") from None
     if len(numbers) != len(rules) or not all(math.isfinite(w) for w in numbers): raise UserError(
         f"--reward_weights has {len(numbers)} numbers for {len(rules)} rewards")
     return list(zip(titles, rules, numbers))
@@ -275,6 +278,7 @@ def check_golds(
     for name, rule, _ in functions:
         if not isinstance(rule, Rule): continue
         count = sum(rule.reads(gold, prompt) is not None for gold, prompt in zip(golds, prompts, strict=True))
-        if not count: raise UserError(f"--reward_funcs {name}: none of the {len(golds)} rows has a gold answer that it can read "
-            f"({rule.wants}); look at the dataset's column of gold answers")
+        if not count: raise UserError(
+            f"--reward_funcs {name}: none of the {len(golds)} rows has a gold answer that it can read ({rule.wants}); "
+            "look at the dataset's column of gold answers")
         if count < len(golds): say(f"reward {name} applies to {count} of {len(golds)} rows")

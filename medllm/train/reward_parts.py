@@ -49,7 +49,7 @@ def plan_reward_model(
     config = find_path(folder)/"adapter_config.json"
     kind = "lora" if config.exists() else "full"
     if r.reward_model_type not in (None, kind): raise UserError(
-        f"--reward_model_type {r.reward_model_type}: {folder} holds {'an adapter' if config.exists() else 'a whole model'}")
+        f"--reward_model_type {r.reward_model_type}: {folder} holds {'an adapter' if kind == 'lora' else 'a model'}")
     if given and kind == "full": raise UserError(
         f"--reward_model_adapters {folder} is not an adapter: it has no adapter_config.json")
     if kind == "full": return RewardModelPlan(folder, None, False, r.reward_model_quantization_bit)
@@ -97,7 +97,7 @@ def load_scores(
     data:TrainingData,   # From `prepare_data`
     model,               # The policy, from `start_model`
 ):
-    "A function of a `Rollout` that gives the reward model's scores, and its plan and card. Raises `UserError` for a weak model."
+    "The reward model as a function of a `Rollout`, its plan, and facts about it. Raises `UserError` for a weak one."
     plan = plan_reward_model(args)
     card, tokenizer = check_reward_model(plan.folder, args), data.renderer.tokenizer
     facts = {"folder": plan.folder, "role": plan.role, "accuracy": card.facts["accuracy"] if card else None}
@@ -105,7 +105,8 @@ def load_scores(
         heads = load_role(model, plan.folder, "reward")
         head = next((t for key, t in heads.items() if key.endswith("score.weight")), None)
         if head is None: raise UserError(f"{plan.folder} is no reward model: its adapter has no head named score")
-        scorer = RoleScorer(model, head, tokenizer.pad_token_id or 0, max(args.training.per_device_train_batch_size, 16))
+        scorer = RoleScorer(model, head, tokenizer.pad_token_id or 0,
+        max(args.training.per_device_train_batch_size, 16))
         return scorer, plan, facts
     load = replace(args.load_plan(), bits=plan.bits, frozen=True)
     where = plan.base or plan.folder
@@ -126,7 +127,8 @@ def _weights(args:Arguments, count:int)->list[float]:
     "The weights of the parts."
     given = args.reward.reward_weights
     try: found = [float(w) for w in given.split(",")] if given else [1.0]*count
-    except ValueError: raise UserError(f"--reward_weights {given}: must be numbers with commas between them") from None
+    except ValueError: raise UserError(
+        f"--reward_weights {given}: must be numbers with commas between them") from None
     if len(found) != count: raise UserError(f"--reward_weights has {len(found)} numbers for {count} rewards")
     return found
 
@@ -146,7 +148,8 @@ def reward_parts(
     rules = reward_functions(args.reward.reward_funcs) if args.reward.reward_funcs else []
     weights = _weights(args, len(rules) + bool(args.reward.reward_model))
     if rules and len(data.train): check_golds(rules, *_sample_of(data))
-    rewards, plan, facts = [Reward.of_text(name, rule, weight) for (name, rule, _), weight in zip(rules, weights)], None, None
+    rewards = [Reward.of_text(name, rule, weight) for (name, rule, _), weight in zip(rules, weights)]
+    plan, facts = None, None
     if args.reward.reward_model:
         score, plan, facts = load_scores(args, data, model)
         rewards.append(Reward("reward_model", score, weights[-1]))
