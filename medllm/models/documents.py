@@ -150,7 +150,7 @@ AttentionMaskInterface.register(NAME, _mask)
 class Branches(Documents):
     "Prompts with two answers each, end to end in one row."
     def __init__(self,
-        forks:tuple[tuple[int, int, int, int], ...], # Where prompt, first answer and second answer begin, and the end
+        forks:tuple[tuple[int, int, int, int], ...], # Beginning of prompt, first and second answer, and the end
     ):
         # pieces that attend by themselves; a second answer also sees the first `stem` tokens of the piece before it
         pieces = [piece for begin, fork, second, end in forks
