@@ -55,9 +55,10 @@ def measure(folder, way, batch, steps):
     from medllm.train.trainer import peak_memory
     preference._PAYS = -1.0 if way == "shared" else 2.0
     args = parse(dict(stage="dpo", model_name_or_path=str(folder/"model"), dataset="made", dataset_dir=str(folder),
-        cutoff_len=4096, finetuning_type="lora", lora_target="q_proj,v_proj", max_steps=steps, save_strategy="no", logging_steps=1,
-        per_device_train_batch_size=batch, disable_tqdm=True, packing=way == "packed", bf16=torch.cuda.is_available(),
-        precompute_ref_log_probs=False, tokenized_path=str(folder/"cache"), output_dir=tempfile.mkdtemp(dir=folder)))
+        cutoff_len=4096, finetuning_type="lora", lora_target="q_proj,v_proj", max_steps=steps, save_strategy="no",
+        logging_steps=1, per_device_train_batch_size=batch, disable_tqdm=True, packing=way == "packed",
+        bf16=torch.cuda.is_available(), precompute_ref_log_probs=False, tokenized_path=str(folder/"cache"),
+        output_dir=tempfile.mkdtemp(dir=folder)))
     data = prepare_data(args)
     trainer = preference.make_trainer(args, data)
     assert trainer.objective.shared == (way == "shared")
