@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-TRL := .trl/.trl-1.16.0
+TRL := .trl/.trl-1.16.0-1.12.0
 
 .PHONY: demo test test-slow trl lint notebooks export requirements clean
 
@@ -27,6 +27,8 @@ trl: $(TRL)
 $(TRL): $(STAMP)
 	rm -rf .trl
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .trl trl==1.16.0
+	# TRL has no PPO since 1.13; 1.12 is the last that can be compared with
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .trl/ppo trl==1.12.0
 	touch $@
 
 test: $(STAMP) $(TRL) lint notebooks

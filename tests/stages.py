@@ -16,7 +16,7 @@ RESULTS = HERE/"stages_results.json"
 
 SHORT = dict(model_name_or_path="tiny", per_device_train_batch_size=2, gradient_accumulation_steps=1, max_steps=2, max_samples=12,
     cutoff_len=256, logging_steps=1, learning_rate=1e-3, save_strategy="no", disable_tqdm=True)
-DRAWN = dict(dataset="mm_choice", max_new_tokens=4, reward_funcs="option_letter")
+DRAWN = dict(dataset="mm_choice", max_new_tokens=4, reward_funcs="letter")
 STAGES = {
     "pt": dict(dataset="mm_pt"), "sft": dict(dataset="mm"), "rm": dict(dataset="mm_rm"),
     "dpo": dict(dataset="mm_rm"), "kto": dict(dataset="mm_rm"),
@@ -67,9 +67,14 @@ def cell(stage, kind, start, adapter, folder):
     "Train two steps, save, load again; the largest difference of the outputs, relative to their size."
     import torch
     from medllm.train.arguments import parse
+    from medllm.train.medical_rewards import REWARDS, Rule
+    # an untrained model never answers right, and where all rewards are equal nothing is learnt
+    REWARDS["length"] = lambda option: Rule(
+        "length", "any", lambda gold, prompt: "any", lambda text, gold, prompt: len(text) % 5/5)
     from medllm.train.inputs import prepare_data
     from medllm.train.loop import stage_module
     more = {} if start == "fresh" else {"adapter_name_or_path": adapter}
+    if "reward_funcs" in STAGES[stage]: more["reward_funcs"] = "length"
     with quiet():
         args = parse(SHORT | STAGES[stage] | KINDS[kind] | more | dict(stage=stage, output_dir=str(folder)))
         data = prepare_data(args)

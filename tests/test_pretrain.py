@@ -1,4 +1,4 @@
-"""Continued pre-training: what is held out gets likelier, replay keeps what was known, and a text is learnt alike however it is laid out."""
+"""Continued pre-training: held-out text gets likelier, replay keeps what was known, and the layout changes nothing."""
 import json
 import math
 

@@ -13,18 +13,12 @@ from medllm.train.loop import run
 def adapter(tmp_path_factory): return first_adapter(tmp_path_factory.mktemp("adapter")/"sft")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_runs_is_saved_and_comes_back_equal(stage, kind, start, adapter, tmp_path):
     assert cell(stage, kind, start, adapter, tmp_path/"out") < 1e-4
     assert start in json.loads(RESULTS.read_text())[stage][kind]
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_goes_on_from_a_4_bit_adapter(stage, adapter, tmp_path):
-    assert cell(stage, "lora, 4 bit", "from an adapter", adapter, tmp_path/"out") < 1e-4
 
 
 def test_the_readmes_have_the_table():

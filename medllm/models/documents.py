@@ -10,6 +10,7 @@ __all__ = ['NAME', 'Documents', 'attend_each', 'pick_kernel', 'document_attentio
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib.util import find_spec
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -146,19 +147,33 @@ def _mask(q_length, kv_length, attention_mask=None, use_vmap=False, **more):
 AttentionInterface.register(NAME, document_attention)
 AttentionMaskInterface.register(NAME, _mask)
 
+# %% ../../nbs/models/04_documents.ipynb #branch-rows
+def _rows(spans:list, left:bool=False)->tuple[torch.Tensor, torch.Tensor]:
+    "Spans of tokens as rows of one width, padded with token 0: numbers, and which are no padding."
+    width = max(b - a for a, b in spans)
+    at, real = (torch.zeros(len(spans), width, dtype=kind) for kind in (torch.long, torch.bool))
+    for i, (a, b) in enumerate(spans):
+        where = slice(width - (b - a), width) if left else slice(b - a)
+        at[i, where], real[i, where] = torch.arange(a, b), True
+    return at, real
+
+def _reach(stem:int, own:int, window:int|None, device)->torch.Tensor:
+    "Which of `stem + own` keys each of the last `own` tokens sees, (own, stem + own)."
+    return _band(stem + own, window or stem + own, device)[stem:]
+
 # %% ../../nbs/models/04_documents.ipynb #branches
 class Branches(Documents):
-    "Prompts with two answers each, end to end in one row."
+    "Prompts with two answers or more each, end to end in one row."
     def __init__(self,
-        forks:tuple[tuple[int, int, int, int], ...], # Beginning of prompt, first and second answer, and the end
+        forks:tuple[tuple[int, ...], ...], # Where the prompt begins, where its answers begin, and the end
     ):
-        # pieces that attend by themselves; a second answer also sees the first `stem` tokens of the piece before it
-        pieces = [piece for begin, fork, second, end in forks
-            for piece in ((begin, second, 0), (second, end, fork - begin)) if piece[0] < piece[1]]
+        # queries [begin, end) see the keys [*stem) before their own
+        pieces = [piece for begin, fork, *ends in forks
+            for piece in ((begin, ends[0], (begin, begin)), *((a, b, (begin, fork)) for a, b in pairwise(ends)))
+            if piece[0] < piece[1]]
         super().__init__((*(begin for begin, _, _ in pieces), pieces[-1][1]))
-        self.stems, self.reach = [stem for _, _, stem in pieces], lru_cache(None)(_reach)
-        at = [torch.arange(begin, end) for begin, end, _ in pieces]
-        seen = [torch.cat([before[:stem], own]) for before, own, stem in zip([at[0], *at], at, self.stems)]
+        self.pieces, self.reach, self.laid = pieces, lru_cache(None)(_reach), lru_cache(None)(self._laid)
+        seen = [torch.cat([torch.arange(*stem), torch.arange(begin, end)]) for begin, end, stem in pieces]
         sizes = [len(s) for s in seen]
         self.seen = lru_cache(None)(lambda device: torch.cat(seen).to(device))
         self.key_borders = lru_cache(None)(
@@ -168,20 +183,33 @@ class Branches(Documents):
     def spans(self, device): return self.on(device), self.key_borders(device), self.longest, self.longest_keys
     def keys(self, x): return x.index_select(0, self.seen(x.device))
 
-    def attend(self, query, key, value, window=None, scale=None, dropout=0.0):
-        out, heads, before = [], query.shape[1]//key.shape[1], None
-        for stem, q, *own in zip(self.stems, *(x.split(self.lengths, 2) for x in (query, key, value))):
-            k, v = (torch.cat([b[:, :, :stem], x], 2) for b, x in zip(before, own)) if stem else own
-            plain, before = not stem and not (window and q.shape[2] > window), own
-            mask = None if plain else self.reach(stem, q.shape[2], window, q.device)
-            if not plain and heads > 1: k, v = (x.repeat_interleave(heads, 1) for x in (k, v))
-            out.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=plain, dropout_p=dropout,
-                scale=scale, enable_gqa=q.shape[1] != k.shape[1]))
-        return torch.cat(out, 2).transpose(1, 2)
+    def _laid(self, device, window):
+        "Token numbers of documents, of further answers, of these with their prompts; their mask; the way back."
+        whole, real = _rows([(a, b) for a, b, (start, fork) in self.pieces if start == fork])
+        further = [(a, b, stem) for a, b, stem in self.pieces if stem[0] < stem[1]]
+        if not further: return whole.to(device), real.to(device), whole[real].argsort().to(device), None
+        own, there = _rows([(a, b) for a, b, _ in further])
+        stem, known = _rows([stem for *_, stem in further], left=True)
+        mask = self.reach(stem.shape[1], own.shape[1], window, "cpu")
+        if not known.all(): mask = mask & torch.cat([known, torch.ones_like(there)], 1)[:, None, None]
+        back = torch.cat([whole[real], own[there]]).argsort()
+        return *(x.to(device) for x in (whole, real, back)), [x.to(device) for x in (own, there, torch.cat([stem, own], 1), mask)]
 
-def _reach(stem:int, own:int, window:int|None, device)->torch.Tensor:
-    "Which of `stem + own` keys each of the last `own` tokens sees, (own, stem + own)."
-    return _band(stem + own, window or stem + own, device)[stem:]
+    def attend(self, query, key, value, window=None, scale=None, dropout=0.0):
+        whole, real, back, further = self.laid(query.device, window)
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        rows = lambda x, at: x.index_select(0, at.flatten()).view(*at.shape, *x.shape[1:]).transpose(1, 2)
+        wide = lambda x: x.repeat_interleave(q.shape[1]//k.shape[1], 1)
+        def call(at, keys, mask, plain):
+            keys = [rows(x, keys) if plain else wide(rows(x, keys)) for x in (k, v)]
+            return F.scaled_dot_product_attention(rows(q, at), *keys, attn_mask=mask, is_causal=plain, dropout_p=dropout,
+                scale=scale, enable_gqa=plain and q.shape[1] != k.shape[1]).transpose(1, 2)
+        plain = not (window and whole.shape[1] > window)
+        out = [call(whole, whole, None if plain else _band(whole.shape[1], window, q.device), plain)[real]]
+        if further:
+            own, there, keys, mask = further
+            out.append(call(own, keys, mask, False)[there])
+        return torch.cat(out).index_select(0, back)[None]
 
 # %% ../../nbs/models/04_documents.ipynb #isolate
 @contextmanager

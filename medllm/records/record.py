@@ -203,14 +203,20 @@ def verdict(
     table = []
     def add(what, target, measured, met):
         table.append({"what": what, "target": target, "measured": measured, "met": bool(met)})
-    if first and last: add(
+    online = "first_rollout" in metrics
+    if online: add("mean reward", f"above {metrics['first_rollout']['reward']:.3f}, where it began",
+        f"{metrics['last_rollout']['reward']:.3f}", metrics["last_rollout"]["reward"] > metrics["first_rollout"]["reward"])
+    if first and last and not online: add(
         "training loss", f"below {first:.3f}, where it began", f"{last:.3f} ({last/first - 1:+.0%})", last < first)
-    if "eval_loss_before" in metrics: add(
+    if "eval_loss_before" in metrics and not online: add(
         "validation loss", f"below {metrics['eval_loss_before']:.3f}, untrained", f"{metrics['eval_loss']:.3f}",
         metrics["eval_loss"] < metrics["eval_loss_before"])
     if "eval_margin_before" in metrics: add(
         "held-out margin", f"above {metrics['eval_margin_before']:.3f}, untrained", f"{metrics['eval_margin']:.3f}",
         metrics["eval_margin"] > metrics["eval_margin_before"])
+    if online and "eval_reward_before" in metrics: add(
+        "reward of held-out questions", f"above {metrics['eval_reward_before']:.3f}, before", f"{metrics['eval_reward']:.3f}",
+        metrics["eval_reward"] > metrics["eval_reward_before"])
     if "pair_accuracy" in metrics: add("held-out pairs in the right order", "above 50%, by the lower end of the interval",
         f"{metrics['pair_accuracy']:.0%} ({metrics['pair_accuracy_low']:.0%}–{metrics['pair_accuracy_high']:.0%})",
         metrics["pair_accuracy_low"] > 0.5)

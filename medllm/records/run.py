@@ -41,7 +41,7 @@ class Progress:
     "Says how far a run is, while the block lasts."
     def __init__(self, folder:Path, every:float=30.0):
         self.file, self.every, self.stop = folder/"history.jsonl", every, threading.Event()
-        self.tty, self.last, self.began = sys.stderr.isatty(), "", time.monotonic()
+        self.tty, self.last, self.stage, self.began = sys.stderr.isatty(), "", "", time.monotonic()
 
     def line(self)->str:
         "The newest logged step in one line; of a pipeline, that of its running stage."
@@ -49,6 +49,7 @@ class Progress:
         now = next((n for n, s in enumerate(stages, 1) if s.get("status") == "running"), 0)
         if not now: return self._step(self.file)
         stage = stages[now - 1]
+        if stage["name"] != self.stage: self.stage, self.began = stage["name"], time.monotonic()
         return f"stage {now}, {stage['name']}: {self._step(Path(stage['folder'])/'history.jsonl') or 'begins'}"
 
     def _stages(self)->list:

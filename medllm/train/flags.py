@@ -146,6 +146,8 @@ class ReinforcementArguments:
     epsilon:float = flag(0.2, "GRPO: clip of the probability ratio, below 1")
     epsilon_high:float|None = flag(None, "GRPO: clip of the probability ratio, above 1; default epsilon")
     kl_coef:float|None = flag(None, "Weight of the KL to the reference; default 0.04 for grpo, 0.2 at the start of ppo")
+    kl_unbiased:bool = flag(
+        True, "GRPO: weigh the KL by the probability ratio, which makes its gradient right; false is the first paper's form")
     kl_limit:float = flag(50.0, "Stop when the mean KL to the reference is above this [nat/answer]")
     temperature:float = flag(1.0, "Sampling temperature")
     top_p:float = flag(1.0, "Sample from the most probable tokens up to this mass; 1 is off")
@@ -161,6 +163,7 @@ class ReinforcementArguments:
     ppo_value_weight:float = flag(0.1, "PPO: weight of the value loss")
     ppo_gamma:float = flag(1.0, "PPO: discount of a later token's reward")
     ppo_lambda:float = flag(0.95, "PPO: lambda of generalised advantage estimation")
+    missing_eos_penalty:float = flag(1.0, "PPO: taken off the score of an answer that is cut off before it ends")
     log_completions:bool = flag(False, "Write sampled answers into the record; never those to a private dataset")
 
 # %% ../../nbs/train/00_flags.ipynb #known

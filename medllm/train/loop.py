@@ -104,7 +104,8 @@ def train(
     say(describe(counted))
     if t.do_train and not resume and is_first_process(): _clear(folder)
     before = trainer.evaluate() if data.eval else {}
-    metrics = {f"{name}_before": value for name, value in before.items() if not name.endswith("_runtime")}
+    metrics = {f"{name}_before": value for name, value in before.items()
+        if name.startswith("eval_") and not name.endswith("_runtime")}
     result = trainer.train(resume_from_checkpoint=resume) if t.do_train else None
     if result:
         trainer.save_model()

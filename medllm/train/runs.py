@@ -92,9 +92,9 @@ DpoRun = _stage("dpo", "pref_loss pref_beta pref_ftx dpo_label_smoothing ld_alph
     dataset="mm_rm", val_size=0.2)
 KtoRun = _stage("kto", "pref_beta kto_chosen_weight kto_rejected_weight " + _REFERENCE, dataset="mm_rm", val_size=0.2)
 PpoRun = _stage("ppo", _SAMPLING + "ppo_epochs ppo_buffer_size ppo_target ppo_score_norm ppo_whiten_rewards",
-    dataset="mm_choice", reward_funcs="answer_format", max_new_tokens=32, num_train_epochs=1.0)
+    dataset="mm_choice", reward_funcs="letter", max_new_tokens=32, max_steps=10)
 GrpoRun = _stage("grpo", _SAMPLING + "num_generations num_iterations grpo_loss epsilon epsilon_high",
-    dataset="mm_choice", reward_funcs="option_letter", max_new_tokens=16, num_train_epochs=1.0)
+    dataset="mm_choice", reward_funcs="letter", max_new_tokens=16, max_steps=10, per_device_train_batch_size=32)
 
 STAGE_RUNS = {"pt": PtRun, "sft": SftRun, "rm": RmRun, "dpo": DpoRun, "kto": KtoRun, "ppo": PpoRun, "grpo": GrpoRun}
 

@@ -100,7 +100,7 @@ def llama_1b(tmp_path_factory):
 @pytest.mark.parametrize("stage", ["sft", "rm", "dpo", "grpo"])
 def test_fifty_steps_of_a_1b_llama(stage, bits, llama_1b, tmp_path):
     own = {"rm": dict(dataset="mm_rm"), "dpo": dict(dataset="mm_rm"),
-        "grpo": dict(dataset="mm_choice", reward_funcs="option_letter", num_generations=4, max_new_tokens=32)}.get(stage, {})
+        "grpo": dict(dataset="mm_choice", reward_funcs="letter", num_generations=4, max_new_tokens=32)}.get(stage, {})
     flags = dict(model_name_or_path=llama_1b, stage=stage, finetuning_type="lora", bf16=True, max_steps=50, max_samples=None,
         learning_rate=1e-4, cutoff_len=1024, per_device_train_batch_size=4, **own)
     if bits: flags["quantization_bit"] = bits

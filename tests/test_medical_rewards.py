@@ -1,0 +1,110 @@
+"""The reward library on whole data sets: right answers in many forms, prose that must not count, and anything at all."""
+import csv
+import gzip
+import json
+import math
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from medllm.data.answers import chosen_letters, letters_of, options_in
+from medllm.train.medical_rewards import REWARDS, reward_functions
+
+LETTER, REFUSAL = (reward_functions(name)[0][1] for name in ("letter", "refusal"))
+
+
+def rows(file):
+    opened = gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else open(file, encoding="utf-8")
+    with opened as f: text = f.read()
+    try: return json.loads(text)
+    except ValueError: return [json.loads(line) for line in text.split("\n") if line.strip()]
+
+
+def prompt_of(row): return row["question"] + "\n" + "\n".join(f"{k}. {v}" for k, v in row["options"].items())
+
+
+def forms(letter, text, language):
+    "Ways to say an option; each is right."
+    full = chr(ord(letter) + 0xfee0)
+    common = [
+        letter, f"({letter})", f"{letter}.", f"{letter}. {text}", rf"\boxed{{{letter}}}", full, f"<think>A or B?</think>{letter}"]
+    english = [
+        f"The answer is **{letter}**.", f"The correct answer is ({letter}) {text}", f"Answer: {letter}",
+        f"I would choose {letter}."]
+    chinese = [f"答案是{letter}", f"答案：{full}。", f"选{letter}", f"故选{letter}项", f"正确答案为（{full}）", f"{letter}项正确"]
+    return common + (chinese if language == "zh" else english)
+
+
+def test_every_form_of_a_right_answer_to_the_samples():
+    "Original questions of this project, half of them Chinese, each right answer in a dozen forms, each gold in three."
+    from medllm.core import bundled
+    for row in rows(bundled("samples")/"mm_mcq.json"):
+        prompt, letter = prompt_of(row), row["answer"]
+        text, wrong = row["options"][letter], next(k for k in row["options"] if k != letter)
+        for gold in (letter, f"{letter}. {text}", text):
+            said = forms(letter, text, row["language"])
+            assert LETTER(said, [gold]*len(said), [prompt]*len(said)) == [1]*len(said), row["id"]
+            said = forms(wrong, row["options"][wrong], row["language"])
+            said += [f"{letter} or {wrong}", f"选{letter}。选{wrong}。", "?"]
+            assert LETTER(said, [gold]*len(said), [prompt]*len(said)) == [0]*len(said), row["id"]
+
+
+def test_real_questions(shared):
+    "MedQA, MedXpertQA and Apollo: options read from the prompt, golds as letter, list or text."
+    for row in rows(shared("data/mirage_mcq/medqa_us_4opt_test.jsonl")):
+        options, right = options_in(prompt_of(row)), frozenset(row["answer_idx"])
+        assert options.keys() == row["options"].keys()
+        for gold in (row["answer_idx"], f"{row['answer_idx']}. {row['answer']}"): assert letters_of(gold, options) == right
+        if row["answer"] not in "ABCDE":       # one row's options are themselves letters
+            assert letters_of(row["answer"], options) == chosen_letters(row["answer"], options) == right
+    for file in ("medxpert_mcq/medqa_input.jsonl", "medxpert_mcq/medxpertqa_sampled_text_input.jsonl"):
+        for row in rows(shared(f"data/{file}")):
+            options = options_in(row["question"])
+            right = letters_of(str(row["label"]), options)
+            assert len(options) >= 4 and len(right) == 1 and right <= set(options)
+    for row in rows(shared("data/apollo_multi/dev.json")):
+        options = options_in(f"{row['question']}\n{row['options']}")
+        assert chosen_letters(row["answer"], options) == letters_of(row["answer"], options) <= set(options)
+
+
+def test_keys_of_the_chinese_licensing_exam(shared):
+    "11,200 keys, one to six letters."
+    for row in rows(shared("data/cmb_answers/CMB-test-choice-answer.json")):
+        for form in ("{}", "答案：{}", "正确答案是{}。", "选{}", "本题答案为（{}），因为其余选项不正确。", "The answer is {}."):
+            assert chosen_letters(form.format(row["answer"]), {}) == frozenset(row["answer"])
+
+
+def test_prose_chooses_nothing(shared):
+    "Answers to questions without options: almost none may be taken for a choice."
+    texts = [r.get("answer") or r.get("output") for r in rows(shared("data/medquad/medquad_all.jsonl.gz"))]
+    chosen = [bool(chosen_letters(text, {})) for text in texts[::3] if text]
+    assert sum(chosen) <= 0.001*len(chosen)
+
+
+def test_refusals_are_seen_and_help_is_not_taken_for_one(shared):
+    "MedSafetyBench's safe replies refuse; answers of four data sets in two languages do not."
+    replies, folder = [], shared("data/medsafetybench/train")
+    for file in folder.rglob("*.csv"):
+        with open(file, encoding="utf-8") as f: replies += [r["safe_response"] for r in csv.DictReader(f)]
+    refused = REFUSAL(replies, ["REFUSE"]*len(replies), [""]*len(replies))
+    assert len(replies) == 900 and sum(refused) >= 0.99*900
+    for file in (
+            "medquad/medquad_all.jsonl.gz", "chatdoctor/chatdoctor5k.json", "huatuo_llama/llama_data.json",
+            "zhongjing/huatuo26M_test.json"):
+        helped = [r.get("answer") or r.get("output") for r in rows(shared(f"data/{file}"))]
+        helped = [text for text in helped if isinstance(text, str) and text.strip()]
+        assert sum(REFUSAL(helped, ["ANSWER"]*len(helped), [""]*len(helped))) >= 0.999*len(helped), file
+
+
+pieces = st.sampled_from(
+    "A B (B) Ｂ 答案是 选 不选 answer is not . , 。 \n <think> </think> \\boxed{ } { \" : gout 糖尿病 排除 no 5 mg mmol/L "
+    "× 10^ ⁹ [1] 《 》指南 2020 PMID I'm sorry cannot help 抱歉 无法 * or 和 ± ~ %".split(" "))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(pieces, max_size=12), st.lists(pieces, max_size=4), st.lists(pieces, max_size=8))
+@pytest.mark.parametrize("name", REWARDS)
+def test_whatever_is_said_the_reward_is_from_0_to_1(name, answer, gold, prompt):
+    (_, rule, _), = reward_functions(name)
+    value, = rule([" ".join(answer)], [" ".join(gold)], ["".join(prompt)])
+    assert math.isnan(value) or 0 <= value <= 1
