@@ -105,7 +105,7 @@ class Kto(Objective):
                 sums = row_sums(trainer.logps(model, part), part["row_of"], len(before))
             total += torch.stack([(sums - before).double().sum(), total.new_tensor(len(before))])
         if trainer.args.world_size > 1: total = trainer.accelerator.reduce(total, "sum")
-        self.z0 = (total[0]/total[1].clamp(min=1)).clamp(min=0).float()
+        self.z0 = (total[0]/total[1].clamp(min=1)).clamp(min=0)
 
     def begin_validation(self, trainer, batches): self.begin(trainer, batches)
     def validate(self, trainer, model, batch): return self(trainer, model, batch)
