@@ -317,7 +317,7 @@ def test_a_kl_below_zero_halts(warm, tmp_path):
         return drawn
     trainer.sample = wrong
     with pytest.raises(Halted, match="below zero by more than chance"): trainer.train()
-    assert all(h["kl"] >= 0 for h in rollouts(trainer))
+    assert all(noted["kl"] >= 0 for noted in trainer.noted)
 
 
 def test_an_exploding_kl_halts(warm, tmp_path):
