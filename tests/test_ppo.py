@@ -278,18 +278,31 @@ def test_every_role_has_its_place(warm, judges, tmp_path, kind, judge, bits):
     with torch.no_grad(): torch.testing.assert_close(again(ids).logits, trainer.model.eval()(ids).logits, atol=1e-4, rtol=1e-4)
 
 
-def test_the_reference_of_an_adapter_is_that_adapter(warm, tmp_path):
-    "PPO that goes on from an adapter compares with a frozen copy of it, not with the raw base."
-    first = make(warm, tmp_path/"one", max_steps=4, learning_rate=5e-3)
-    first.train()
-    first.save_model()
-    trainer = make(warm, tmp_path/"two", adapter_name_or_path=str(tmp_path/"one"))
+@pytest.fixture(scope="module")
+def tuned(warm, tmp_path_factory):
+    "An adapter of the warm model that PPO has moved far from it."
+    folder = tmp_path_factory.mktemp("tuned")
+    trainer = make(warm, folder, learning_rate=5e-3)
+    trainer.train()
+    trainer.save_model()
+    return folder
+
+
+@pytest.mark.parametrize("kind, more", [
+    ("lora", {}), ("lora", {"quantization_bit": 4}), ("lora", {"create_new_adapter": True}),
+    ("freeze", {"freeze_trainable_layers": 1}), ("full", {})])
+def test_going_on_from_an_adapter(warm, tuned, tmp_path, kind, more):
+    "PPO that goes on from an adapter begins as that adapter and compares with it, not with the raw base."
+    trainer = make(warm, tmp_path, finetuning_type=kind, adapter_name_or_path=str(tuned), max_steps=2, ppo_epochs=1, **more)
     drawn = trainer.sample([trainer.train_dataset[i] for i in range(8)])
-    assert trainer.made["reference"]["policy"] == "start" and "copy" in trainer.made["reference"]["is"]
-    torch.testing.assert_close(drawn.reference, drawn.logps)
-    from medllm.models.roles import speaking
-    with speaking(trainer.model, None): base, = trainer.token_logps(drawn, lambda batch: (trainer.logps(trainer.model, batch),))
+    assert trainer.made["reference"]["policy"] == "start"
+    torch.testing.assert_close(drawn.reference, drawn.logps, atol=1e-5, rtol=1e-5)
+    raw = make(warm, tmp_path, finetuning_type=kind, **{n: value for n, value in more.items() if n != "create_new_adapter"})
+    base, = raw.token_logps(drawn, lambda batch: (raw.logps(raw.model, batch),))
     assert (base - drawn.logps).abs().max() > 0.01
+    trainer.train()
+    torch.testing.assert_close(trainer.token_logps(drawn, lambda batch: (trainer.reference_logps(batch),))[0], drawn.reference)
+    assert (trainer.token_logps(drawn, lambda batch: (trainer.logps(trainer.model, batch),))[0] - drawn.logps).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("judge", ["lora", "full"])
@@ -317,7 +330,7 @@ def test_a_kl_below_zero_halts(warm, tmp_path):
         return drawn
     trainer.sample = wrong
     with pytest.raises(Halted, match="below zero by more than chance"): trainer.train()
-    assert all(noted["kl"] >= 0 for noted in trainer.noted)
+    assert trainer.noted and all(h["kl"] >= 0 for h in trainer.noted + (rollouts(trainer) if trainer.history.exists() else []))
 
 
 def test_an_exploding_kl_halts(warm, tmp_path):

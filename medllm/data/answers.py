@@ -48,7 +48,8 @@ def json_in(
 # %% ../../nbs/data/25_answers.ipynb #conclusion
 _tag = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 _marked = re.compile(
-    r"\b(?:answer|diagnosis|conclusion|result|treatment|drug|dose)(?:\s+(?:is|are|was|would be|should be|will be)\b|\s*[:=])|"
+    r"\b(?:answer|diagnosis|conclusion|result|treatment|drug|dose)"
+    r"(?:\s+(?:is|are|was|would be|should be|will be)\b|\s*[:=])|"
     "(?:答案|诊断|结论|结果|治疗|药物|用药|剂量)(?:应该|应当|应|就)?(?:是|为|[:：])|诊断为|考虑(?:为|诊断为)?", re.IGNORECASE)
 _sentence = re.compile(r"(?:(?!(?<!\b\d)\.\s)[^。\n])*")
 
@@ -138,8 +139,9 @@ _RUNGS = tuple(tuple(re.compile(p, re.IGNORECASE | re.MULTILINE) for p in rung) 
 _wrong = re.compile(
     r"\s*(?:项|选项)?\s*(?:(?:is|are|was|were)\s+)?(?:wrong|incorrect|false|not\b|错|不正确|不对|不符|排除)", re.IGNORECASE)
 _goes_on = re.compile(
-    r"\s*(?:$|[^\w\s'’-]|(?!超|型|族|细胞|淋巴|反应|二聚|线|组)[\u4e00-\u9fff])|\s+(?:because|since|as|is|are|was|and|or|due|for|based|"
-    r"given|so|but|not|with|which|option|choice|in|on|would|should|has|it|the)\b", re.IGNORECASE | re.MULTILINE)
+    r"\s*(?:$|[^\w\s'’-]|(?!超|型|族|细胞|淋巴|反应|二聚|线|组)[\u4e00-\u9fff])|"
+    r"\s+(?:because|since|as|is|are|was|and|or|due|for|based|given|so|but|not|with|which|option|choice|in|on|would|"
+    r"should|has|it|the)\b", re.IGNORECASE | re.MULTILINE)
 
 # %% ../../nbs/data/25_answers.ipynb #chosen
 def _letters_at(text:str, m:re.Match, options:dict[str, str])->frozenset|None:
@@ -149,15 +151,17 @@ def _letters_at(text:str, m:re.Match, options:dict[str, str])->frozenset|None:
     own = name_key(options.get(letters[:1].upper(), ""))
     if _wrong.match(rest) or re.match(r"\.[a-z]|\. coli", rest): return None
     if not _goes_on.match(rest) and not (own and name_key(rest).startswith(own)): return None
-    if letters != letters.upper() and not written.startswith("(") and not re.match(r"\s*(?:$|[.,;)](?!\w))", rest): return None
+    small = letters != letters.upper() and not written.startswith("(")
+    if small and not re.match(r"\s*(?:$|[.,;)](?!\w))", rest): return None
     if options and set(letters.upper()) - options.keys(): return None
     return frozenset() if re.search(r"\bor\b|或", written) else frozenset(letters.upper())
 
-def _other_text(text:str, letter:str, options:dict[str, str])->bool:
+def _other_text(said:str, letter:str, options:dict[str, str])->bool:
     "Whether a letter is followed by the text of another option."
-    for m in re.finditer(rf"(?<![A-Za-z]){letter}[)\]]?[.:、,]?\s+(?=\w)|(?<![A-Za-z]){letter}[.、:]", text):
-        rest = name_key(text[m.end():m.end() + 200])
-        starts = [other for other, option in options.items() if name_key(option) and rest.startswith(name_key(option))]
+    keys = {other: key for other, option in options.items() if (key := name_key(option))}
+    for m in re.finditer(rf"(?<![A-Za-z]){letter}[)\]]?[.:、,]?\s+(?=\w)|(?<![A-Za-z]){letter}[.、:]", said):
+        rest = name_key(said[m.end():m.end() + 200])
+        starts = [other for other, key in keys.items() if rest.startswith(key)]
         if starts and letter not in starts: return True
     return False
 

@@ -22,9 +22,9 @@ def _sample_stages()->dict:
     few = {"save_steps": 10**6, "val_size": 0.2}
     return {"pt": few | {"dataset": "mm_pt"}, "sft": few | {"dataset": "mm,mm_choice", "num_train_epochs": 6.0},
         "rm": few | {"dataset": "mm_rm"},
-        "ppo": {"dataset": "mm_choice", "reward_model": "rm", "max_steps": 40},
+        "ppo": {"dataset": "mm_choice", "reward_model": "rm", "max_steps": 40, "learning_rate": 2e-4},
         "dpo": few | {"dataset": "mm_rm", "from": "sft", "learning_rate": 1e-4},
-        "grpo": {"dataset": "mm_choice", "from": "sft", "max_steps": 40}}
+        "grpo": {"dataset": "mm_choice", "from": "sft", "max_steps": 40, "learning_rate": 2e-4}}
 
 @dataclass
 class PipelineRun:
