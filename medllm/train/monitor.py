@@ -31,8 +31,9 @@ def mean_kl(
     k1:torch.Tensor, # Sum over each answer, (N,), [nat]
     k3:torch.Tensor, # The same, (N,), [nat]
 )->float:            # [nat/answer], at least 0
-    "The KL by the estimator that varies less."
-    return k3.mean().item() if k3.var(unbiased=False) <= k1.var(unbiased=False) else max(k1.mean().item(), 0.0)
+    "The KL by the estimator that varies less where the policy is."
+    far = k1.mean() > 5*k1.std(unbiased=False)/len(k1)**0.5
+    return (k1 if far else k3).mean().item()
 
 # %% ../../nbs/train/15_monitor.ipynb #monitor
 class Halted(UserError):
