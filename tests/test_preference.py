@@ -221,7 +221,8 @@ def test_log_probabilities_with_padding_on_the_left(tmp_path):
     ids, mask = torch.zeros(8, width, dtype=torch.long), torch.zeros(8, width, dtype=torch.long)
     for i, row in enumerate(rows):
         ids[i, width - len(row["input_ids"]):], mask[i, width - len(row["input_ids"]):] = torch.tensor(row["input_ids"]), 1
-    with torch.no_grad(): logits = models[0](ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad(): logits = models[0](ids, attention_mask=mask, position_ids=places).logits
     logps = torch.log_softmax(logits[:, :-1], -1).gather(2, ids[:, 1:, None])[..., 0]
     for i, row in enumerate(rows):
         trained = (row["labels"] != -100).sum()
@@ -232,8 +233,8 @@ def test_shared_prompts_in_a_model_with_windows(tmp_path):
     "Grouped heads and a sliding window shorter than the rows: the layouts agree, through gradient checkpointing too."
     from transformers import MistralConfig, MistralForCausalLM
     torch.manual_seed(0)
-    config = MistralConfig(vocab_size=4096, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, sliding_window=6)
+    config = MistralConfig(vocab_size=4096, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, sliding_window=6)
     models = MistralForCausalLM(config).double(), MistralForCausalLM(config).double().requires_grad_(False)
     exact_norms(models)
     units = pairs_of(np.random.default_rng(1), SIZES)
@@ -304,14 +305,14 @@ def agree(trainer, units, theirs, name):
 def test_pairs_equal_trl(trl, tiny, tmp_path):
     """Losses and gradients of one batch equal those of TRL's trainers.
 
-    `sigmoid` has no label smoothing there any more; on a batch of one its `aot` is that loss. Its supervised loss (of `sft` and in ORPO)
-    is a mean over the tokens of a batch, in ORPO over the prompt's too; prompts of one token and better answers of one length make
-    that the mean over rows of means over answers.
+    `sigmoid` has no label smoothing there any more; on a batch of one its `aot` is that loss. Its supervised loss (of
+    `sft` and in ORPO) is a mean over the tokens of a batch, in ORPO over the prompt's too; prompts of one token and
+    better answers of one length make that the mean over rows of means over answers.
     """
     models, rng = two_models(), np.random.default_rng(1)
     units, equal = pairs_of(rng, SIZES), pairs_of(rng, EQUAL)
-    dpo = lambda name, kind, weights=(1.0,), **more: dict(name=name, trainer="dpo", loss_types=list(kind), loss_weights=list(weights)) | dict(
-        beta=0.3, ld_alpha=None) | more
+    dpo = lambda name, kind, weights=(1.0,), **more: dict(
+        name=name, trainer="dpo", loss_types=list(kind), loss_weights=list(weights), beta=0.3, ld_alpha=None) | more
     cases = [
         dpo("sigmoid", ["sigmoid"]), dpo("hinge", ["hinge"], beta=0.05), dpo("ipo", ["ipo"], beta=0.2),
         dpo("ld", ["sigmoid"], ld_alpha=0.4), dpo("ld ipo", ["ipo"], beta=0.2, ld_alpha=0.0),
@@ -356,17 +357,17 @@ def test_kto_equals_trl(trl, tiny, tmp_path):
     arrays = {name: filled([r["input_ids"][part(c)] for r, c in zip(which, cut)]) for name, which, part in (
         ("prompts", rows, lambda c: slice(None, c)), ("answers", rows, lambda c: slice(c, None)),
         ("mismatched", mismatched, lambda c: slice(c, None)))}
-    case = dict(name="kto", trainer="kto", beta=0.3, desirable_weight=1.5, undesirable_weight=0.7)
+    case, estimates = dict(name="kto", trainer="kto", beta=0.3, desirable_weight=1.5, undesirable_weight=0.7), []
     for turn, pair in enumerate((models, models[::-1])):
         folder = tmp_path/str(turn)
         theirs = trl("trl_preference.py", arrays | saved(pair, folder, tiny) | {
             "cases": np.array(json.dumps([case])), "liked": np.array([units[i]["liked"] for i in range(len(units))])})
         pair[0].requires_grad_(True)
         for layout in ("padded", "packed"):
-            trainer = trainer_of(kto_objective(pair, pref_beta=0.3, kto_chosen_weight=1.5, kto_rejected_weight=0.7), units, folder, layout)
-            agree(trainer, units, theirs, "kto")
-            assert abs(trainer.objective.z0 - theirs["kto/kl"]) < 1e-5
-        estimates = (theirs["kto/kl"],) if not turn else (*estimates, theirs["kto/kl"])
+            objective = kto_objective(pair, pref_beta=0.3, kto_chosen_weight=1.5, kto_rejected_weight=0.7)
+            agree(trainer_of(objective, units, folder, layout), units, theirs, "kto")
+            assert abs(objective.z0 - theirs["kto/kl"]) < 1e-5
+        estimates.append(theirs["kto/kl"])
     assert min(estimates) == 0 and max(estimates) > 0.01
 
 
@@ -404,7 +405,8 @@ def test_it_learns_a_preference(name, tmp_path):
     "The held-out margin grows, and nearly every held-out pair is on the right side."
     flags = write_pairs(tmp_path/"rows.json", 160) | dict(pref_loss=name) | (dict(pref_beta=2.0) if name == "simpo" else {})
     metrics = whole_run(tmp_path/"run", **flags)
-    assert metrics["eval_margin"] > metrics["eval_margin_before"] + 0.05*(name != "orpo") and metrics["eval_accuracy"] >= 0.9, metrics
+    assert metrics["eval_margin"] > metrics["eval_margin_before"] + 0.05*(name != "orpo"), metrics
+    assert metrics["eval_accuracy"] >= 0.9, metrics
     assert metrics["eval_loss"] < metrics["eval_loss_before"]
 
 
@@ -429,8 +431,8 @@ def test_how_a_step_is_split_changes_nothing(stage, tmp_path):
         metrics = whole_run(tmp_path/name, **flags | more)
         return [loss for _, loss in sorted(losses(tmp_path/name).items())] + [metrics["eval_loss"], metrics["eval_margin"]]
     whole = curve("whole")
-    for name, more in (("split", dict(per_device_train_batch_size=4, gradient_accumulation_steps=4, per_device_eval_batch_size=3)),
-            ("packed", dict(packing=True)), ("once", dict(precompute_ref_log_probs=True))):
+    split = dict(per_device_train_batch_size=4, gradient_accumulation_steps=4, per_device_eval_batch_size=3)
+    for name, more in (("split", split), ("packed", dict(packing=True)), ("once", dict(precompute_ref_log_probs=True))):
         other = curve(name, **more)
         assert max(abs(a - b) for a, b in zip(whole, other)) < 2e-3, (name, whole, other)
 
@@ -455,7 +457,8 @@ def test_two_processes_train_as_one_does(stage, tmp_path):
         one = tmp_path/f"one{once}"
         metrics = whole_run(one, **flags | dict(precompute_ref_log_probs=once))
         two = tmp_path/f"two{once}"
-        given = RUN | flags | dict(per_device_train_batch_size=8, output_dir=two, precompute_ref_log_probs=once, tokenized_path=tmp_path/"both")
+        given = RUN | flags | dict(
+            per_device_train_batch_size=8, output_dir=two, precompute_ref_log_probs=once, tokenized_path=tmp_path/"both")
         done = run("accelerate", "launch", "--num_processes", 2, "-m", "medllm.train", *(
             word for name, value in given.items() for word in (f"--{name}", value)))
         assert done.returncode == 0, done.stderr[-2000:]
@@ -482,14 +485,15 @@ def tuned(tmp_path_factory):
     "An adapter that supervised fine-tuning moved away from its base, and pairs."
     folder = tmp_path_factory.mktemp("tuned")
     flags = write_pairs(folder/"rows.json", 48) | dict(finetuning_type="lora", lora_target="q_proj,v_proj")
-    whole_run(folder/"sft", **flags | dict(stage="sft", dataset="mm", dataset_dir="data", max_samples=64, learning_rate=2e-2))
+    whole_run(folder/"sft", **flags | dict(
+        stage="sft", dataset="mm", dataset_dir="data", max_samples=64, learning_rate=2e-2))
     return folder, flags | dict(adapter_name_or_path=str(folder/"sft"), learning_rate=5e-3, max_steps=4, val_size=8)
 
 
-@pytest.mark.parametrize("stage, once, bits", [("dpo", False, None), ("dpo", True, None), ("kto", False, None), ("kto", True, None),
-    ("dpo", False, 4)])
+@pytest.mark.parametrize("stage, once, bits", [
+    ("dpo", False, None), ("dpo", True, None), ("kto", False, None), ("kto", True, None), ("dpo", False, 4)])
 def test_the_reference_of_a_tuned_adapter_is_that_adapter(stage, once, bits, tuned, tmp_path):
-    "At the start policy and reference are one: log 2 for DPO, one half for KTO. The raw base would give another loss, and is shown to."
+    "At the start policy and reference are one: log 2 for DPO, one half for KTO. The raw base gives another loss."
     folder, flags = tuned
     at_start = {"dpo": math.log(2), "kto": 0.5}[stage]
     if stage == "kto": flags = flags | dict(dataset="mm_rm", dataset_dir="data", max_samples=24)
@@ -497,14 +501,15 @@ def test_the_reference_of_a_tuned_adapter_is_that_adapter(stage, once, bits, tun
     metrics = whole_run(tmp_path/"right", **flags)
     assert abs(metrics["eval_loss_before"] - at_start) < 1e-5 and abs(losses(tmp_path/"right")[1] - at_start) < 1e-5
     assert metrics["reference"]["policy"] == "start" and str(folder/"sft") in metrics["reference"]["is"]
-    raw = whole_run(tmp_path/"raw", **flags | dict(ref_model="tiny", ref_model_quantization_bit=bits))   # the trap, on purpose
+    # the trap, on purpose
+    raw = whole_run(tmp_path/"raw", **flags | dict(ref_model="tiny", ref_model_quantization_bit=bits))
     assert abs(raw["eval_loss_before"] - at_start) > 1e-3, raw["eval_loss_before"]
     assert raw["reference"] | {"weights": 0} == {"policy": "model", "is": "tiny: adapters off", "weights": 0,
         "computed": "before training" if once else "while training"}
 
 
 def test_the_reference_stays_where_training_started_when_it_is_resumed(tuned, tmp_path):
-    "A resumed run compares with the starting adapter, not with the checkpoint; and the reference is not saved with the model."
+    "A resumed run compares with the starting adapter, not with the checkpoint; and the reference is not saved."
     _, flags = tuned
     flags = flags | dict(save_strategy="steps", save_steps=2, precompute_ref_log_probs=False)
     whole_run(tmp_path/"whole", **flags)
@@ -520,8 +525,10 @@ def test_the_reference_stays_where_training_started_when_it_is_resumed(tuned, tm
 def test_references_that_cannot_be_meant_are_refused(tuned, tmp_path):
     _, flags = tuned
     for more, says in (
-            (dict(ref_policy="base"), "not from the base model"), (dict(ref_policy="start", ref_model="tiny"), "exclude each other"),
-            (dict(ref_model_quantization_bit=4), "needs --ref_model"), (dict(pref_loss="simpo", ref_model="tiny"), "no reference")):
+            (dict(ref_policy="base"), "not from the base model"),
+            (dict(ref_policy="start", ref_model="tiny"), "exclude each other"),
+            (dict(ref_model_quantization_bit=4), "needs --ref_model"),
+            (dict(pref_loss="simpo", ref_model="tiny"), "no reference")):
         with pytest.raises(UserError, match=says): whole_run(tmp_path/"run", **flags | more)
 
 
@@ -544,7 +551,7 @@ def test_dropout_is_the_policys_own(tmp_path):
 
 
 def test_the_estimate_of_kto_belongs_to_the_step(tmp_path):
-    "One estimate over all micro-batches, also of one answer each; never below zero; none of it from an answer to the same question."
+    "One estimate over all micro-batches, also of one answer each; never below zero; from answers to other questions."
     models, units = two_models(), judged_of(np.random.default_rng(2), 8)
     trainer = trainer_of(kto_objective(models), units, tmp_path)
     batches = lambda size: [trainer.data_collator([units[i] for i in range(at, at + size)]) for at in range(0, 8, size)]

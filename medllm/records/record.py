@@ -211,8 +211,8 @@ def verdict(
     if "eval_loss_before" in metrics and not online: add(
         "validation loss", f"below {metrics['eval_loss_before']:.3f}, untrained", f"{metrics['eval_loss']:.3f}",
         metrics["eval_loss"] < metrics["eval_loss_before"])
-    if "eval_margin_before" in metrics and "pair_accuracy" not in metrics: add(
-        "held-out preference margin", f"above {metrics['eval_margin_before']:.3f}, before", f"{metrics['eval_margin']:.3f}",
+    if "eval_margin_before" in metrics: add(
+        "held-out margin", f"above {metrics['eval_margin_before']:.3f}, untrained", f"{metrics['eval_margin']:.3f}",
         metrics["eval_margin"] > metrics["eval_margin_before"])
     if online and "eval_reward_before" in metrics: add(
         "reward of held-out questions", f"above {metrics['eval_reward_before']:.3f}, before", f"{metrics['eval_reward']:.3f}",

@@ -20,7 +20,7 @@ from .preference import won
 from .reference import Reference, ReferredCollate, computes_once, make_reference, precompute
 from .start import start_model
 from .trainer import Objective, StageTrainer
-from .units import Liked, UnitCollate
+from .units import UnitCollate
 
 # %% ../../nbs/train/13_kto.ipynb #loss
 def kto_loss(
@@ -46,12 +46,20 @@ def weight_advice(
     if not good or not bad: return f"all answers are {'good' if good else 'bad'}: KTO has nothing to tell apart"
     balance = chosen_weight*good/(rejected_weight*bad)
     if 0.999 <= balance <= 4/3 + 0.001: return ""
-    if balance > 1: return (f"{good} good and {bad} bad answers: --kto_rejected_weight between {chosen_weight*good/bad*3/4:.2f} and "
-        f"{chosen_weight*good/bad:.2f} would balance them")
-    return (f"{good} good and {bad} bad answers: --kto_chosen_weight between {rejected_weight*bad/good:.2f} and "
-        f"{rejected_weight*bad/good*4/3:.2f} would balance them")
+    side, top = ("rejected", balance*rejected_weight) if balance > 1 else ("chosen", chosen_weight/balance*4/3)
+    return (f"{good} good and {bad} bad answers: --kto_{side}_weight between {top*3/4:.2f} and {top:.2f} "
+        "would balance them")
 
 # %% ../../nbs/train/13_kto.ipynb #part
+@contextmanager
+def _quiet(model):
+    "Evaluation mode, no gradients."
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(): yield
+    finally: model.train(training)
+
 def batch_part(
     batch:dict, # From `UnitCollate`, padded or packed
     begin:int,  # First row
@@ -70,15 +78,6 @@ def batch_part(
     return part | {"input_ids": ids[begin:end, :width], "positions": row*width + column}
 
 # %% ../../nbs/train/13_kto.ipynb #objective
-@contextmanager
-def _quiet(model):
-    "Evaluation mode, no gradients."
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(): yield
-    finally: model.train(training)
-
 class Kto(Objective):
     "KTO's loss, over judged answers."
     unit = "answers"
@@ -125,10 +124,9 @@ class Kto(Objective):
         return losses.sum(), {name: values.sum() for name, values in zip(self.watched, seen)}
 
     def means(self, sums, units):
-        good = sums["liked"]
-        parts = {"liked_reward": good, "disliked_reward": units - good}
-        out = {name: total/parts.get(name, units) for name, total in sums.items() if parts.get(name, units) and name != "liked"}
-        if len(parts.keys() & out.keys()) == 2: out["margin"] = out["liked_reward"] - out["disliked_reward"]
+        over = dict.fromkeys(sums, units) | {"liked_reward": sums["liked"], "disliked_reward": units - sums["liked"]}
+        out = {name: total/over[name] for name, total in sums.items() if over[name] and name != "liked"}
+        if {"liked_reward", "disliked_reward"} <= out.keys(): out["margin"] = out["liked_reward"] - out["disliked_reward"]
         return out
 
 # %% ../../nbs/train/13_kto.ipynb #trainer
@@ -139,11 +137,12 @@ def make_trainer(
     "The trainer of a KTO run. Raises `UserError` for a reference that cannot be had."
     p, tokenizer, once = args.preference, data.renderer.tokenizer, computes_once(args, len(data.train))
     good = int((data.train.rows.table["liked"] == 1).sum()) if len(data.train) else 1
-    if advice := weight_advice(good, max(len(data.train), 2) - good, p.kto_chosen_weight, p.kto_rejected_weight): say(advice)
+    if advice := weight_advice(good, max(len(data.train), 2) - good, p.kto_chosen_weight, p.kto_rejected_weight):
+        say(advice)
     model = start_model(args, data)
     reference = make_reference(args, model, tokenizer, keep=not once)
-    trainer = StageTrainer(model, args.training, Kto(p, reference), data.train, data.eval, tokenizer, args.data.group_by_length,
-        args.data.cutoff_len if args.data.packing else None)
+    trainer = StageTrainer(model, args.training, Kto(p, reference), data.train, data.eval, tokenizer,
+        args.data.group_by_length, args.data.cutoff_len if args.data.packing else None)
     if args.data.packing and reference.other is not None: isolate(reference.other, int(data.train.lengths.max()))
     if once: precompute(args, trainer, reference)
     return trainer

@@ -49,7 +49,7 @@ def hinge_loss(
 
 # %% ../../nbs/train/12_preference.ipynb #ipo
 def ipo_loss(
-    chosen:torch.Tensor,   # Log-ratio of the better answer to the reference, mean over its tokens, (B,), [nat/token]
+    chosen:torch.Tensor,   # Log-ratio of the better answer to the reference, mean over tokens, (B,), [nat/token]
     rejected:torch.Tensor, # The same for the worse answer, (B,), [nat/token]
     beta:float = 0.1,      # tau of the paper: half the inverse of the difference asked for
 )->torch.Tensor:           # (B,), [(nat/token)^2]
@@ -145,7 +145,8 @@ class Preference(Objective):
     ): self.flags, self.loss, self.reference, self.shared = flags, LOSSES[flags.pref_loss], reference, shared
 
     def collate(self, pad_id, multiple, packed):
-        return ReferredCollate(BranchCollate(pad_id, multiple) if self.shared else UnitCollate(pad_id, multiple, packed))
+        if self.shared: return ReferredCollate(BranchCollate(pad_id, multiple))
+        return ReferredCollate(UnitCollate(pad_id, multiple, packed))
 
     def weighted(self, logps:torch.Tensor, batch:dict)->torch.Tensor:
         "Log-probabilities as they enter a sum, (M,)."
@@ -166,7 +167,8 @@ class Preference(Objective):
         scores = pair_scores(row_sums(self.weighted(logps, batch), row_of, rows), before, tokens, self.loss)
         losses = self.loss.function(*scores, p)
         if p.pref_ftx: losses = losses - p.pref_ftx*means[:rows//2]
-        (chosen, rejected), size = (s.detach() for s in scores), (means if self.loss.per_token else means*tokens).detach().abs()
+        chosen, rejected = (s.detach() for s in scores)
+        size = (means if self.loss.per_token else means*tokens).detach().abs()
         seen = (p.pref_beta*chosen, p.pref_beta*rejected, p.pref_beta*(chosen - rejected),
             won(chosen - rejected, sum(size.chunk(2))), *means.detach().chunk(2))
         return losses.sum(), {name: values.sum() for name, values in zip(self.watched, seen)}
@@ -205,17 +207,19 @@ class BranchCollate:
             forks.append((begin, begin, begin + pads, begin + pads))
             ids.append(np.full(pads, self.pad_id))
             places.append(np.arange(pads))
-        return self._targets(items, at) | {"borders": tuple(forks), "units": len(items), "tokens": torch.tensor(tokens)} | {
-            name: torch.from_numpy(np.concatenate(parts).astype(np.int64))[None]
-            for name, parts in (("input_ids", ids), ("position_ids", places))}
+        row = lambda parts: torch.from_numpy(np.concatenate(parts).astype(np.int64))[None]
+        return self._targets(items, at) | {"input_ids": row(ids), "position_ids": row(places), "borders": tuple(forks),
+            "units": len(items), "tokens": torch.tensor(tokens)}
 
     def _targets(self, items:list, at:tuple)->dict:
         "What is predicted where, for all better answers and then for all worse ones."
         parts = {"positions": [], "targets": [], "row_of": []}
-        for i, (row, where) in enumerate((item["rows"][k], at[k][j]) for k in (0, 1) for j, item in enumerate(items)):
+        rows = [item["rows"][k] for k in (0, 1) for item in items]
+        for i, (row, where) in enumerate(zip(rows, at[0] + at[1])):
             labels = np.append(row["labels"], -100)[1:len(where) + 1]
             trained = np.flatnonzero(labels != -100)
-            for name, values in zip(parts, (where[trained], labels[trained], np.full(len(trained), i))): parts[name].append(values)
+            found = where[trained], labels[trained], np.full(len(trained), i)
+            for name, values in zip(parts, found): parts[name].append(values)
         return {name: torch.from_numpy(np.concatenate(values).astype(np.int64)) for name, values in parts.items()}
 
 # %% ../../nbs/train/12_preference.ipynb #pays
@@ -241,7 +245,10 @@ def shares_prompts(
     t, units = args.training, data.train if len(data.train) else next(iter(data.eval.values()), [])
     if t.fsdp or t.deepspeed or t.torch_compile or t.neftune_noise_alpha or not len(units): return False
     share, longest = saved_share(units), int(units.lengths.max())
-    if share < _PAYS or not all([branched(model, longest) for model in models]): return False
+    if share < _PAYS: return False
+    for model in models:                                   # tried where it will compute
+        if not getattr(model, "is_quantized", False): model.to(t.device)
+    if not all([branched(model, longest) for model in models]): return False
     say(f"prompts are computed once for both answers: {share:.0%} fewer tokens")
     return True
 
@@ -259,8 +266,8 @@ def make_trainer(
     reference = make_reference(args, model, tokenizer, keep=not once) if relative else None
     others = [reference.other] if relative and reference.other is not None else []
     objective = Preference(p, reference, shares_prompts(args, data, [model, *others]))
-    trainer = StageTrainer(model, args.training, objective, data.train, data.eval, tokenizer, args.data.group_by_length,
-        args.data.cutoff_len if args.data.packing else None)
+    trainer = StageTrainer(model, args.training, objective, data.train, data.eval, tokenizer,
+        args.data.group_by_length, args.data.cutoff_len if args.data.packing else None)
     if args.data.packing:
         for other in others: isolate(other, int(data.train.lengths.max()))
     if once: precompute(args, trainer, reference, objective.weighted, f"ld_alpha {p.ld_alpha}")
@@ -272,5 +279,6 @@ def finish(
     data:TrainingData,    # From `prepare_data`
 )->dict:
     "What the metrics of the run say about the reference and the layout."
-    reference = trainer.objective.reference
-    return {"reference": reference.record() if reference else None, "prompt_computed_once": getattr(trainer.objective, "shared", False)}
+    objective = trainer.objective
+    return {"reference": objective.reference.record() if objective.reference else None,
+        "prompt_computed_once": objective.shared}

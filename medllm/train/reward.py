@@ -6,8 +6,6 @@
 __all__ = ['pair_loss', 'PairLoss', 'make_trainer', 'finish']
 
 # %% ../../nbs/train/10_reward.ipynb #imports
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 

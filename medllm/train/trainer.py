@@ -244,7 +244,7 @@ def _total(self:StageTrainer, model, units)->torch.Tensor:
     total = torch.zeros(2 + len(names), dtype=torch.float64, device=self.args.device)
     self.objective.begin_validation(self, self.get_eval_dataloader(units))
     for inputs in self.get_eval_dataloader(units):
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
             loss, sums = self.objective.validate(self, model, inputs)
             total += torch.stack([v.double() for v in (
                 loss, *(sums[name] for name in names), total.new_tensor(self.objective.units(inputs)))])

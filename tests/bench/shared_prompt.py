@@ -2,10 +2,11 @@
 
     python tests/bench/shared_prompt.py --out tests/bench/shared_prompt_results.json
 
-A small Llama with random weights and LoRA trains on made pairs on the CPU (on a GPU where there is one, then in bfloat16), one process
-per measurement, `--repeats` times in turn: rows padded, rows end to end (`packing`), and prompts shared. Each case has prompts and
-answers of about one length; `saved` is the share of tokens that need not be computed. Seconds are those of the processor (on a GPU, of the
-clock), from the trainer's first step to its last. Figures are medians; a ratio is one of medians.
+A small Llama with random weights and LoRA trains on made pairs on the CPU (on a GPU where there is one, then in
+bfloat16), one process per measurement, `--repeats` times in turn: rows padded, rows end to end (`packing`), and prompts
+shared. Each case has prompts and answers of about one length; `saved` is the share of tokens that need not be computed.
+Seconds are those of the processor (on a GPU, of the clock), from the trainer's first step to its last. Figures are
+medians; a ratio is one of medians.
 """
 import argparse
 import json
@@ -20,7 +21,8 @@ from pathlib import Path
 
 CASES = {"1024+64": (1024, 64), "512+128": (512, 128), "256+128": (256, 128), "128+256": (128, 256), "32+256": (32, 256)}
 WAYS = ("padded", "packed", "shared")
-SHAPE = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6, "num_key_value_heads": 6}
+SHAPE = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6,
+         "num_key_value_heads": 6}
 
 
 def prepare(folder, prompt, answer, count):
@@ -34,7 +36,8 @@ def prepare(folder, prompt, answer, count):
     text = lambda n: " ".join(rng.choice(words, max(int(n*rng.uniform(.8, 1.2)), 1)))
     rows = [{"instruction": text(prompt), "input": "", "output": [text(answer), text(answer)]} for _ in range(count)]
     (folder/"rows.json").write_text(json.dumps(rows), encoding="utf-8")
-    (folder/"dataset_info.json").write_text(json.dumps({"made": {"file_name": "rows.json", "ranking": True}}), encoding="utf-8")
+    info = {"made": {"file_name": "rows.json", "ranking": True}}
+    (folder/"dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
     if (folder/"model").exists(): return
     torch.manual_seed(0)
     config = AutoConfig.from_pretrained(model_location("tiny"))
@@ -51,10 +54,11 @@ def measure(folder, way, batch, steps):
     from medllm.train.inputs import prepare_data
     from medllm.train.trainer import peak_memory
     preference._PAYS = -1.0 if way == "shared" else 2.0
-    args = parse(dict(stage="dpo", model_name_or_path=str(folder/"model"), dataset="made", dataset_dir=str(folder), cutoff_len=4096,
-        finetuning_type="lora", lora_target="q_proj,v_proj", max_steps=steps, save_strategy="no", logging_steps=1,
-        per_device_train_batch_size=batch, disable_tqdm=True, packing=way == "packed", bf16=torch.cuda.is_available(),
-        precompute_ref_log_probs=False, tokenized_path=str(folder/"cache"), output_dir=tempfile.mkdtemp(dir=folder)))
+    args = parse(dict(stage="dpo", model_name_or_path=str(folder/"model"), dataset="made", dataset_dir=str(folder),
+        cutoff_len=4096, finetuning_type="lora", lora_target="q_proj,v_proj", max_steps=steps, save_strategy="no",
+        logging_steps=1, per_device_train_batch_size=batch, disable_tqdm=True, packing=way == "packed",
+        bf16=torch.cuda.is_available(), precompute_ref_log_probs=False, tokenized_path=str(folder/"cache"),
+        output_dir=tempfile.mkdtemp(dir=folder)))
     data = prepare_data(args)
     trainer = preference.make_trainer(args, data)
     assert trainer.objective.shared == (way == "shared")

@@ -31,7 +31,8 @@ def test_branched_attention_kernels_agree(dtype, window):
 
 
 @pytest.mark.parametrize("flags", [
-    dict(finetuning_type="full"), dict(finetuning_type="full", bf16=True), dict(finetuning_type="lora", bf16=True, quantization_bit=4),
+    dict(finetuning_type="full"), dict(finetuning_type="full", bf16=True),
+    dict(finetuning_type="lora", bf16=True, quantization_bit=4),
     dict(finetuning_type="lora", bf16=True, gradient_checkpointing=True, precompute_ref_log_probs=True)], ids=str)
 @pytest.mark.parametrize("stage", ["dpo", "kto"])
 def test_it_learns(stage, flags, tmp_path):

@@ -20,7 +20,8 @@ from trl.experimental.orpo import ORPOTrainer
 
 given = np.load(sys.argv[1], allow_pickle=False)
 ids = lambda name: [row[:(row == -1).argmax() if (row == -1).any() else len(row)].tolist() for row in given[name]]
-policy, reference = (AutoModelForCausalLM.from_pretrained(str(given[name]), dtype=torch.float32) for name in ("policy", "reference"))
+policy, reference = (
+    AutoModelForCausalLM.from_pretrained(str(given[name]), dtype=torch.float32) for name in ("policy", "reference"))
 flags = dict(output_dir=tempfile.mkdtemp(), use_cpu=True, bf16=False, report_to="none", max_length=None,
     gradient_checkpointing=False, remove_unused_columns=False, per_device_train_batch_size=2)
 common = dict(model=policy, ref_model=reference, processing_class=AutoTokenizer.from_pretrained(str(given["policy"])))
@@ -38,7 +39,8 @@ def padded(rows, value):
 
 def preference(case):
     "DPO's trainer, as it is constructed."
-    rows = [{"prompt_ids": p, "chosen_ids": c, "rejected_ids": r} for p, c, r in zip(*map(ids, ("prompts", "chosen", "rejected")))]
+    rows = [{"prompt_ids": p, "chosen_ids": c, "rejected_ids": r}
+        for p, c, r in zip(*map(ids, ("prompts", "chosen", "rejected")))]
     trainer = own_rows(DPOTrainer)(args=DPOConfig(**flags), train_dataset=Dataset.from_list(rows), **common)
     return trainer, rows, lambda some: trainer.compute_loss(policy, trainer.data_collator(some))
 
@@ -47,12 +49,13 @@ def unpaired(case):
     "KTO's trainer, as it is constructed."
     rows = [{"prompt_ids": p, "completion_ids": a, "KL_completion_ids": m, "label": bool(liked)}
         for p, a, m, liked in zip(*map(ids, ("prompts", "answers", "mismatched")), given["liked"])]
-    trainer = own_rows(KTOTrainer)(args=KTOConfig(**flags, train_sampling_strategy="sequential"), train_dataset=Dataset.from_list(rows), **common)
+    config = KTOConfig(**flags, train_sampling_strategy="sequential")
+    trainer = own_rows(KTOTrainer)(args=config, train_dataset=Dataset.from_list(rows), **common)
     return trainer, rows, lambda some: trainer.compute_loss(policy, trainer.data_collator(some))
 
 
 def reference_free(case):
-    "The trainers of ORPO and of CPO (SimPO among its losses), which tokenise for themselves: their own step on a batch made here."
+    "The trainers of ORPO and of CPO (SimPO among its losses) tokenise for themselves: their own step on a batch made here."
     trainer = object.__new__({"orpo": ORPOTrainer, "cpo": CPOTrainer}[case["trainer"]])
     trainer.accelerator, trainer.is_encoder_decoder, trainer.aux_loss_enabled = Accelerator(cpu=True), False, False
     trainer.padding_value = trainer.pad_token_id = 0
