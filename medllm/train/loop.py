@@ -81,10 +81,23 @@ def _checkpoint(args:Arguments)->str|None:
     return last
 
 # %% ../../nbs/train/21_loop.ipynb #clear
+def _remove(folder:Path, *patterns:str):
+    "Remove files by name."
+    for pattern in patterns:
+        for file in folder.glob(pattern): file.unlink()
+
+def _save(trainer, args:Arguments, folder:Path):
+    "Save what was trained, in the place of what was there; an adapter on top of merged ones names them."
+    if is_first_process(): _remove(folder, "adapter_config.json", "merged_adapters.json", "config.json",
+        "adapter_model.safetensors", "model*.safetensors", "model.safetensors.index.json")
+    trainer.save_model()
+    trainer.save_state()
+    merged = [str(Path(f).expanduser().resolve()) for f in args.adapt_plan().merges()]
+    if is_first_process() and merged: write_json(folder/"merged_adapters.json", merged)
+
 def _clear(folder:Path):
-    "Remove the history, the report card and the checkpoints of an earlier run."
-    for name in ("history.jsonl", "rejects.jsonl", "report_card.json", "report_card.png"):
-        (folder/name).unlink(missing_ok=True)
+    "Remove the results and the checkpoints of an earlier run."
+    _remove(folder, "history.jsonl", "rejects.jsonl", "rollouts.jsonl", "metrics.json", "loss.png", "report_card.*")
     for old in folder.glob("checkpoint-*"): shutil.rmtree(old)
 
 # %% ../../nbs/train/21_loop.ipynb #loop
@@ -108,8 +121,7 @@ def train(
         if name.startswith("eval_") and not name.endswith("_runtime")}
     result = trainer.train(resume_from_checkpoint=resume) if t.do_train else None
     if result:
-        trainer.save_model()
-        trainer.save_state()
+        _save(trainer, args, folder)
         metrics |= _training_metrics(trainer, result, read_history(trainer.history) if is_first_process() else [])
     if args.data.packing and result and trainer.objective.unit == "tokens":
         metrics |= _packing_metrics(trainer, metrics["padding_share"])

@@ -253,14 +253,12 @@ def _critic(self:PpoTrainer)->dict:
 @patch
 def _save(self:PpoTrainer, output_dir:str|None=None, state_dict:dict|None=None):
     "Save the policy; into a checkpoint also the value model and the state of the objective."
-    import shutil
     from safetensors.torch import save_file
     folder = Path(output_dir or self.args.output_dir)
     whole = state_dict or self.model.state_dict()
     super(PpoTrainer, self)._save(str(folder),
     {name: t for name, t in whole.items() if not is_critic(name) or ".lora_" in name})
     if not self.args.should_save: return
-    shutil.rmtree(folder/"critic", ignore_errors=True)      # peft saves each adapter in a folder
     if not folder.name.startswith("checkpoint-"): return
     save_file({name: p.detach().contiguous().cpu() for name, p in self._critic().items()},
     folder/"critic.safetensors")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..core import UserError, find_path, say
-from ..models.adapters import names
+from ..models.adapters import chain_of, names
 from ..models.loading import load_tokenizer, model_location
 from ..models.roles import load_role, speaking
 from ..models.sampling import at_rest
@@ -57,6 +57,7 @@ def plan_reward_model(
     base, bare = r.reward_model if given else named, plan.kind == "lora" and (
         not plan.adapters or len(plan.adapters) == 1 and not plan.new_adapter)
     same = str(model_location(base)) == str(model_location(m.model_name_or_path))
+    bare = bare and len(chain_of(folder)) == 1
     role = same and bare and r.reward_model_quantization_bit in (None, m.quantization_bit)
     return RewardModelPlan(folder, base, role, r.reward_model_quantization_bit)
 
