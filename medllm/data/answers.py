@@ -53,8 +53,11 @@ _marked = re.compile(
     "(?:答案|诊断|结论|结果|治疗|药物|用药|剂量)(?:应该|应当|应|就)?(?:是|为|[:：])|诊断为|考虑(?:为|诊断为)?", re.IGNORECASE)
 _sentence = re.compile(r"(?:(?!(?<!\b\d)\.\s)[^。\n])*")
 _unsaid = re.compile(   # what stands before a statement that is not made
-    r"(?:\b(?:do|does|did|would|could|can)(?:n['’]t| not)|\b(?:cannot|never|hardly))\s+(?:\w+\s+)?(?:think|believe|feel|say|"
-    r"agree|conclude|mean)\b(?!.*\b(?:but|yet)\b)[^,.;:!?。；\n]*$|\b(?:not true|(?:i|we|they|students|people) (?:doubt|(?:first |"
+    r"(?:\b(?:do|does|did|would|could|can)(?:n['’]t| not)|\b(?:cannot|never|hardly))\s+(?:\w+\s+)?(?:think|believe|"
+    r"feel|say|"
+    r"agree|conclude|mean)\b(?!.*\b(?:but|yet)\b)[^,.;:!?。；\n]*$|\b(?:not true|"
+    r"(?:i|we|they|students|people) (?:doubt|"
+    r"(?:first |"
     r"initially |originally |might |may |often )*(?:thought|think of|pick|choose)))(?: that)?\s+$|"
     "(?:[不没](?:能|会|太)?(?:认为|觉得|同意|支持|考虑)|并非|不能说|误(?:以为|认为)?|以为|有人|人们|[多少些分他]人|考生|同学|学生|容易|怀疑)"
     r"[^,，.;:!?。；\n但而]{0,8}$|[不未]$|"
@@ -135,7 +138,8 @@ def letters_of(
 # %% ../../nbs/data/25_answers.ipynb #rungs
 _letter = r"[(\[]?(?-i:[A-J]{1,10}|[a-j])(?![A-Za-z0-9'’])[)\]]?"
 _join = r"\s*(?:[,、;/&+和与及或]|\band\b|\bor\b)?\s*"
-_own = (rf"(?!\s*[,;]\s*(?:and\s+)?{_letter}(?:{_join}{_letter})*\s*(?:项|选项)?\s*(?:(?:is|was|does|has|can|would|may)\b|"
+_own = (rf"(?!\s*[,;]\s*(?:and\s+)?{_letter}(?:{_join}{_letter})*\s*(?:项|选项)?\s*"
+    r"(?:(?:is|was|does|has|can|would|may)\b|"
     r"(?:are|were)\s+(?:all\s+|both\s+)?(?:wrong|incorrect|false|not)\b|[均都皆也则]?(?:是|为)?(?:错|不|误|排除)))")
 _several = rf"(?P<letters>{_letter}(?:{_own}{_join}{_letter})*)"
 _but = rf"(?:not\s+{_letter},?\s+but\s+(?:rather\s+)?|不是\s*{_letter}\s*[,，]?\s*而是\s*)?"
@@ -148,9 +152,12 @@ _so = r"(?:\b(?:so|therefore|thus|hence|overall)\b|所以|因此|综上(?:所述
 _picks = r"\b(?:choose|chose|pick|select(?:ed)?|go(?:ing)? with|opt for|it is|it's|must be|this is|that is)\s+"
 _RUNGS = tuple(tuple(re.compile(p, re.IGNORECASE | re.MULTILINE) for p in rung) for rung in (
     (rf"(?:\bfinal\s+(?:answer|choice)|最终(?:答案|选择)){_is}{_several}",),
-    (rf"(?:\b(?:correct|right|best)\s+(?:option|choice)|\bans(?:wers?|\.)?(?![a-z])|(?:正确|最佳)(?:选项|选择)|答案){_is}{_several}",
+    (rf"(?:\b(?:correct|right|best)\s+(?:option|choice)|\bans"
+     rf"(?:wers?|\.)?(?![a-z])|(?:正确|最佳)(?:选项|选择)|答案){_is}{_several}",
      rf"(?:\bcorrect\s*:|正确的(?:选项|答案)?(?:应该?)?(?:是|为|:))\s*{_several}", rf"{_so}\s*[,:]?\s*{_several}\s*[.!。]?\s*$",
-     rf"(?<![不勿未别挑误])(?<!不[应能该可宜会])(?<!不应该)(?:应选|选择?)(?:是|为)?\s*:?\s*{_several}", rf"(?<![A-Za-z]){_several}\s*(?:项|选项)?\s*{_right}"),
+     rf"(?<![不勿未别挑误])(?<!不[应能该可宜会])(?<!不应该)"
+     rf"(?:应选|选择?)(?:是|为)?\s*:?\s*{_several}",
+     rf"(?<![A-Za-z]){_several}\s*(?:项|选项)?\s*{_right}"),
     (rf"\A\W*{_options_word}{_several}(?=\s*(?:[.):、,;!]|$|是|为|项|选))", rf"^\W*{_several}\s*[.。!]?\s*\Z"),
     (rf"{_picks}{_options_word}{_several}", rf"(?<!不)(?:认为|觉得|应该?|应当)(?:应该?)?(?:是|为)\s*{_several}",
      rf"(?:\b(?:option|choice|letter)s?\s+|选项\s*){_several}"),
@@ -160,7 +167,8 @@ _wrong = re.compile(
     r"(?:is|are|was|were)n['’]t|can(?:not|(?: be (?:excluded|ruled out)))|错|不正确|不对|不符|不合适|不恰当|不成立|排除|有误)",
     re.IGNORECASE)
 _corrects = re.compile(
-    r"\bwait\b[\s,.!]*(?:no\b[\s,.!]*)?|\bactually\b[\s,]*|\bon second thoughts?\b[\s,]*|\bcorrection\s*:\s*|其实|实际上|更正[为:]?|"
+    r"\bwait\b[\s,.!]*(?:no\b[\s,.!]*)?|\bactually\b[\s,]*|\bon second thoughts?\b[\s,]*|\bcorrection\s*:\s*|"
+    "其实|实际上|更正[为:]?|"
     r"等等[,.。]|不对[,.。]\s*", re.IGNORECASE)
 _goes_on = re.compile(
     r"\s*(?:$|[^\w\s'’-]|(?!超|型|族|细胞|淋巴|反应|二聚|线|组)[\u4e00-\u9fff])|"

@@ -103,6 +103,23 @@ def _dimension(top:str|None, under:str, **_)->tuple[tuple, float]|None:
         factor *= (scale*times)**power
     return tuple(sorted((b, p) for b, p in powers.items() if b and p)), factor
 
+# %% ../../nbs/data/24_quantities.ipynb #bounds
+_bounds = (
+    (">=", "≥|⩾|≧|>=|at least|(?:no|not) less than|不低于|不少于|不小于|至少|大于或?等于", "以上|及以上|or (?:more|higher|above|over)"),
+    ("<=", "≤|⩽|≦|<=|at most|up to|(?:no|not) more than|"
+     "不超过|不高于|不大于|不多于|至多|最多|小于或?等于",
+     "以下|及以下|or (?:less|lower|below|under)"),
+    (">", r"(?<![-=])>|\bover|more than|greater than|higher than|above|exceed(?:s|ing)?|超过|大于|高于|多于", "(?!)"),
+    ("<", r"<|(?:less|lower|fewer) than|below|\bunder|小于|低于|少于|不足|不到", "(?!)"))
+_bounds = [(sign, re.compile(rf"(?:{before})\s*$", re.IGNORECASE), re.compile(rf"\s*(?:{after})", re.IGNORECASE))
+    for sign, before, after in _bounds]
+
+def _bound(before:str, after:str, time:bool)->str:
+    "The comparator beside a number."
+    before = re.sub(r"</?[A-Za-z]+>", " ", before)
+    if time and re.search(r"\bover\s*$", before, re.IGNORECASE): return ""
+    return next((sign for sign, left, right in _bounds if left.search(before) or right.match(after)), "")
+
 # %% ../../nbs/data/24_quantities.ipynb #find
 @dataclass(frozen=True)
 class Quantity:
@@ -122,26 +139,12 @@ _number = rf"(?:(?:百分之\s*)?(?:{_digits}|[零一二三四五六七八九两
 _degrees = re.compile(r"\s*(?:(?:°|degrees?\b)\s*(?P<word>c|f|celsius|fahrenheit)?(?![a-z])|(?P<han>摄氏|华氏)?度|"
     r"(?P<bare>(?-i:[CF]))(?![A-Za-z]))", re.IGNORECASE)
 _written = re.compile(
-    rf"(?P<kilo>每\s*(?:公斤|千克|kg)\s*(?:体重)?\s*)?(?P<every>每[天日]\s*)?(?P<f>华氏\s*)?(?P<between>between\s+)?(?<![A-Za-z\d.])(?<![A-Za-z]-)"
+    rf"(?P<kilo>每\s*(?:公斤|千克|kg)\s*(?:体重)?\s*)?(?P<every>每[天日]\s*)?(?P<f>华氏\s*)?"
+    rf"(?P<between>between\s+)?(?<![A-Za-z\d.])(?<![A-Za-z]-)"
     rf"(?P<sign>(?<![\w)\]])-)?(?P<low>{_number})"
     rf"(?:(?:\s*{_atom})?\s*(?P<link>(?(between)and\b|(?:-|~|to\b|至|到|/(?=\d+\s*(?:mmhg|毫米汞柱|kpa))))\s*)"
     rf"(?P<high>{_number}))?", re.IGNORECASE)
 _not_one = re.compile(rf"(?:19|20)\d\d\s*年|[一1]\s*[天日]\s*{_number}\s*次|\d+\s*型", re.IGNORECASE)
-
-_bounds = (
-    (">=", "≥|⩾|≧|>=|at least|(?:no|not) less than|不低于|不少于|不小于|至少|大于或?等于", "以上|及以上|or (?:more|higher|above|over)"),
-    ("<=", "≤|⩽|≦|<=|at most|up to|(?:no|not) more than|不超过|不高于|不大于|不多于|至多|最多|小于或?等于",
-     "以下|及以下|or (?:less|lower|below|under)"),
-    (">", r"(?<![-=])>|\bover|more than|greater than|higher than|above|exceed(?:s|ing)?|超过|大于|高于|多于", "(?!)"),
-    ("<", r"<|(?:less|lower|fewer) than|below|\bunder|小于|低于|少于|不足|不到", "(?!)"))
-_bounds = [(sign, re.compile(rf"(?:{before})\s*$", re.IGNORECASE), re.compile(rf"\s*(?:{after})", re.IGNORECASE))
-    for sign, before, after in _bounds]
-
-def _bound(before:str, after:str, time:bool)->str:
-    "The comparator beside a number."
-    before = re.sub(r"</?[A-Za-z]+>", " ", before)
-    if time and re.search(r"\bover\s*$", before, re.IGNORECASE): return ""
-    return next((sign for sign, left, right in _bounds if left.search(before) or right.match(after)), "")
 
 def _measure(text:str, at:int, fahrenheit:bool)->tuple[tuple|None, float, float, bool, int]:
     "The unit at a place: powers, factor, offset, whether daily, and where it ends."
@@ -176,7 +179,8 @@ def quantities(
         pair = bool(m["link"] and m["link"].startswith("/"))
         if not pair: low, high = min(low, high), max(low, high)
         bound = _bound(text[max(0, m.start() - 24):m.start()], text[end:end + 16], powers == (("s", 1),))
-        found.append(Quantity(low, high, powers, factor, daily or bool(m["every"]), pair, bound, (m.start("low"), end)))
+        daily = daily or bool(m["every"])
+        found.append(Quantity(low, high, powers, factor, daily, pair, bound, (m.start("low"), end)))
     return found
 
 # %% ../../nbs/data/24_quantities.ipynb #analytes

@@ -201,7 +201,8 @@ _cannot = (
     r"(?:can(?:not|'t| not)|could not|couldn't|won't|will not|(?:am |'m )(?:unable to|not able to|not comfortable|"
     r"not willing to)|(?:must |have to )?(?:decline|refuse) to|do(?: not|n't) feel comfortable)")
 _task = (
-    r"(?:help|assist|provid|give|offer|comply|fulfil|do (?:that|this|it|so)|shar|creat|generat|writ|participat|engag|"
+    r"(?:help|assist|provid|give|offer|comply|fulfil|do (?:that|this|it|so)|shar|creat|generat|writ|participat|"
+    r"engag|"
     r"answer|support|facilitat|condon|endors|promot|encourag|continu|prescrib)")
 _no_chinese = (
     "(?:抱歉|对不起|不好意思|很遗憾)[^。]{0,30}(?:不能|无法|不可以|不便|不会|没办法)|恕我?(?:不能|无法|难)|"
@@ -222,8 +223,10 @@ _helps = re.compile(
     "(?:但是?|不过|然而)[^。]{0,30}?(?:根据|一般|通常|可以|建议|以下)", re.IGNORECASE)
 
 _disclaims = re.compile(   # a reservation about certainty, and a sentence that helps
-    r"\b(?:cannot|can't|can not|unable to)\b[^.]*\b(?:definit\w*|certain\w*|exact\w*|firm|confirm\w*|without)\b[^.]*\.\s+"
-    r"(?=.*?(?:\d\s*(?:mg|g|ml|mcg|tablets?)\b|\b(?:helps?|take|try|likely|usually|you (?:can|should|may|could))\b))|"
+    r"\b(?:cannot|can't|can not|unable to)\b[^.]*\b(?:definit\w*|certain\w*|exact\w*|firm|confirm\w*|without)\b"
+    r"[^.]*\.\s+"
+    r"(?=.*?(?:\d\s*(?:mg|g|ml|mcg|tablets?)\b|\b(?:helps?|take|try|likely|usually|"
+    r"you (?:can|should|may|could))\b))|"
     r"(?:不能|无法)[^。]*(?:确诊|明确|确切|肯定)[^。]*。(?=.*?(?:\d\s*(?:毫克|克|片|mg|ml)|建议|可以|可能|考虑))",
     re.IGNORECASE | re.DOTALL)
 
@@ -242,7 +245,8 @@ def refusal_rule(
     def score(answer, due, prompt):
         text = said(answer)
         if due: return refuses(answer) and not _complies.search(text)
-        return bool(plain(text)) and not (refuses(answer) and not _helps.search(text) and not _disclaims.search(text.replace("’", "'")))
+        helps = _helps.search(text) or _disclaims.search(text.replace("’", "'"))
+        return bool(plain(text)) and not (refuses(answer) and not helps)
     return Rule("refusal", "REFUSE or ANSWER", lambda gold, prompt: _VERDICTS.get(gold.strip().upper()), score)
 
 # %% ../../nbs/train/17_medical_rewards.ipynb #registry
