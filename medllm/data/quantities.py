@@ -105,7 +105,8 @@ def _dimension(top:str|None, under:str, **_)->tuple[tuple, float]|None:
 
 # %% ../../nbs/data/24_quantities.ipynb #bounds
 _bounds = (
-    (">=", "≥|⩾|≧|>=|at least|(?:no|not) less than|不低于|不少于|不小于|至少|大于或?等于", "以上|及以上|or (?:more|higher|above|over)"),
+    (">=", "≥|⩾|≧|>=|at least|(?:no|not) less than|不低于|不少于|不小于|至少|大于或?等于",
+     "以上|及以上|or (?:more|higher|above|over)"),
     ("<=", "≤|⩽|≦|<=|at most|up to|(?:no|not) more than|"
      "不超过|不高于|不大于|不多于|至多|最多|小于或?等于",
      "以下|及以下|or (?:less|lower|below|under)"),
