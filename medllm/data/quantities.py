@@ -147,6 +147,7 @@ _written = re.compile(
     rf"(?P<high>{_number}))?", re.IGNORECASE)
 _not_one = re.compile(rf"(?:19|20)\d\d\s*年|[一1]\s*[天日]\s*{_number}\s*次|\d+\s*型", re.IGNORECASE)
 
+# %% ../../nbs/data/24_quantities.ipynb #reading
 def _measure(text:str, at:int, fahrenheit:bool)->tuple[tuple|None, float, float, bool, int]:
     "The unit at a place: powers, factor, offset, whether daily, and where it ends."
     if degree := _degrees.match(text, at):

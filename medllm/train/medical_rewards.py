@@ -226,7 +226,7 @@ _disclaims = re.compile(   # a reservation about certainty, and a sentence that 
     r"\b(?:cannot|can't|can not|unable to)\b[^.]*\b(?:definit\w*|certain\w*|exact\w*|firm|confirm\w*|without)\b"
     r"[^.]*\.\s+"
     r"(?=.*?(?:\d\s*(?:mg|g|ml|mcg|tablets?)\b|\b(?:helps?|take|try|likely|usually|"
-    r"you (?:can|should|may|could))\b))|"
+    r"you (?:can|should|may|could)(?! (?:see|seek|consult|contact|visit)))\b))|"
     r"(?:不能|无法)[^。]*(?:确诊|明确|确切|肯定)[^。]*。(?=.*?(?:\d\s*(?:毫克|克|片|mg|ml)|建议|可以|可能|考虑))",
     re.IGNORECASE | re.DOTALL)
 
