@@ -96,6 +96,48 @@ def test_refusals_are_seen_and_help_is_not_taken_for_one(shared):
         assert sum(REFUSAL(helped, ["ANSWER"]*len(helped), [""]*len(helped))) >= 0.999*len(helped), file
 
 
+PROMPT = "First drug?\nA. aspirin\nB. metformin\nC. insulin\nD. warfarin"
+
+
+@pytest.mark.parametrize("name, gold, right, wrong", [
+    ("letter", "A", [
+        "本题选A，B项错误。", "答案是A，B、C、D均错误", "The answer is A, B is wrong.", "【答案】A", "我认为是A", "应该是A",
+        "综上，A最合适", "A对", "Ans: A", "Correct: A", "A!", "A lowers pain. B is for diabetes, C too. So A.",
+        "I don't think so, the answer is A"], [
+        "I don't think the answer is A", "我不认为答案是A",
+        "If the patient had CKD, the answer would be A. Here it is B.",
+        "不应选A", "很多人会选A", "如果有肾病，答案就是A。本题选B"]),
+    ("letter", "B", [
+        "不应选A，应选B", "很多人会选A，其实应选B", "答案A错误，正确的是B",
+        "The answer is A. Wait, actually the answer is B.",
+        "If the patient had CKD, the answer would be A. Here it is B.",
+        "If metformin is tolerated, the answer is B."], [
+        "The answer is B. Wait, actually the answer is A."]),
+    ("letter", "AC", ["A, C are correct", "答案是AC，B错误"], ["A, C is wrong"]),
+    ("name", "哮喘", ["考虑哮喘", "不考虑慢阻肺，考虑哮喘"], ["不考虑哮喘", "Unlike asthma, COPD lasts; this is COPD"]),
+    ("name", "aspirin", ["阿司匹林优于氯吡格雷", "aspirin is preferred over clopidogrel",
+        "Contraindicated: warfarin. Give aspirin."], [
+        "氯吡格雷优于阿司匹林", "clopidogrel is preferred over aspirin", "Contraindicated: aspirin",
+        "I don't think the drug is aspirin"]),
+    ("number", "≥7.0 mmol/L", [">=7.0 mmol/L", "7.0 mmol/L以上", "不低于7.0 mmol/L"], [
+        "<7.0 mmol/L", "低于7.0 mmol/L"]),
+    ("number", "500 mg", ["at least 500 mg", "<b>500 mg</b>"], ["less than 500 mg", "over 500 mg", "超过500毫克"]),
+    ("number", "120/80 mmHg", ["血压120/80mmHg"], ["80/120 mmHg"]),
+    ("number", "5-10 mg", ["5-10mg每日一次"], ["5-10mg/kg"]), ("number", "10 mg/kg", ["每公斤体重10mg"], ["10 mg"]),
+    ("number", "6岁", ["6周岁"], ["6周"]), ("number", "2次/天", ["一天两次", "每日2次"], ["一天三次"]),
+    ("number", "30 min", ["Infuse over 30 minutes."], ["less than 30 min"]),
+    ("refusal", "REFUSE", [
+        "I am unable to prescribe medication", "我无法为您开处方", "这个问题我不方便回答", "I won't do it"], ["Take it."]),
+    ("refusal", "ANSWER", ["I cannot give a definite diagnosis without a CT. Ibuprofen 400 mg helps."], [
+        "I cannot help without a CT."]),
+])
+def test_denials_conditions_corrections_and_bounds(name, gold, right, wrong):
+    "What a review found: rejected things that paid, and right answers in forms that did not."
+    (_, rule, _), = reward_functions(name)
+    said = right + wrong
+    assert dict(zip(said, rule(said, [gold]*len(said), [PROMPT]*len(said)))) == {s: float(s in right) for s in said}
+
+
 pieces = st.sampled_from(
     "A B (B) Ｂ 答案是 选 不选 answer is not . , 。 \n <think> </think> \\boxed{ } { \" : gout 糖尿病 排除 no 5 mg mmol/L "
     "× 10^ ⁹ [1] 《 》指南 2020 PMID I'm sorry cannot help 抱歉 无法 * or 和 ± ~ %".split(" "))

@@ -52,6 +52,22 @@ _marked = re.compile(
     r"(?:\s+(?:is|are|was|would be|should be|will be)\b|\s*[:=])|"
     "(?:答案|诊断|结论|结果|治疗|药物|用药|剂量)(?:应该|应当|应|就)?(?:是|为|[:：])|诊断为|考虑(?:为|诊断为)?", re.IGNORECASE)
 _sentence = re.compile(r"(?:(?!(?<!\b\d)\.\s)[^。\n])*")
+_unsaid = re.compile(   # what stands before a statement that is not made
+    r"(?:\b(?:do|does|did|would|could|can)(?:n['’]t| not)|\b(?:cannot|never|hardly))\s+(?:\w+\s+)?(?:think|believe|"
+    r"feel|say|"
+    r"agree|conclude|mean)\b(?!.*\b(?:but|yet)\b)[^,.;:!?。；\n]*$|\b(?:not true|"
+    r"(?:i|we|they|students|people) (?:doubt|"
+    r"(?:first |"
+    r"initially |originally |might |may |often )*(?:thought|think of|pick|choose)))(?: that)?\s+$|"
+    "(?:[不没](?:能|会|太)?(?:认为|觉得|同意|支持|考虑)|并非|不能说|误(?:以为|认为)?|以为|有人|人们|[多少些分他]人|考生|同学|学生|容易|怀疑)"
+    r"[^,，.;:!?。；\n但而]{0,8}$|[不未]$|"
+    r"(?:\bif\b(?! i (?:had|have|were|must))|\bhad the\b|如果|假如|倘若|假设|要是)[^.;!?。；\n]*$", re.IGNORECASE)
+_if = re.compile(r"\bif\b|\bhad the\b|如果|假如|倘若|假设|要是", re.IGNORECASE)
+
+def _is_said(text:str, m:re.Match)->bool:
+    "Whether a statement is made: not denied, not that of others; under a condition only in the indicative."
+    if not (before := _unsaid.search(text[max(0, m.start() - 200):m.start()])): return True
+    return bool(_if.match(before[0])) and before[0].isascii() and not re.search(r"\bwould\b", m[0])
 
 def plainly_marked(
     text:str, # Without thinking
@@ -68,7 +84,7 @@ def conclusion(
     "What an answer marks as its conclusion."
     text = said(answer)
     if found := plainly_marked(text): return found[-1]
-    marks = list(_marked.finditer(text))
+    marks = [m for m in _marked.finditer(text) if _is_said(text, m)]
     return _sentence.match(text, marks[-1].end())[0].strip(" *_`：:") if marks else ""
 
 # %% ../../nbs/data/25_answers.ipynb #options
@@ -121,23 +137,39 @@ def letters_of(
 
 # %% ../../nbs/data/25_answers.ipynb #rungs
 _letter = r"[(\[]?(?-i:[A-J]{1,10}|[a-j])(?![A-Za-z0-9'’])[)\]]?"
-_several = rf"(?P<letters>{_letter}(?:\s*(?:[,、;/&+和与及或]|\band\b|\bor\b)?\s*{_letter})*)"
+_join = r"\s*(?:[,、;/&+和与及或]|\band\b|\bor\b)?\s*"
+_own = (rf"(?!\s*[,;]\s*(?:and\s+)?{_letter}(?:{_join}{_letter})*\s*(?:项|选项)?\s*"
+    r"(?:(?:is|was|does|has|can|would|may)\b|"
+    r"(?:are|were)\s+(?:all\s+|both\s+)?(?:wrong|incorrect|false|not)\b|[均都皆也则]?(?:是|为)?(?:错|不|误|排除)))")
+_several = rf"(?P<letters>{_letter}(?:{_own}{_join}{_letter})*)"
 _but = rf"(?:not\s+{_letter},?\s+but\s+(?:rather\s+)?|不是\s*{_letter}\s*[,，]?\s*而是\s*)?"
 _options_word = r"(?:(?:option|choice|answer|letter)s?\s*:?\s*|选项\s*)?"
-_is = (r"\s*(?:is|are|:|=|would be|should be|must be|是|为|应为|应该是|应是|应选|就是)?\s*:?\s*"
+_is = (r"\s*[】\]]?\s*(?:is|are|:|=|would be|should be|must be|是|为|应为|应该是|应是|应选|就是)?\s*:?\s*"
     rf"(?:therefore|clearly|most likely|probably)?\s*{_options_word}{_but}")
 _right = (r"(?:(?:is|are)\s+(?:the\s+)?(?:most\s+|single\s+)?(?:correct|right|best|true|appropriate)|"
-    "(?:是|为)?最?(?:正确|对的|符合题意|最佳))")
+    r"(?:是|为)?最?(?:正确|对的|符合题意|最佳)|对(?=\s*(?:$|[,.;!。]))|最(?:合适|适合|适宜|恰当|符合|准确|佳|优|有?可能))")
+_so = r"(?:\b(?:so|therefore|thus|hence|overall)\b|所以|因此|综上(?:所述)?|故)"
 _picks = r"\b(?:choose|chose|pick|select(?:ed)?|go(?:ing)? with|opt for|it is|it's|must be|this is|that is)\s+"
 _RUNGS = tuple(tuple(re.compile(p, re.IGNORECASE | re.MULTILINE) for p in rung) for rung in (
     (rf"(?:\bfinal\s+(?:answer|choice)|最终(?:答案|选择)){_is}{_several}",),
-    (rf"(?:\b(?:correct|right|best)\s+(?:option|choice)|\banswers?\b|(?:正确|最佳)(?:选项|选择)|答案){_is}{_several}",
-     rf"(?<![不勿未别挑])(?:应选|选择?)(?:是|为)?\s*:?\s*{_several}", rf"(?<![A-Za-z]){_several}\s*(?:项|选项)?\s*{_right}"),
-    (rf"\A\W*{_options_word}{_several}(?=\s*(?:[.):、,;]|$|是|为|项|选))", rf"^\W*{_several}\s*[.。]?\s*\Z"),
-    (rf"{_picks}{_options_word}{_several}", rf"(?:\b(?:option|choice|letter)s?\s+|选项\s*){_several}"),
+    (rf"(?:\b(?:correct|right|best)\s+(?:option|choice)|\bans"
+     rf"(?:wers?|\.)?(?![a-z])|(?:正确|最佳)(?:选项|选择)|答案){_is}{_several}",
+     rf"(?:\bcorrect\s*:|正确的(?:选项|答案)?(?:应该?)?(?:是|为|:))\s*{_several}", rf"{_so}\s*[,:]?\s*{_several}\s*[.!。]?\s*$",
+     rf"(?<![不勿未别挑误])(?<!不[应能该可宜会])(?<!不应该)"
+     rf"(?:应选|选择?)(?:是|为)?\s*:?\s*{_several}",
+     rf"(?<![A-Za-z]){_several}\s*(?:项|选项)?\s*{_right}"),
+    (rf"\A\W*{_options_word}{_several}(?=\s*(?:[.):、,;!]|$|是|为|项|选))", rf"^\W*{_several}\s*[.。!]?\s*\Z"),
+    (rf"{_picks}{_options_word}{_several}", rf"(?<!不)(?:认为|觉得|应该?|应当)(?:应该?)?(?:是|为)\s*{_several}",
+     rf"(?:\b(?:option|choice|letter)s?\s+|选项\s*){_several}"),
     (r"(?P<letters>\([A-J]\))",)))
 _wrong = re.compile(
-    r"\s*(?:项|选项)?\s*(?:(?:is|are|was|were)\s+)?(?:wrong|incorrect|false|not\b|错|不正确|不对|不符|排除)", re.IGNORECASE)
+    r"\s*(?:项|选项)?\s*[均都皆也则]?(?:(?:is|are|was|were)\s+)?(?:(?:all|both|clearly)\s+)?(?:wrong|incorrect|false|not\b|"
+    r"(?:is|are|was|were)n['’]t|can(?:not|(?: be (?:excluded|ruled out)))|错|不正确|不对|不符|不合适|不恰当|不成立|排除|有误)",
+    re.IGNORECASE)
+_corrects = re.compile(
+    r"\bwait\b[\s,.!]*(?:no\b[\s,.!]*)?|\bactually\b[\s,]*|\bon second thoughts?\b[\s,]*|\bcorrection\s*:\s*|"
+    "其实|实际上|更正[为:]?|"
+    r"等等[,.。]|不对[,.。]\s*", re.IGNORECASE)
 _goes_on = re.compile(
     r"\s*(?:$|[^\w\s'’-]|(?!超|型|族|细胞|淋巴|反应|二聚|线|组)[\u4e00-\u9fff])|"
     r"\s+(?:because|since|as|is|are|was|and|or|due|for|based|given|so|but|not|with|which|option|choice|in|on|would|"
@@ -149,6 +181,7 @@ def _letters_at(text:str, m:re.Match, options:dict[str, str])->frozenset|None:
     written, rest = m["letters"], text[m.end("letters"):]
     letters = re.sub(r"and|or|[^A-Ja-j]", "", written)
     own = name_key(options.get(letters[:1].upper(), ""))
+    if not _is_said(text, m): return None
     if _wrong.match(rest) or re.match(r"\.[a-z]|\. coli", rest): return None
     if not _goes_on.match(rest) and not (own and name_key(rest).startswith(own)): return None
     small = letters != letters.upper() and not written.startswith("(")
@@ -165,6 +198,17 @@ def _other_text(said:str, letter:str, options:dict[str, str])->bool:
         if starts and letter not in starts: return True
     return False
 
+def _by_letter(text:str, options:dict[str, str], rungs:tuple)->frozenset|None:
+    "What the first rung that says anything says; None when none does."
+    for rung in rungs:
+        found = [_letters_at(text, m, options) for pattern in rung for m in pattern.finditer(text)]
+        found = {letters for letters in found if letters is not None}
+        if rung is _RUNGS[-1] and found: found = {frozenset().union(*found)}
+        if not found: continue
+        one, = found if len(found) == 1 else (frozenset(),)
+        return frozenset() if len(one) == 1 and _other_text(text, *one, options) else one
+    return None
+
 def chosen_letters(
     answer:str,             # What a model wrote
     options:dict[str, str], # From `options_in`; {} when they are not known
@@ -174,13 +218,9 @@ def chosen_letters(
     if marked := plainly_marked(text): return letters_of(marked[-1], options)
     text = re.sub(r"[*_`$]|\\\(|\\\)", "", text)
     if len(text) > 1 and (equal := _by_text(text, options, part=False)): return equal
-    for rung in _RUNGS:
-        found = [_letters_at(text, m, options) for pattern in rung for m in pattern.finditer(text)]
-        found = {letters for letters in found if letters is not None}
-        if rung is _RUNGS[-1] and found: found = {frozenset().union(*found)}
-        if not found: continue
-        one, = found if len(found) == 1 else (frozenset(),)
-        return frozenset() if len(one) == 1 and _other_text(text, *one, options) else one
+    corrected = [text[m.end():] for m in _corrects.finditer(text)][-1:]
+    for part, rungs in (*((tail, _RUNGS[:-1]) for tail in corrected), (text, _RUNGS)):
+        if (chosen := _by_letter(part, options, rungs)) is not None: return chosen
     table = read_names()
     named = [letter for letter, option in options.items() if option and asserts(text, [option], table)]
     inside = [a for a in named for b in named if a != b and name_key(options[a]) in name_key(options[b])]

@@ -143,16 +143,25 @@ _clause = re.compile(
     r"[。；！？!?;\n，,:：]|\.(?!\d)|\b(?:but|however|although|though|except|instead(?! of)|yet)\b|"
     "而是|但是?|却|因此|所以", re.IGNORECASE)
 _before = re.compile(
-    r"(?:\b(?:no|not|never|without|den(?:y|ies|ied)|exclud(?:es?|ed|ing)|rul(?:es?|ed|ing) out|absence of|absent|"
+    r"(?:\b(?:no|not|never|without|unlike|den(?:y|ies|ied)|exclud(?:es?|ed|ing)|rul(?:es?|ed|ing) out|absence of|"
+    r"absent|"
     r"negative for|free of|rather than|instead of|neither|nor|against|unlikely to be|avoid|stop|discontinue|"
-    r"cannot)\b|"
+    r"cannot|(?:preferred|favou?red|chosen|recommended) over|prefer(?:red|able) to|superior to|"
+    r"(?:better|safer) than|"
+    r"in place of|in contrast to)\b|"
     r"n't\b)(?:\s+[^\s]+){0,5}?\s*$|\bnon\s*$|"
     "(?:排除|除外|不是|并非|不属于|不像|不符合|不支持|不考虑|不诊断|未见|未发现|没有|否认|而非|不宜|不能|不应|不用|"
-    r"不选|不推荐|不建议|停用|禁用|避免|缺乏)[^、]{0,8}$|[无非未]\s*$|无(?:明显|任何)?\s*$", re.IGNORECASE)
+    r"不选|不推荐|不建议|停用|禁用|避免|缺乏|"
+    r"优于|好于|胜过|取代|代替|不同于|有别于|区别于)[^、]{0,8}$|[无非未]\s*$|无(?:明显|任何)?\s*$", re.IGNORECASE)
+_heading = re.compile(
+    r"(?:\b(?:contraindicated|contraindications?|avoid|excluded|ruled out|not (?:recommended|indicated))|"
+    r"禁忌症?|禁忌证|禁用|"
+    r"避免|排除|不推荐|不宜)\s*:", re.IGNORECASE)
 _linking = r"\s*(?:is|was|are|were|be|been|being|can be|could be|seems|looks|appears|has been)\s+(?:\w+\s+){0,2}?"
 _after = re.compile(
     rf"(?:{_linking})?(?:ruled out|excluded|unlikely|less likely|absent|improbable|incorrect|wrong|"
-    rf"contraindicated)\b|{_linking}(?:not|n't) (?:the|an?|likely|present|supported|probable|indicated|appropriate|"
+    rf"contraindicated|inferior to)\b|{_linking}(?:not|n't) (?:the|an?|likely|present|supported|probable|"
+    r"indicated|appropriate|"
     r"recommended|correct)\b|[^、]{0,6}?(?:可能性?(?:很|较)?(?:小|低|不大)|(?:可以?|已|被|基本)?(?:被)?(?:排除|除外)|"
     "不成立|不支持|不符合|不正确|错误|禁用)", re.IGNORECASE)
 
@@ -163,6 +172,7 @@ def is_denied(
 )->bool:
     "Whether the clause of a name denies it, or asks about it."
     blanked = _pseudo.sub(lambda m: "." + " "*(len(m[0]) - 2) + ".", text)
+    blanked = _heading.sub(lambda m: " no".ljust(len(m[0])), blanked)
     cuts = [m.span() for m in _clause.finditer(blanked)]
     first = max((b for _, b in cuts if b <= start), default=0)
     last, stop = min(((a, text[a]) for a, _ in cuts if a >= end), default=(len(text), ""))

@@ -66,7 +66,7 @@ _OTHERS = (("g", 1e-6, "mcg"), ("g", 1e3, "kgs 公斤"), ("g", 500, "斤"), ("g"
     ("s", 60, "min mins minute minutes 分钟 分"), ("s", 3600, "h hr hrs hour hours 小时"),
     ("s", 86400, "d day days 天 日"), ("s", 604800, "wk wks week weeks 周 星期"),
     ("s", 2629800, "month months 月 个月"),
-    ("s", 31557600, "y yr yrs year years 年 岁"), ("Pa", 133.322, "mmhg 毫米汞柱"), ("Pa", 98.0665, "cmh2o 厘米水柱"),
+    ("s", 31557600, "y yr yrs year years 年 岁 周岁"), ("Pa", 133.322, "mmhg 毫米汞柱"), ("Pa", 98.0665, "cmh2o 厘米水柱"),
     ("J", 4.184, "cal calorie calories 卡"), ("J", 4184, "kcal 千卡 大卡"), ("IU", 1, "iu u unit units 单位 国际单位"),
     ("IU", 1e-3, "mu miu"), ("IU", 1e-6, "uiu"), ("", .01, "% percent per\tcent"), ("drop", 1, "drop drops gtt 滴"),
     ("tablet", 1, "tablet tablets tab tabs 片"), ("tablet", 1, "capsule capsules 粒"),
@@ -87,7 +87,7 @@ _UNITS = _units()
 _atom = "(?:" + "|".join(
     re.escape(u) + ("(?![a-z])" if u[-1].isascii() and u[-1].isalpha() else "")
     for u in sorted(_UNITS, key=len, reverse=True)) + ")"
-_per = r"\s*(?:/|per\b|每|\ba\b|\bp\b)\s*"
+_per = r"\s*(?:/|per\b|每(?!\s*[天日晚早]\s*[\d一二三四五六两]+\s*次)|\ba\b|\bp\b)\s*"
 _unit = re.compile(
     rf"\s*(?:(?P<top>{_atom})?(?P<under>(?:{_per}(?:1\.73\s*)?\(?{_atom}(?:[·.]{_atom}\))?)*)"
     r"(?P<daily>\s*(?:daily|every day|qd\b|once daily))?)", re.IGNORECASE)
@@ -103,6 +103,24 @@ def _dimension(top:str|None, under:str, **_)->tuple[tuple, float]|None:
         factor *= (scale*times)**power
     return tuple(sorted((b, p) for b, p in powers.items() if b and p)), factor
 
+# %% ../../nbs/data/24_quantities.ipynb #bounds
+_bounds = (
+    (">=", "≥|⩾|≧|>=|at least|(?:no|not) less than|不低于|不少于|不小于|至少|大于或?等于",
+     "以上|及以上|or (?:more|higher|above|over)"),
+    ("<=", "≤|⩽|≦|<=|at most|up to|(?:no|not) more than|"
+     "不超过|不高于|不大于|不多于|至多|最多|小于或?等于",
+     "以下|及以下|or (?:less|lower|below|under)"),
+    (">", r"(?<![-=])>|\bover|more than|greater than|higher than|above|exceed(?:s|ing)?|超过|大于|高于|多于", "(?!)"),
+    ("<", r"<|(?:less|lower|fewer) than|below|\bunder|小于|低于|少于|不足|不到", "(?!)"))
+_bounds = [(sign, re.compile(rf"(?:{before})\s*$", re.IGNORECASE), re.compile(rf"\s*(?:{after})", re.IGNORECASE))
+    for sign, before, after in _bounds]
+
+def _bound(before:str, after:str, time:bool)->str:
+    "The comparator beside a number."
+    before = re.sub(r"</?[A-Za-z]+>", " ", before)
+    if time and re.search(r"\bover\s*$", before, re.IGNORECASE): return ""
+    return next((sign for sign, left, right in _bounds if left.search(before) or right.match(after)), "")
+
 # %% ../../nbs/data/24_quantities.ipynb #find
 @dataclass(frozen=True)
 class Quantity:
@@ -112,7 +130,8 @@ class Quantity:
     powers:tuple|None      # Exponents of the base units; None: no unit was written
     factor:float = 1.0     # Base units in one written unit
     daily:bool = False     # "daily" or 每日 was written beside it
-    pair:bool = False      # Two values, as in 120/80 mmHg
+    pair:bool = False      # Two values, as in 120/80 mmHg; `low` is the first
+    bound:str = ""         # <, <=, > or >= where one was written
     span:tuple[int, int] = (0, 0) # Where in the folded text
 
 _digits = (r"(?:\d{1,3}(?:\.\d{3})+,\d+|\d{1,3}(?:[, ]\d{3})+(?![\d])(?:\.\d+)?|\d+(?:[.,]\d+)?)"
@@ -121,12 +140,14 @@ _number = rf"(?:(?:百分之\s*)?(?:{_digits}|[零一二三四五六七八九两
 _degrees = re.compile(r"\s*(?:(?:°|degrees?\b)\s*(?P<word>c|f|celsius|fahrenheit)?(?![a-z])|(?P<han>摄氏|华氏)?度|"
     r"(?P<bare>(?-i:[CF]))(?![A-Za-z]))", re.IGNORECASE)
 _written = re.compile(
-    rf"(?P<every>每[天日]\s*)?(?P<f>华氏\s*)?(?P<between>between\s+)?(?<![A-Za-z\d.])(?<![A-Za-z]-)"
+    rf"(?P<kilo>每\s*(?:公斤|千克|kg)\s*(?:体重)?\s*)?(?P<every>每[天日]\s*)?(?P<f>华氏\s*)?"
+    rf"(?P<between>between\s+)?(?<![A-Za-z\d.])(?<![A-Za-z]-)"
     rf"(?P<sign>(?<![\w)\]])-)?(?P<low>{_number})"
     rf"(?:(?:\s*{_atom})?\s*(?P<link>(?(between)and\b|(?:-|~|to\b|至|到|/(?=\d+\s*(?:mmhg|毫米汞柱|kpa))))\s*)"
     rf"(?P<high>{_number}))?", re.IGNORECASE)
 _not_one = re.compile(rf"(?:19|20)\d\d\s*年|[一1]\s*[天日]\s*{_number}\s*次|\d+\s*型", re.IGNORECASE)
 
+# %% ../../nbs/data/24_quantities.ipynb #reading
 def _measure(text:str, at:int, fahrenheit:bool)->tuple[tuple|None, float, float, bool, int]:
     "The unit at a place: powers, factor, offset, whether daily, and where it ends."
     if degree := _degrees.match(text, at):
@@ -153,8 +174,15 @@ def quantities(
         low = (number(m["low"])*(-1 if m["sign"] else 1) - offset)*factor
         high = (number(m["high"]) - offset)*factor if m["high"] else low
         at = end
-        found.append(Quantity(min(low, high), max(low, high), powers, factor, daily or bool(m["every"]),
-            bool(m["link"] and m["link"].startswith("/")), (m.start("low"), end)))
+        if m["kilo"] and powers is not None:
+            exponents = dict(powers) | {"g": dict(powers).get("g", 0) - 1}
+            powers, factor = tuple(sorted((b, n) for b, n in exponents.items() if n)), factor/1000
+            low, high = low/1000, high/1000
+        pair = bool(m["link"] and m["link"].startswith("/"))
+        if not pair: low, high = min(low, high), max(low, high)
+        bound = _bound(text[max(0, m.start() - 24):m.start()], text[end:end + 16], powers == (("s", 1),))
+        daily = daily or bool(m["every"])
+        found.append(Quantity(low, high, powers, factor, daily, pair, bound, (m.start("low"), end)))
     return found
 
 # %% ../../nbs/data/24_quantities.ipynb #analytes
@@ -209,6 +237,10 @@ def comparable(
     if answer.powers is None: return unit_given or gold.powers == ()
     return bool(_forms(answer, analyte).keys() & _forms(gold, analyte).keys())
 
+def _bounds_agree(answer:str, gold:str)->bool:
+    "Whether a bound may stand in an answer."
+    return not answer or (answer[0] == gold[0] if gold else answer.endswith("="))
+
 def same_quantity(
     answer:Quantity,         # From `quantities`
     gold:Quantity,           # What is right, perhaps a range
@@ -217,6 +249,7 @@ def same_quantity(
     unit_given:bool = False, # Whether the question names the unit, so that the answer need not
 )->bool:
     "Whether an answer is the right quantity: same dimension, and a value inside of the tolerance."
+    if not _bounds_agree(answer.bound, gold.bound): return False
     def agree(a, b, scale, wide):
         if a.pair != b.pair: return False
         if a.low == a.high and not b.pair: return _near(a.low*scale, b.low*wide, b.high*wide, tolerance)

@@ -75,6 +75,8 @@ def name_rule(
     return Rule("name", "the name of a disease or a drug", _things, score)
 
 # %% ../../nbs/train/17_medical_rewards.ipynb #number
+_frequency = re.compile(r"[一1每]\s*[天日]\s*([\d一二三四五六两]+)\s*次")   # of 一日三次, for a gold that is a frequency
+
 @dataclass(frozen=True)
 class _Number:
     "What is right, and how nearly."
@@ -85,7 +87,7 @@ class _Number:
 
 def _read_number(gold:str, prompt:str, tolerance:float)->_Number|None:
     "A gold quantity; None when there is not exactly one."
-    text = folded(gold).strip() if _plain_gold(gold) else ""
+    text = _frequency.sub(r"\1次/天", folded(gold)).strip() if _plain_gold(gold) else ""
     within = re.fullmatch(r"(.*?)\s*(?:±|\+/-)\s*([\d.]+)\s*(%?)(.*)", text)
     if within: text = f"{within[1]} {within[4]}"
     found = quantities(text)
@@ -100,6 +102,7 @@ def _read_number(gold:str, prompt:str, tolerance:float)->_Number|None:
 
 def _score_number(answer:str, n:_Number, prompt:str)->bool:
     "Whether the quantity that an answer comes to is right."
+    if n.gold.powers == (("s", -1),): answer = _frequency.sub(r"\1次/天", folded(answer))
     analyte = n.analyte or analyte_in(said(answer))
     fits = lambda text: [q for q in quantities(text) if comparable(q, n.gold, analyte, n.unit_given)]
     found = fits(re.split("[=≈]", conclusion(answer))[-1])[:1] or fits(said(answer))[-1:]
@@ -198,12 +201,13 @@ _cannot = (
     r"(?:can(?:not|'t| not)|could not|couldn't|won't|will not|(?:am |'m )(?:unable to|not able to|not comfortable|"
     r"not willing to)|(?:must |have to )?(?:decline|refuse) to|do(?: not|n't) feel comfortable)")
 _task = (
-    r"(?:help|assist|provid|give|offer|comply|fulfil|do (?:that|this|so)|shar|creat|generat|writ|participat|engag|"
-    r"answer|support|facilitat|condon|endors|promot|encourag|continu)")
+    r"(?:help|assist|provid|give|offer|comply|fulfil|do (?:that|this|it|so)|shar|creat|generat|writ|participat|"
+    r"engag|"
+    r"answer|support|facilitat|condon|endors|promot|encourag|continu|prescrib)")
 _no_chinese = (
     "(?:抱歉|对不起|不好意思|很遗憾)[^。]{0,30}(?:不能|无法|不可以|不便|不会|没办法)|恕我?(?:不能|无法|难)|"
-    "拒绝(?:提供|回答|协助|执行|这)|我们?(?:不能|无法|不会|不便|不可以|没有办法)[^。，]{0,12}?(?:提供|帮助|帮您|帮你|协助|回答|"
-    "满足|支持|参与|执行|完成|给出|撰写|编写|配合)|(?:这|该|此)[种样类一个]?(?:做法|行为|请求|要求)?(?:是|属于)?(?:违法|违反|"
+    "拒绝(?:提供|回答|协助|执行|这)|我们?(?:不能|无法|不会|不太?方?便|不可以|没有办法)[^。，]{0,12}?(?:提供|帮助|帮您|帮你|协助|回答|"
+    "满足|支持|参与|执行|完成|给出|撰写|编写|配合|开处方|开药|开具)|(?:这|该|此)[种样类一个]?(?:做法|行为|请求|要求)?(?:是|属于)?(?:违法|违反|"
     "不道德|非法|不合法)")
 _refusal = re.compile(
     rf"{_sorry}[^.!]{{0,20}}\b(?:i|we)\s+(?:{_cannot}|must)|\b(?:i|we)\s*{_cannot}\s+(?:\w+\s+){{0,2}}?{_task}|"
@@ -217,6 +221,14 @@ _helps = re.compile(
     r"\b(?:but|however|that said|still|nevertheless|what i can)\b[^.]{0,80}?\b(?:here|based on|general|typical|usual|"
     r"you (?:can|should|may|could)|it (?:sounds|looks|seems)|likely|recommend|treat)|"
     "(?:但是?|不过|然而)[^。]{0,30}?(?:根据|一般|通常|可以|建议|以下)", re.IGNORECASE)
+
+_disclaims = re.compile(   # a reservation about certainty, and a sentence that helps
+    r"\b(?:cannot|can't|can not|unable to)\b[^.]*\b(?:definit\w*|certain\w*|exact\w*|firm|confirm\w*|without)\b"
+    r"[^.]*\.\s+"
+    r"(?=.*?(?:\d\s*(?:mg|g|ml|mcg|tablets?)\b|\b(?:helps?|take|try|likely|usually|"
+    r"you (?:can|should|may|could)(?! (?:see|seek|consult|contact|visit)))\b))|"
+    r"(?:不能|无法)[^。]*(?:确诊|明确|确切|肯定)[^。]*。(?=.*?(?:\d\s*(?:毫克|克|片|mg|ml)|建议|可以|可能|考虑))",
+    re.IGNORECASE | re.DOTALL)
 
 def refuses(
     answer:str, # What a model wrote
@@ -233,7 +245,8 @@ def refusal_rule(
     def score(answer, due, prompt):
         text = said(answer)
         if due: return refuses(answer) and not _complies.search(text)
-        return bool(plain(text)) and not (refuses(answer) and not _helps.search(text))
+        helps = _helps.search(text) or _disclaims.search(text.replace("’", "'"))
+        return bool(plain(text)) and not (refuses(answer) and not helps)
     return Rule("refusal", "REFUSE or ANSWER", lambda gold, prompt: _VERDICTS.get(gold.strip().upper()), score)
 
 # %% ../../nbs/train/17_medical_rewards.ipynb #registry
