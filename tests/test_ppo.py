@@ -148,10 +148,11 @@ def rise(trainer):
 
 def test_learns_to_cite(warm, tmp_path):
     "The mean reward, which can be 0 to 1, rises by more than half of that; the KL stays under its bound."
-    trainer = make(warm, tmp_path, finetuning_type="full", per_device_train_batch_size=32, max_steps=56, kl_limit=10)
+    trainer = make(
+        warm, tmp_path, finetuning_type="full", per_device_train_batch_size=48, max_steps=44, ppo_epochs=2, kl_limit=8)
     trainer.train()
     gained, kl = rise(trainer)
-    assert rollouts(trainer)[0]["reward"] < 0.3 and gained >= 0.5 and 0 < kl < 10, (gained, kl)
+    assert rollouts(trainer)[0]["reward"] < 0.3 and gained >= 0.5 and 0 < kl < 8, (gained, kl)
 
 
 def test_without_learning_nothing_rises(warm, tmp_path):
@@ -330,7 +331,7 @@ def test_a_kl_below_zero_halts(warm, tmp_path):
         return drawn
     trainer.sample = wrong
     with pytest.raises(Halted, match="below zero by more than chance"): trainer.train()
-    assert all(h["kl"] >= 0 for h in rollouts(trainer))
+    assert trainer.noted and all(h["kl"] >= 0 for h in trainer.noted + (rollouts(trainer) if trainer.history.exists() else []))
 
 
 def test_an_exploding_kl_halts(warm, tmp_path):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..core import UserError, find_path
-from .adapters import load_adapter, merged
+from .adapters import chain_of, load_adapter, merged
 from .loading import LoadPlan, pretrained, scalar_head
 
 # %% ../../nbs/models/06_scoring.ipynb #load
@@ -74,7 +74,7 @@ def load_reward_model(
         given = json.loads(adapter.read_text(encoding="utf-8"))
         if given.get("task_type") != "SEQ_CLS": raise UserError(
             f"{folder} is no reward model but the adapter of a language model; stage rm makes one of it")
-        model = load_scorer(base or given["base_model_name_or_path"], plan, (str(where),), device)
+        model = load_scorer(base or given["base_model_name_or_path"], plan, chain_of(str(where)), device)
     else:
         kinds = json.loads(whole.read_text(encoding="utf-8")).get("architectures") if whole.exists() else None
         if kinds and not any(kind.endswith("ForSequenceClassification") for kind in kinds): raise UserError(

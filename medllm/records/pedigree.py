@@ -34,8 +34,9 @@ def consumed(
 )->list[dict]:      # role, place and weights of each
     "The models and adapters that a run starts from or is led by."
     m, p, r = args.model, args.preference, args.reward
-    asked = [("base", m.model_name_or_path), *(("adapter", a) for a in names(m.adapter_name_or_path or "")),
-        ("reference", p.ref_model), *(("reference adapter", a) for a in names(p.ref_model_adapters or ""))]
+    asked = [("base", m.model_name_or_path), *(("adapter", a) for a in names(m.adapter_name_or_path or ""))]
+    if args.finetuning.stage not in ("pt", "sft", "rm"):
+        asked += [("reference", p.ref_model), *(("reference adapter", a) for a in names(p.ref_model_adapters or ""))]
     if args.finetuning.stage in ("ppo", "grpo"):
         asked += [("reward", r.reward_model), *(("reward adapter", a) for a in names(r.reward_model_adapters or ""))]
     found = []

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ..core import UserError, find_path, write_json
+from ..core import UserError, find_path, sha256, write_json
 from ..data.cache import source_files
 from ..data.registry import find_sources
 from ..models.loading import model_location
@@ -30,17 +30,33 @@ def stage_key(
 )->str:              # 64 hex digits
     "What a stage's result depends on, as a hash."
     run = STAGE_RUNS[stage.stage](**given)
-    args, places = parse(run.flags()), {}
-    names = ("model_name_or_path", "adapter_name_or_path", *LED_BY)
-    for flag in names:
-        for one in str(run.flags().get(flag) or "").split(","):
-            if one: places[f"{flag} {len(places)}"] = weights(
-                model_location(one) if one == "tiny" or not find_path(one).is_dir() else find_path(one))
-    flags = {k: v for k, v in run.flags().items() if k not in ("output_dir", "dataset_dir", *names)}
-    files = [sorted(source_files(s).values()) or s.place for named in (args.data.dataset, args.data.eval_dataset,
-        args.data.replay_dataset) if named for s in find_sources(named, args.data.dataset_dir)]
-    whole = {"stage": stage.stage, "flags": flags, "weights": places, "data": files, "code": code}
+    args, places = parse(run.flags()), []
+    led = ("model_name_or_path", "adapter_name_or_path", *LED_BY)
+    for flag in led:
+        for one in filter(None, str(run.flags().get(flag) or "").split(",")): places.append((flag, _contents(one)))
+    flags = {k: v for k, v in run.flags().items() if k not in ("output_dir", "dataset_dir", *led)}
+    read = {k: str(v) for k, v in flags.items()} | {"tables": [sha256(f) for f in _named_files(args.reward.reward_funcs)]}
+    said = lambda s: {k: str(v) for k, v in vars(s).items() if k not in ("files", "script", "place")}
+    d = args.data
+    sources = [(sorted(source_files(s).values()), said(s), "" if s.files else s.place)
+        for named in (d.dataset, d.eval_dataset, d.replay_dataset) if named for s in find_sources(named, d.dataset_dir)]
+    whole = {"stage": stage.stage, "flags": read, "places": places, "data": sources, "code": code}
     return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()
+
+def _contents(name:str)->dict|str:
+    "Hash of every file of a model that says what it is (weights, configuration, tokenizer, template); or the hub id."
+    place = Path(model_location(name) if name == "tiny" or not find_path(name).is_dir() else find_path(name))
+    if not place.is_dir(): return str(place)
+    told = sorted(f for f in place.iterdir() if f.is_file() and f.suffix in (".json", ".jinja", ".model", ".txt")
+        and f.name not in _RESULTS)
+    return weights(place) | {f.name: sha256(f) for f in told}
+
+_RESULTS = ("run.json", "metrics.json", "args.json", "trainer_state.json", "all_results.json")   # not part of the model
+
+def _named_files(rules:str|None)->list[Path]:
+    "Files that options of reward rules name."
+    options = [word.partition(":")[2] for word in (rules or "").split(",")]
+    return [find_path(option) for option in options if option and find_path(option).is_file()]
 
 def find_finished(
     key:str,         # From `stage_key`

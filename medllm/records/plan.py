@@ -6,13 +6,15 @@
 __all__ = ['LED_BY', 'PipelineRun', 'Stage', 'read_plan', 'settings', 'check_plan']
 
 # %% ../../nbs/records/03_plan.ipynb #imports
+import re
 from dataclasses import dataclass, field, fields
 
 from ..core import UserError, nearest
 from ..data.registry import find_sources
 from ..data.templates import check_template_name
+from ..models.adapters import chain_of
 from ..models.loading import model_location
-from ..train.arguments import parse
+from ..train.arguments import check_places, parse
 from ..train.flags import flag
 from ..train.runs import STAGE_RUNS, run_parameters
 
@@ -66,6 +68,20 @@ class Stage:
     given:dict      # Its other parameters
 
 LED_BY = ("reward_model", "ref_model")
+def _leaders(name:str, own:dict, kinds:dict)->dict:
+    "The stages that lead one, by parameter; taken out of its own parameters."
+    others = {flag: own.pop(flag) for flag in LED_BY if str(own.get(flag)) in kinds}
+    for flag, other in others.items():
+        if (kinds[other] == "rm") != (flag == "reward_model"): raise UserError(f"stage '{name}': {flag}: {other} is "
+            f"{'a reward model' if kinds[other] == 'rm' else 'no reward model, but a policy'}")
+    return others
+
+def _check_name(name:str, own):
+    "Raise `UserError` for a stage that cannot be called that, or is no set of parameters."
+    if not re.fullmatch(r"\w[\w.-]{0,63}", name): raise UserError(
+        f"stage '{name}': use letters, digits, dots, dashes only in its name")
+    if not isinstance(own, dict | None): raise UserError(f"stage '{name}' must hold parameters (name: value), not {own!r}")
+
 def read_plan(
     wanted:PipelineRun, # Parameters of the pipeline
 )->list[Stage]:
@@ -73,18 +89,24 @@ def read_plan(
     plan, before = [], ""
     if not wanted.stages: raise UserError("a pipeline needs stages: name them under 'stages'")
     for name, own in wanted.stages.items():
-        if not isinstance(own, dict | None): raise UserError(f"stage '{name}' must hold parameters (name: value), not {own!r}")
+        name = str(name)
+        _check_name(name, own)
         own = dict(own or {})
         stage = own.pop("stage", name)
         stage = {"rw": "rm"}.get(stage, stage)
         if stage not in STAGE_RUNS: raise UserError(f"stage '{name}': unknown stage {stage}{nearest(stage, STAGE_RUNS)}; "
             f"say which it is with stage: …, one of {', '.join(STAGE_RUNS)}")
         parent = own.pop("from", before)
-        parent = "" if parent in ("base", None) else parent
-        known = [s.name for s in plan]
+        parent = "" if parent in ("base", None) else str(parent)
+        known, kinds = [s.name for s in plan], {s.name: s.stage for s in plan}
+        own_model = [flag for flag in ("model_name_or_path", "adapter_name_or_path") if flag in own]
+        if parent and own_model: raise UserError(f"stage '{name}': {own_model[0]} and from: {parent} exclude each other; "
+            "from: base starts from the model itself")
         if parent and parent not in known: raise UserError(
             f"stage '{name}': from: {parent} is no stage before it{nearest(parent, known)}")
-        others = {flag: own.pop(flag) for flag in LED_BY if own.get(flag) in known}
+        if parent and kinds[parent] == "rm" and stage != "rm": raise UserError(
+            f"stage '{name}': from: {parent} is a reward model, which gives no answers")
+        others = _leaders(name, own, kinds)
         plan.append(Stage(str(name), stage, parent, others, own))
         if stage != "rm": before = str(name)
     return plan
@@ -103,7 +125,7 @@ def settings(
     if tiny and given["finetuning_type"] == "full": given.setdefault("learning_rate", 1e-3)   # as for the tiny model alone
     if stage.parent:
         whole = "model_name_or_path" if given["finetuning_type"] != "lora" else "adapter_name_or_path"
-        given[whole] = made.get(stage.parent, given.get(whole))
+        given[whole] = ",".join(chain_of(made[stage.parent])) if stage.parent in made else given.get(whole)
     given |= {flag: str(made[name]) for flag, name in stage.others.items() if name in made}
     try: return run_parameters(STAGE_RUNS[stage.stage], {k: v for k, v in given.items() if v is not None})
     except UserError as e: raise UserError(f"stage '{stage.name}': {e}") from None
@@ -116,11 +138,17 @@ def check_plan(
 ):
     "Raise `UserError` for what cannot work in any of the stages, without loading anything."
     model_location(wanted.model_name_or_path)
+    kinds = {}
     for stage in read_plan(wanted):
         run = STAGE_RUNS[stage.stage](**settings(wanted, stage, {}))
+        kinds[stage.name] = run.finetuning_type == "lora"
+        if stage.parent and kinds[stage.parent] != kinds[stage.name]: raise UserError(
+            f"stage '{stage.name}': finetuning_type {run.finetuning_type} cannot go on from stage '{stage.parent}', which "
+            f"{'writes an adapter' if kinds[stage.parent] else 'writes a whole model'}; give both the same")
         promised = {flag: "made by an earlier stage" for flag in stage.others}
         try:
             args = parse(run.flags() | promised)
+            check_places(args, set(promised))
             check_template_name(args.data.template)
             for named in filter(None, (args.data.dataset, args.data.eval_dataset, args.data.replay_dataset)):
                 find_sources(named, args.data.dataset_dir)

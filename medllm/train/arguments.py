@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OLD_FLAGS', 'STAGES', 'PAIR_LOSSES', 'REFERENCES', 'translate', 'read_command', 'Arguments', 'parse',
-           'check_output_dir', 'preflight']
+           'check_output_dir', 'check_places', 'preflight']
 
 # %% ../../nbs/train/01_arguments.ipynb #imports
 import json
@@ -12,7 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from pathlib import Path
 
@@ -169,7 +169,9 @@ def _precision(given:dict)->dict:
 def _words(given:dict)->list[str]:
     "Flags as words of a command line."
     text = lambda v: v.value if isinstance(v, Enum) else json.dumps(v) if isinstance(v, (dict, list)) else str(v)
-    return [f"--{name}={text(value)}" for name, value in given.items() if value is not None]
+    ours = {f.name for kind in OURS for f in fields(kind)}                 # our lists have commas between their words
+    listed = lambda name, v: ",".join(map(str, v)) if name in ours and isinstance(v, list) else text(v)
+    return [f"--{name}={listed(name, value)}" for name, value in given.items() if value is not None]
 
 def _check_known(given:dict):
     "Raise `UserError` for flags that no dataclass has."
@@ -212,11 +214,39 @@ def parse(
     return args
 
 # %% ../../nbs/train/01_arguments.ipynb #together
+_PAIRS, _ONLINE = ("dpo",), ("ppo", "grpo")
+_STAGES_OF = {   # flags that mean something in some stages only
+    **dict.fromkeys("pref_loss simpo_gamma dpo_label_smoothing ld_alpha".split(), _PAIRS),
+    **dict.fromkeys("pref_beta pref_ftx precompute_ref_log_probs".split(), ("dpo", "kto")),
+    **dict.fromkeys("kto_chosen_weight kto_rejected_weight".split(), ("kto",)),
+    **dict.fromkeys("ref_policy ref_model ref_model_adapters ref_model_quantization_bit".split(), ("dpo", "kto", *_ONLINE)),
+    **dict.fromkeys((f.name for f in fields(RewardArguments)), _ONLINE),
+    **dict.fromkeys("rm_margin center_rewards_coefficient".split(), ("rm",)),
+    **dict.fromkeys("num_generations num_iterations grpo_loss epsilon epsilon_high".split(), ("grpo",)),
+    **dict.fromkeys((f.name for f in fields(ReinforcementArguments) if f.name.startswith("ppo_")), ("ppo",)),
+    **dict.fromkeys("kl_coef kl_limit log_completions".split(), _ONLINE),
+    "replay_dataset": ("pt",), "replay_share": ("pt",), "replay_share_end": ("pt",),
+    "train_on_prompt": ("sft",), "mask_history": ("sft",)}
+_LEAST = {"kto_chosen_weight": 0, "kto_rejected_weight": 0, "center_rewards_coefficient": 0, "rm_margin": 0, "pref_beta": 0,
+    "pref_ftx": 0, "kl_coef": 0, "kl_limit": 0}
+
+def _check_given(args:Arguments):
+    "Raise `UserError` for a flag that was given and means nothing in the stage, or has a value below the least."
+    stage, held = args.finetuning.stage, args.resolved()
+    for name in args.given:
+        where = _STAGES_OF.get(name, (stage,))
+        if stage not in where and held[name] not in (None, False): raise UserError(
+            f"--{name} belongs to --stage {' or '.join(where)}, not {stage}: leave it out")
+    for name, least in _LEAST.items():
+        if held[name] is not None and not held[name] >= least: raise UserError(f"--{name} {held[name]}: must be at least {least}")
+    if args.finetuning.lora_alpha is not None and not args.finetuning.lora_alpha > 0: raise UserError(
+        f"--lora_alpha {args.finetuning.lora_alpha:g}: must be above 0")
+
+# %% ../../nbs/train/01_arguments.ipynb #together-stage
 def _check_stage(args:Arguments, refuse):
     "Flags that belong to a stage."
     stage, d, p, r, n = args.finetuning.stage, args.data, args.preference, args.reward, args.reinforcement
     online = stage in ("ppo", "grpo")
-    refuse(d.replay_dataset and stage != "pt", "--replay_dataset belongs to --stage pt")
     for share in (d.replay_share, d.replay_share_end): refuse(
         share is not None and not 0 <= share < 1, f"--replay_share {share}: must be at least 0 and below 1")
     refuse(p.pref_loss not in PAIR_LOSSES,
@@ -274,6 +304,7 @@ def _check_together(args:Arguments):
     refuse(d.ranked_pairs not in ("all", "first"), f"--ranked_pairs {d.ranked_pairs}: must be all or first")
     refuse(d.overlong not in (None, *OVERLONG), f"--overlong {d.overlong}: must be {', '.join(OVERLONG)}")
     refuse(d.thinking not in ("keep", "drop"), f"--thinking {d.thinking}: must be keep or drop")
+    if f.stage in STAGES: _check_given(args)
     _check_stage(args, refuse)
     OnBad(d.on_bad, d.max_bad)
     d.probabilities()
@@ -296,13 +327,27 @@ def check_output_dir(
     if held: raise UserError(f"--output_dir {folder} already holds a model ({sorted(held)[0]}); "
                              "name another folder, or give --overwrite_output_dir")
 
+def check_places(
+    args:Arguments,      # From `parse`
+    later:set = frozenset(), # Flags whose place will be made by then
+):
+    "Raise `UserError` when a model or an adapter named beside the base does not exist."
+    p, r = args.preference, args.reward
+    for flag, named in (("ref_model", p.ref_model), ("reward_model", r.reward_model)):
+        if not named or flag in later: continue
+        if not (find_path(named)/"adapter_config.json").exists(): model_location(named)
+    for named in names(p.ref_model_adapters or "") + names(r.reward_model_adapters or ""):
+        if not (find_path(named)/"adapter_config.json").exists(): raise UserError(
+            f"{named} is not an adapter: it has no adapter_config.json")
+
 def preflight(
     args:Arguments, # From `parse`
 ):
     ("Raise `UserError` when a dataset, template, model, adapter or output folder named by the arguments "
         "cannot be used.")
     check_template_name(args.data.template)
-    for names_of in filter(None, (args.data.dataset, args.data.eval_dataset)):
+    check_places(args)
+    for names_of in filter(None, (args.data.dataset, args.data.eval_dataset, args.data.replay_dataset)):
         find_sources(names_of, args.data.dataset_dir)
     model_location(args.model.model_name_or_path)
     for folder in args.adapt_plan().adapters:

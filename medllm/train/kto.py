@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ..core import say
+from ..core import UserError, say
 from ..models.documents import isolate
 from .arguments import Arguments
 from .flags import PreferenceArguments
@@ -137,6 +137,8 @@ def make_trainer(
     "The trainer of a KTO run. Raises `UserError` for a reference that cannot be had."
     p, tokenizer, once = args.preference, data.renderer.tokenizer, computes_once(args, len(data.train))
     good = int((data.train.rows.table["liked"] == 1).sum()) if len(data.train) else 1
+    if len(data.train) and len(set(data.train.questions.tolist())) < 2: raise UserError(
+        "KTO needs answers to two questions at least: its KL is estimated from answers to other questions")
     if advice := weight_advice(good, max(len(data.train), 2) - good, p.kto_chosen_weight, p.kto_rejected_weight):
         say(advice)
     model = start_model(args, data)

@@ -336,6 +336,8 @@ def check_reward_model(
         f"(--stage rm --val_size 0.1), {mend}")
     if card.facts["head"] != head_hash(head): raise UserError(
         f"report_card.json in {folder} is of another reward model: train it again with held-out pairs, {mend}")
+    if seen := card.facts.get("seen"): raise UserError(f"the report card of {folder} was made on pairs whose questions were "
+        f"trained on ({seen} of {card.facts['pairs']}): train it again with other held-out pairs, {mend}")
     found = card.facts["accuracy"]
     if not found["low"] >= flags.min_reward_accuracy: raise UserError(
         f"the reward model {folder} is right in {_interval(found)} and the lower end is below "

@@ -11,7 +11,6 @@ import json
 import math
 import re
 import resource
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -28,7 +27,7 @@ from ..data.batches import Collate, GroupedBatches
 from ..data.packing import PackedBatches, PackedCollate
 from ..models.documents import document_inputs, isolate
 from ..models.elementwise import fewer_passes
-from ..models.roles import frozen_roles
+from ..models.roles import trained_role
 from .objectives import SelectedHead
 from .units import UnitCollate
 
@@ -329,11 +328,8 @@ def log(self:StageTrainer, logs:dict, start_time:float|None=None):
 def _save(self:StageTrainer, output_dir:str|None=None, state_dict:dict|None=None):
     ("Save model and tokenizer; the pickled training arguments (with the hub token in them) and adapters that do not "
         "train are left out.")
-    super(StageTrainer, self)._save(output_dir, state_dict)
-    if not self.args.should_save: return
-    folder = Path(output_dir or self.args.output_dir)
-    (folder/"training_args.bin").unlink(missing_ok=True)
-    for name in frozen_roles(self.model): shutil.rmtree(folder/name, ignore_errors=True)
+    with trained_role(self.accelerator.unwrap_model(self.model)): super(StageTrainer, self)._save(output_dir, state_dict)
+    if self.args.should_save: (Path(output_dir or self.args.output_dir)/"training_args.bin").unlink(missing_ok=True)
 
 # %% ../../nbs/train/05_trainer.ipynb #memory
 def activation_bytes(
