@@ -89,8 +89,8 @@ def test_kto_equals_its_closed_form(scores):
     slope = np.where(liked, -1.5, .7)*.3*sigma(.3*(ratios - .8))*sigma(.3*(.8 - ratios))
     r = torch.tensor(ratios, requires_grad=True)
     loss = kto_loss(r, torch.tensor(liked), 0.8, 0.3, 1.5, 0.7)
-    np.testing.assert_allclose(loss.detach().numpy(), np.where(liked, 1.5, .7) - v, atol=1e-10)
-    np.testing.assert_allclose(torch.autograd.grad(loss.sum(), r)[0].numpy(), slope, atol=1e-10)
+    np.testing.assert_allclose(loss.detach().numpy(), np.where(liked, 1.5, .7) - v, atol=1e-10, rtol=1e-10)
+    np.testing.assert_allclose(torch.autograd.grad(loss.sum(), r)[0].numpy(), slope, atol=1e-10, rtol=1e-10)
 
 
 # ------------------------------------------------------------------------------------------------ batches of a model

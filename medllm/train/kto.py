@@ -32,8 +32,8 @@ def kto_loss(
     rejected_weight:float = 1.0, # lambda_U
 )->torch.Tensor:         # (B,)
     "KTO, arXiv:2402.01306 eq. 7 and 8."
-    away = torch.where(liked, ratios - z0, z0 - ratios)
-    return torch.where(liked, chosen_weight, rejected_weight)*torch.sigmoid(-beta*away)
+    missed = torch.sigmoid(-beta*torch.where(liked, ratios - z0, z0 - ratios))
+    return torch.where(liked, chosen_weight*missed, rejected_weight*missed)
 
 # %% ../../nbs/train/13_kto.ipynb #weights
 def weight_advice(
