@@ -387,3 +387,13 @@ def test_what_cannot_work_is_refused(tmp_path):
             (dict(num_iterations=0), "--num_iterations 0"), (dict(top_p=0.0), "--top_p 0.0")):
         args = parse(given | flags)
         with pytest.raises(UserError, match=says.replace("(", r"\(")): grpo.make_trainer(args, prepare_data(args))
+
+
+def test_validation_counts_a_rule_where_it_applies():
+    "Of four answers two have a number to check, both right: the rule's mean is 1, as in the log of training."
+    from types import SimpleNamespace
+
+    from medllm.train.rollouts import RolloutTrainer
+    trainer = SimpleNamespace(objective=SimpleNamespace(rewards=[SimpleNamespace(name="number")]))
+    found = RolloutTrainer._named(trainer, "eval", torch.tensor([2., 8, 4, 2, 2, 4]))
+    assert found["eval_reward_number"] == 1 and found["eval_reward"] == 0.5 and found["eval_length"] == 2

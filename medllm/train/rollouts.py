@@ -304,14 +304,14 @@ def log(self:RolloutTrainer, logs:dict, start_time:float|None=None):
 # %% ../../nbs/train/16_rollouts.ipynb #evaluate
 @patch
 def _total(self:RolloutTrainer, model, units)->torch.Tensor:
-    "Sums over a validation set and all processes: rewards, each part, tokens, ended answers, answers."
+    "Sums over a validation set and all processes: rewards, tokens, ended answers, each part and where it applies, answers."
     names, how = [part.name for part in self.objective.rewards], Sampling(self.plan.how.max_new_tokens, 0.0)
-    total = torch.zeros(4 + len(names), dtype=torch.float64, device=self.args.device)
+    total = torch.zeros(4 + 2*len(names), dtype=torch.float64, device=self.args.device)
     for prompts in self.get_eval_dataloader(units):
         rollout = self.answer(prompts, 1, how, 0)
         parts, rewards = add_rewards(self.objective.rewards, rollout)
-        sums = [rewards.sum(), *(parts[name].nansum() for name in names),
-            rollout.lengths.sum(), rollout.ended.sum(), len(rollout)]
+        sums = [rewards.sum(), rollout.lengths.sum(), rollout.ended.sum(), *(parts[name].nansum() for name in names),
+            *((~parts[name].isnan()).sum() for name in names), len(rollout)]
         total += torch.tensor([float(x) for x in sums]).to(total)
         self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
     return self.accelerator.reduce(total, "sum") if self.args.world_size > 1 else total
@@ -319,7 +319,9 @@ def _total(self:RolloutTrainer, model, units)->torch.Tensor:
 @patch
 def _named(self:RolloutTrainer, prefix:str, total:torch.Tensor)->dict:
     "Metrics from sums."
-    reward, *parts, length, ended = (total[:-1]/total[-1].clamp(min=1)).tolist()
+    reward, length, ended = (total[:3]/total[-1].clamp(min=1)).tolist()
+    sums, counts = total[3:-1].chunk(2)                            # a part is a mean over the answers that it applies to
+    parts = (sums/counts.clamp(min=1)).tolist()
     named = {f"reward_{part.name}": value for part, value in zip(self.objective.rewards, parts)}
     return {f"{prefix}_{name}": value for name, value in (
         {"loss": 0.0 - reward, "reward": reward} | named | {"length": length, "ended": ended}).items()}
