@@ -341,7 +341,7 @@ def test_an_exploding_kl_halts(warm, tmp_path):
 
 
 @pytest.mark.parametrize("flag, value, why", [
-    ("ppo_clip", 0, "above 0"), ("ppo_epochs", 0, "at least 1"), ("ppo_lambda", 2, "from 0 to 1"), ("kl_coef", -1, "negative"),
+    ("ppo_clip", 0, "above 0"), ("ppo_epochs", 0, "at least 1"), ("ppo_lambda", 2, "from 0 to 1"), ("kl_coef", -1, "at least 0"),
     ("reward_funcs", "leter", "did you mean 'letter'"), ("reward_funcs", "number", "none of the 32 rows"),
     ("temperature", 0, "--temperature")])
 def test_what_cannot_work_is_refused(warm, tmp_path, flag, value, why):
