@@ -448,7 +448,8 @@ def test_swapped_labels_teach_nothing(tmp_path):
 def test_how_a_step_is_split_changes_nothing(stage, tmp_path):
     "Micro-batch × accumulation, packing, and the reference's log-probabilities at hand or computed before."
     flags = write_pairs(tmp_path/"rows.json", 40, judged=stage == "kto") | dict(
-        stage=stage, max_steps=4, val_size=8, precompute_ref_log_probs=False, learning_rate=1e-3, kto_rejected_weight=0.2)
+        stage=stage, max_steps=4, val_size=8, precompute_ref_log_probs=False, learning_rate=1e-3)
+    if stage == "kto": flags["kto_rejected_weight"] = 0.2
     def curve(name, **more):
         metrics = whole_run(tmp_path/name, **flags | more)
         return [loss for _, loss in sorted(losses(tmp_path/name).items())] + [metrics["eval_loss"], metrics["eval_margin"]]
@@ -474,7 +475,8 @@ def test_prompts_computed_once_or_twice_train_the_same(tmp_path, monkeypatch):
 def test_two_processes_train_as_one_does(stage, tmp_path):
     "The same steps on two processes, with the reference live and computed before training."
     flags = write_pairs(tmp_path/"rows.json", 40, judged=stage == "kto") | dict(
-        stage=stage, max_steps=4, val_size=7, learning_rate=1e-3, kto_rejected_weight=0.2, use_cpu=True)
+        stage=stage, max_steps=4, val_size=7, learning_rate=1e-3, use_cpu=True)
+    if stage == "kto": flags["kto_rejected_weight"] = 0.2
     for once in (False, True):
         one = tmp_path/f"one{once}"
         metrics = whole_run(one, **flags | dict(precompute_ref_log_probs=once))
