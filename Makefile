@@ -31,8 +31,9 @@ $(TRL): $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .trl/ppo trl==1.12.0
 	touch $@
 
+# two files of tests at a time, one thread each: twice the threads of a machine with two cores would wait for one another
 test: $(STAMP) $(TRL) lint notebooks
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests
 
 # one thread each: two notebooks at a time on two cores would only get in each other's way
 notebooks: $(STAMP)
