@@ -129,6 +129,7 @@ def reason_of(error:BaseException)->str: # One line
     if isinstance(error, KeyboardInterrupt): return "interrupted from the keyboard"
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__} (its text is in record.ipynb)"
 
+# %% ../../nbs/records/00_record.ipynb #object
 class Run:
     "The record of one run; every change is on the disk at once."
     def __init__(self,
@@ -182,6 +183,7 @@ class Run:
 
     def __repr__(self): return f"Run({self.folder}, {self.state.get('status')})"
 
+# %% ../../nbs/records/00_record.ipynb #read-events
 def read_events(
     folder:str|Path, # Of a record
 )->list[dict]:       # In the order in which they happened
