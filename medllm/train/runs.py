@@ -17,7 +17,7 @@ from .flags import OURS, flag
 
 # %% ../../nbs/train/23_runs.ipynb #parameters
 _FLAGS = {f.name: f for kind in OURS for f in fields(kind)}
-_TYPES = {name: kind for ours in OURS for name, kind in typing.get_type_hints(ours).items()}  # HfArgumentParser changes f.type
+_TYPES = {name: kind for ours in OURS for name, kind in typing.get_type_hints(ours).items()} # a parser changes f.type
 _HELP = {name: f.metadata["help"] for name, f in _FLAGS.items()}
 
 def _like(name:str, default):
