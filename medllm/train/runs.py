@@ -77,7 +77,8 @@ class SftRun(_Run):
 # %% ../../nbs/train/23_runs.ipynb #stages
 def _stage(stage:str, own:str, **defaults)->type:
     "A stage's parameters: its own flags, by name, then those of every stage, some with another default."
-    first = [(f.name, _TYPES[f.name], flag(defaults.get(f.name, f.default), f.metadata["help"])) for f in map(_FLAGS.get, own.split())]
+    first = [(f.name, _TYPES[f.name], flag(defaults.get(f.name, f.default), f.metadata["help"]))
+        for f in map(_FLAGS.get, own.split())]
     same = lambda f: flag(defaults[f.name], f.metadata["help"]) if f.name in defaults else field(
         default=f.default, default_factory=f.default_factory, metadata=f.metadata)
     run = make_dataclass(f"{stage.title()}Run", [*first, *((f.name, f.type, same(f)) for f in fields(SftRun))], bases=(_Run,))
