@@ -25,7 +25,6 @@ import psutil
 from fastcore.basics import patch
 
 from ..core import Interrupted, UserError, project_root, sha256, write_json
-from ..data.cache import source_files
 
 # %% ../../nbs/records/00_record.ipynb #provenance
 _PACKAGES = (
@@ -74,6 +73,7 @@ def describe_inputs(
     model_folder:str, # Folder of the base model, or a hub id
 )->dict:
     "Hashes of everything a run consumes, and the account of its rows."
+    from medllm.data.cache import source_files       # brings numpy with it; a listing of records needs none
     tokenizer = data.renderer.tokenizer.backend_tokenizer.to_str()
     text_hash = lambda text: hashlib.sha256(text.encode()).hexdigest()
     files = [{"name": s.name, "place": s.place, "sha256": source_files(s), "revision": s.revision or "",
