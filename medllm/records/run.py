@@ -9,6 +9,7 @@ __all__ = ['RUNS', 'find_notebook', 'Progress', 'execute']
 import json
 import logging
 import os
+import shutil
 import sys
 import tempfile
 import threading
@@ -20,6 +21,7 @@ from ..core import UserError, bundled, nearest, say
 from ..data.check import DataRun
 from .plan import PipelineRun
 from .record import ENDED, Run, new_folder, now
+from .seal import seal
 from ..train.runs import STAGE_RUNS, run_parameters
 
 # %% ../../nbs/records/09_run.ipynb #notebook
@@ -122,6 +124,9 @@ def _explain(error:BaseException, run:Run)->str:
 def execute(
     name:str,   # A stage, or a path to a copy of its notebook
     given:dict, # Parameters as the user wrote them
+    resume:str|Path|None = None,   # A record to go on in
+    time_limit:float|None = None,  # [s]
+    parent:dict|None = None,       # {"rerun": folder}
 )->Run:         # Status completed, or failed with a reason
     ("Run a notebook into a new record. Raises `UserError` before anything starts when a parameter, dataset, "
         "template or model is wrong.")
@@ -132,8 +137,14 @@ def execute(
     folder = Path(wanted.output_dir) if wanted.output_dir else new_folder(stage, wanted.runs_dir, wanted.tag)
     folder.mkdir(parents=True, exist_ok=True)
     run = Run(folder)
-    if run.state: raise UserError(f"{folder} already holds a record; name another folder")
-    run.update(stage=stage, status="created", started=now(), parameters=asdict(wanted)).beat()
+    if run.state and not resume: raise UserError(f"{folder} already holds a record; name another folder")
+    earlier = run.state.get("attempts", [])
+    if resume:
+        earlier = [*earlier, {k: run.state.get(k) for k in ("status", "reason", "started", "ended", "duration_s")}]
+        if (folder/"record.ipynb").exists(): os.replace(folder/"record.ipynb", folder/f"record.{len(earlier)}.ipynb")
+    shutil.copyfile(notebook, folder/"source.ipynb")
+    run.update(stage=stage, status="created", started=now(), parameters=asdict(wanted), reason="",
+        **({"attempts": earlier} if resume else {}), **({"parent": parent} if parent else {})).beat()
     say(f"record: {folder}")
     try:
         with Progress(folder): _papermill(notebook, folder/"record.ipynb", parameters | {"output_dir": str(folder)})
@@ -141,4 +152,5 @@ def execute(
     except Exception as error:
         reason = _explain(error, run)
         return run.end("killed" if "kernel died" in reason else "failed", reason)
-    return run.read().fail("the notebook ended before its last cell")
+    else: return run.read().fail("the notebook ended before its last cell")
+    finally: seal(folder)
