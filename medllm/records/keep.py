@@ -58,7 +58,8 @@ def _parents(states:dict[Path, dict])->set[Path]:
 def records_folder()->Path:
     "Where promoted records are: `nbs/_records` of the checkout. Raises `UserError` without one."
     root = project_root()
-    if root is None: raise UserError("promote writes to nbs/_records of a checkout, and medllm runs from an installed wheel; name --to")
+    if root is None: raise UserError(
+        "records are promoted to nbs/_records of a checkout, and there is none here; name a folder with --to")
     return root/"nbs/_records"
 
 def _promoted(folder:Path)->bool:

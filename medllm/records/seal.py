@@ -134,7 +134,8 @@ def broken(
         elif name == "run.json": found |= _fields(folder, sealed)
         elif name in sealed["cells"]: found |= _cells(folder/name, sealed["cells"][name])
         else: found[name] = f"{name}: its bytes were changed"
-    return found | {name: f"{name} was added since the record was sealed" for name in names if name not in files}
+    return found | {name: f"{name} was added since the record was sealed" for name in names
+        if name not in files and name != "events.jsonl"}
 
 def unsealed(
     folder:str|Path, # Of a record

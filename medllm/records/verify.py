@@ -211,12 +211,15 @@ def verify(
     if not state: return Verified(folder, [], [f"{folder/'run.json'} cannot be read: it is torn, or not there"])
     if status_of(folder, state) in RUNNING: raise UserError(f"{folder} is still running; verify it when it has ended")
     found = broken(folder)
-    sealed = "" if "seal.json" in found else read_json(folder/"seal.json", {})
-    checked = [f"{len(sealed['files'])} files, {len(sealed['fields'])} fields (seal {sealed['digest'][:_SHORT]})"]*bool(sealed)
-    checked += [_checkpoints(folder, found), _status(folder, state, found), _cells(folder, state, found),
-        _metrics(folder, state, found)]
+    checked = [_sealed(folder) if "seal.json" not in found else "", _checkpoints(folder, found),
+        _status(folder, state, found), _cells(folder, state, found), _metrics(folder, state, found)]
     if not record_only: checked += _machine(folder, state, found)
     return Verified(folder, [c for c in checked if c], list(found.values()))
+
+def _sealed(folder:Path)->str:
+    "How much a seal covers, and its digest."
+    sealed = json.loads((folder/"seal.json").read_text(encoding="utf-8"))
+    return f"{len(sealed['files'])} files, {len(sealed['fields'])} fields (seal {sealed['digest'][:_SHORT]})"
 
 def _machine(folder:Path, state:dict, found:dict)->list[str]:
     "What the record names, as it is here."
