@@ -172,6 +172,7 @@ def _code_only(folder:Path):
     file = next((folder/n for n in ("record.ipynb", "source.ipynb") if (folder/n).exists()), None)
     if file is None: raise UserError(f"{folder} holds no notebook")
     notebook = nbformat.read(file, 4)
+    notebook.cells = [c for c in notebook.cells if "injected-parameters" not in c.metadata.get("tags", [])]
     for cell in notebook.cells:
         cell.metadata = nbformat.NotebookNode()
         if cell.cell_type == "code": cell.outputs, cell.execution_count = [], None

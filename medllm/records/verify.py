@@ -40,7 +40,7 @@ def _checkpoints(folder:Path, found:dict)->str:
     except ImportError: return ""
     for commit in commits:
         if reason := check(commit.parent): found[commit.parent.name] = f"{commit.parent.name}: {reason}"
-    return f"{len(commits)} checkpoint" + "s"*(len(commits) > 1)
+    return f"checkpoints ({len(commits)})"
 
 # %% ../../nbs/records/13_verify.ipynb #cells
 def _cells(folder:Path, state:dict, found:dict)->str:
@@ -60,7 +60,7 @@ def _cells(folder:Path, state:dict, found:dict)->str:
     if state.get("status") == "completed" and missed and "run.json status" not in found:
         found["missed"] = f"record.ipynb: the run is completed, but cell '{missed[0]}' was not executed"
     _sources(dict(code), state, found)
-    return f"{len(code)} cells in order"
+    return f"cells in order ({len(code)})"
 
 def _sources(code:dict, state:dict, found:dict):
     "The code that is shown against the hashes of what was executed, where the record has them."
@@ -94,7 +94,7 @@ def _metrics(folder:Path, state:dict, found:dict)->str:
         if name in effective and effective[name] != value and not {f"run.json {k}.{name}" for k in ("parameters", "effective")
                 } & found.keys() and name not in ("output_dir", "runs_dir"):
             found[f"effective {name}"] = f"run.json: parameter {name} is {value}, the kernel had {effective[name]}"
-    return f"{len(flat(metrics))} metrics" if metrics else ""
+    return f"metrics ({len(flat(metrics))})" if metrics else ""
 
 def read_json(
     file:Path,  # In a record
@@ -186,7 +186,7 @@ def _parents(folder:Path, found:dict)->str:
                     f"parent {parent.place}: {text}")
             walk(parent)
     walk(ancestry(folder))
-    return f"{len(seen) - 1} ancestors" if len(seen) > 1 else ""
+    return f"ancestors ({len(seen) - 1})" if len(seen) > 1 else ""
 
 # %% ../../nbs/records/13_verify.ipynb #verify
 @dataclass
@@ -219,14 +219,14 @@ def verify(
 def _sealed(folder:Path)->str:
     "How much a seal covers, and its digest."
     sealed = json.loads((folder/"seal.json").read_text(encoding="utf-8"))
-    return f"{len(sealed['files'])} files, {len(sealed['fields'])} fields (seal {sealed['digest'][:_SHORT]})"
+    return f"seal {sealed['digest'][:_SHORT]} over {len(sealed['files'])} files and {len(sealed['fields'])} fields"
 
 def _machine(folder:Path, state:dict, found:dict)->list[str]:
     "What the record names, as it is here."
     for look in (data_here, models_here, packages_here): found |= look(state, found)
     files = sum(len(d.get("sha256") or {}) for d in (state.get("inputs") or {}).get("data", []))
-    return [f"{files} data file" + "s"*(files != 1), f"{len(state.get('consumed') or [])} models", _parents(folder, found),
-        f"{len((state.get('provenance') or {}).get('packages', {}))} packages"]
+    return [f"data files ({files})", f"models ({len(state.get('consumed') or [])})", _parents(folder, found),
+        f"packages ({len((state.get('provenance') or {}).get('packages', {}))})"]
 
 # %% ../../nbs/records/13_verify.ipynb #tables
 _MARK = re.compile(r"<!--\s*record:\s*(\S+)\s+(\S+?)\s*-->")
@@ -255,7 +255,7 @@ def check_tables(
             defects += [f"{file}:{number}: {text}" for text in _marked(file, before, *mark.groups(), runs, changed)]
     if not count: raise UserError(
         f"--tables {file}: no number in it is marked; write <!-- record: FOLDER metrics.NAME --> behind one")
-    return Verified(file, [f"{count} numbers of {len(changed)} records"], defects)
+    return Verified(file, [f"marked numbers ({count}), records ({len(changed)})"], defects)
 
 def _marked(file:Path, before:list[str], name:str, path:str, runs, changed:dict)->list[str]:
     "What is wrong with one marked number."
