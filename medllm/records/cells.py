@@ -29,7 +29,7 @@ class RecordManager(NotebookExecutionManager):
     def __init__(self, nb, policy:Policy, folder:Path|None=None, **options):
         super().__init__(nb, **options)
         self.policy, self.folder, self.status, self.reason, self.effective = policy, folder, "created", "", {}
-        self._kept, self._unsaved, self._counts = {}, 0, {}
+        self._kept, self._unsaved, self._told, self._counts = {}, 0, 0, {}
 
     def cell_text(self, index:int)->str:
         "A cell as it may be written."
@@ -64,15 +64,21 @@ class RecordManager(NotebookExecutionManager):
         else: write_bytes(self.output_path, text.encode("utf-8", errors="replace"))
 
     def _not_saved(self, error:OSError):
+        if not self._unsaved: say(f"{self.output_path} could not be saved ({error.strerror}); the earlier one stays")
         self._unsaved += 1
-        if self._unsaved == 1: say(f"{self.output_path} could not be saved ({error.strerror}); the earlier one stays")
+        if self._told < 1: self._tell("record_not_saved", reason=error.strerror)
 
     def _saved(self):
-        "Say, once there is room again, that there was none."
-        if self._unsaved and self.folder and self.folder.exists():
-            with contextlib.suppress(OSError):
-                Run(self.folder).event("record_not_saved", times=self._unsaved)
-                self._unsaved = 0
+        "Say that there is room again."
+        if self._unsaved: self._tell("record_saved_again", times=self._unsaved)
+        self._unsaved = self._told = 0
+
+    def _tell(self, name:str, **facts):
+        "An event; there may be no room for that either."
+        if not self.folder or not self.folder.exists(): return
+        with contextlib.suppress(OSError):
+            Run(self.folder).event(name, **facts)
+            self._told += 1
 
     def hide(self):
         "The data turned out to be private: go through all outputs again."
@@ -136,7 +142,7 @@ class TrueManager(RecordManager):
         code = [(c, json.loads(self.cell_text(i))) for i, c in enumerate(self.nb.cells) if c.cell_type == "code"]
         ran = [c.execution_count for c, _ in code if c.metadata.papermill["status"] != "not_run" and c.source.strip()]
         counts = sum(self._counts.values(), Counter())
-        return {"cells": [{"id": c.get("id", ""), "source_sha256": hashlib.sha256(c.source.encode()).hexdigest(),
+        return {"cells": [{"id": c.get("id", ""), "source_sha256": hashlib.sha256("".join(text["source"]).encode()).hexdigest(),
                 "execution_count": c.execution_count, "status": c.metadata.papermill["status"],
                 "duration_s": c.metadata.papermill["duration"],
                 "output_bytes": len(json.dumps(text["outputs"], ensure_ascii=False).encode())} for c, text in code],

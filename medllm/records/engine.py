@@ -197,13 +197,15 @@ def conclude(
     if manager.folder is None or not manager.folder.exists(): return
     run = Run(manager.folder)
     said, facts = run.state.get("status"), manager.facts() | {"effective": scrub_values(manager.effective)[0]}
-    if manager.status == "completed" and said != "completed": manager.status, manager.reason = (
+    if manager.status == "completed" and said not in ("created", "completed"): manager.status, manager.reason = (
         (said, run.state.get("reason", "")) if said in ENDED else ("failed", "the notebook ended before its last cell"))
+    # "created": the notebook keeps no record of its own, so its cells are all there is to say
     told = run.state.get("reason", "") if said in ENDED else ""
     reason = told if said == manager.status and told else "; ".join(filter(None, (manager.reason, told)))
-    found = Counter(scrub_folder(manager.folder))
-    facts["privacy"]["scrubbed"] = dict(Counter(facts["privacy"]["scrubbed"]) + Counter({f"secret: {k}": n for k, n in found.items()}))
-    run.read().update(status=manager.status, ended=now(), duration_s=run._seconds(), **facts, **({"reason": reason} if reason else {}))
+    found = Counter({f"secret: {rule}": n for rule, n in scrub_folder(manager.folder).items()})
+    facts["privacy"]["scrubbed"] = dict(Counter(facts["privacy"]["scrubbed"]) + found)
+    if reason: facts["reason"] = reason
+    run.read().update(status=manager.status, ended=now(), duration_s=run._seconds(), **facts)
     with contextlib.suppress(ImportError):
         from medllm.records.seal import seal
         seal(manager.folder)
