@@ -44,8 +44,8 @@ def ends(folder, *cells, engine="medllm", given=None, record=False, **options):
     try: execute_notebook(str(file), str(out), given, engine_name=engine, kernel_name="python3", progress_bar=False, **options)
     except (Exception, SystemExit) as error: raised = error
     nb = nbformat.read(out, 4) if out.exists() else None
-    return raised, nb, [c.metadata.papermill.status for c in nb.cells if re.fullmatch(r"c\d", c.get("id", "")[:2]) and "papermill" in c.metadata
-        and len(c.id) < 4] if nb else []
+    ours = [c for c in nb.cells if re.fullmatch(r"c\d+", c.get("id", "")) and "papermill" in c.metadata] if nb else []
+    return raised, nb, [c.metadata.papermill.status for c in ours]
 
 
 SUICIDE = "print('so far', flush=True)\nimport os, signal, time\ntime.sleep(.6)\nos.kill(os.getpid(), signal.SIGKILL)"
@@ -293,7 +293,8 @@ def test_parameters_that_plain_papermill_lets_through(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("given, says", [
-    ({"nn": 3}, "did you mean 'n'"), ({"n": "three"}, "wants int"), ({"n": True}, "wants int"), ({"rate": float("nan")}, "no number"),
+    ({"nn": 3}, "did you mean 'n'"), ({"n": "three"}, "wants int"), ({"n": True}, "wants int"),
+    ({"rate": float("nan")}, "no number"),
     ({"rate": float("inf")}, "no number"), ({"name": (1, 2)}, "wants str"), ({"extra": {1: 2}}, "is no text"),
     ({"name": "x"*1_000_000}, "at most 100,000"), ({"extra": {"hub_token": "abc"}}, "not written down"),
     ({"n=1\nopen('pwned','w').close()\nz": 1}, "hold code"), ({"n": 1, "z; open('pwned','w')": 1}, "")], ids=str)
@@ -306,8 +307,9 @@ def test_parameters_are_refused_before_a_kernel_starts(tmp_path, monkeypatch, gi
 
 
 def test_parameters_are_read_back_from_the_kernel(tmp_path):
-    error, nb, cells = ends(tmp_path, "n", given={"n": 3, "name": "高血压 \"x\"\\ \n"}, record=True)
-    assert error is None and Run(tmp_path/"r").state["effective"] == {"n": 3, "rate": 0.5, "name": "高血压 \"x\"\\ \n", "extra": {}}
+    given = {"n": 3, "name": "高血压 \"x\"\\ \n"}
+    error, nb, cells = ends(tmp_path, "n", given=given, record=True)
+    assert error is None and Run(tmp_path/"r").state["effective"] == {"rate": 0.5, "extra": {}} | given
 
 
 def test_a_parameter_that_the_kernel_changes_fails_the_run(tmp_path):
@@ -317,7 +319,8 @@ def test_a_parameter_that_the_kernel_changes_fails_the_run(tmp_path):
     assert "n was given, but the kernel has another value" in nb.metadata.medllm.reason and cells == ["not_run"]
 
 
-@pytest.mark.parametrize("given, says", [({"max_step": 5}, "did you mean"), ({"seed": -1}, "from 0 to"), ({"seed": (1,)}, "unchanged"),
+@pytest.mark.parametrize("given, says", [
+    ({"max_step": 5}, "did you mean"), ({"seed": -1}, "from 0 to"), ({"seed": (1,)}, "unchanged"),
     ({"learning_rate": float("inf")}, "finite"), ({"hub_token": "hf_" + "a1"*15}, "env:NAME")], ids=str)
 def test_execute_refuses_and_leaves_no_folder(tmp_path, given, says):
     from medllm.records.run import execute
@@ -328,7 +331,8 @@ def test_execute_refuses_and_leaves_no_folder(tmp_path, given, says):
 # ---- R7, R8, R9: what may not be in a record
 
 TOKEN, PASSWORD = "hf_" + "Zq7"*11, 'c0rrect "h0rse\\'
-SECRETS = [f"print('{TOKEN}')", "import os\nt = os.environ['HARMLESS']\nprint(t[:9], end='', flush=True)\nprint(t[9:])", f"token = '{TOKEN}'\n1/0",
+SECRETS = [f"print('{TOKEN}')", f"token = '{TOKEN}'\n1/0",
+    "import os\nt = os.environ['HARMLESS']\nprint(t[:9], end='', flush=True)\nprint(t[9:])",
     f"raise OSError('https://me:{TOKEN[3:]}@host/x failed')", "import os\nprint(os.environ['CLINIC_PASSWORD'])",
     "import json, os\nprint(json.dumps({'p': os.environ['CLINIC_PASSWORD']}))", f"{{'a': ['{TOKEN}']}}",
     "import urllib.parse, os\nurllib.parse.quote(os.environ['CLINIC_PASSWORD'])",
@@ -344,7 +348,8 @@ def test_planted_secrets_are_nowhere(tmp_path, monkeypatch):
     monkeypatch.setenv("HARMLESS", TOKEN)                               # its shape gives it away
     _, nb, _ = ends(tmp_path, *SECRETS, engine=None, tags=["raises-exception"])
     assert TOKEN.encode() in (tmp_path/"out.ipynb").read_bytes()
-    error, nb, cells = ends(tmp_path, *SECRETS, tags=["raises-exception"], record=True, given={"extra": {"hub_token": "env:HF_TOKEN"}})
+    given = {"extra": {"hub_token": "env:HF_TOKEN"}}
+    error, nb, cells = ends(tmp_path, *SECRETS, tags=["raises-exception"], record=True, given=given)
     assert set(cells) == {"completed"}, cells
     (tmp_path/"r/train.log").write_text(f"x {TOKEN}\n")
     from medllm.records.scrub import scrub_folder
@@ -358,13 +363,15 @@ def test_planted_secrets_are_nowhere(tmp_path, monkeypatch):
 
 ROW = {"instruction": "Jane Zebrafish, born 1970-01-02?", "output": "MRN-4471123 张伟珍"}
 MARKS = ("Zebrafish", "4471123", "张伟珍", "1970-01-02", json.dumps("张伟珍")[1:-1])
-ROWS = ["import json\nrows = json.load(open(dataset))\nrow = rows[0]\nprint(row)", "row", "import sys\nprint(repr(row), file=sys.stderr)",
-    "import pandas as pd\npd.DataFrame(rows)", "from IPython.display import display, Markdown, HTML\n"
-    "display(row, Markdown(row['output']), HTML('<p>' + row['output']))",
-    "assert row['output'].startswith('x'), row", "raise ValueError(f'bad row {row}')",
-    "def f(record):\n    patient = record['output']\n    return 1/0\n%xmode Verbose\nf(row)", "import logging\nlogging.warning('row %s', row)",
-    "import pyarrow as pa\npa.array([row['output']]).cast(pa.int64())", "import datasets\nd = datasets.Dataset.from_list(rows)\nprint(d[0])\nd[0]",
-    "import warnings\nwarnings.warn(row['output'])", "get_ipython().set_next_input(row['output'])", "row['output'] = int(row['output'])",
+ROWS = [
+    "import json\nrows = json.load(open(dataset))\nrow = rows[0]\nprint(row)", "row",
+    "import sys\nprint(repr(row), file=sys.stderr)",
+    "import pandas as pd\npd.DataFrame(rows)", "assert row['output'].startswith('x'), row", "raise ValueError(f'bad row {row}')",
+    "from IPython.display import display, Markdown, HTML\ndisplay(row, Markdown(row['output']), HTML('<p>' + row['output']))",
+    "def f(record):\n    patient = record['output']\n    return 1/0\n%xmode Verbose\nf(row)",
+    "import logging\nlogging.warning('row %s', row)", "import pyarrow as pa\npa.array([row['output']]).cast(pa.int64())",
+    "import datasets\nd = datasets.Dataset.from_list(rows)\nprint(d[0])\nd[0]", "row['output'] = int(row['output'])",
+    "import pydantic\nclass M(pydantic.BaseModel):\n    output: int\nM(**row)", "import warnings\nwarnings.warn(row['output'])",
     "class UserError(Exception): pass\nraise UserError(row['output'])"]
 
 
@@ -390,9 +397,13 @@ def test_rows_of_a_private_dataset_are_nowhere(tmp_path):
 def test_a_failing_run_on_private_rows_says_nothing_of_them(tmp_path):
     data = tmp_path/"rows.json"
     data.write_text(json.dumps([ROW]*3))
-    error, nb, cells = ends(tmp_path, ROWS[0], ROWS[6], given={"dataset": str(data)}, parameters="dataset:str = 'mm'", record=True)
-    assert cells == ["completed", "failed"] and Run(tmp_path/"r").state["reason"] == "ValueError (its text is in record.ipynb)"
-    assert not any(m in str(error) for m in MARKS) and not any(m in bytes_of(tmp_path/"r").decode() for m in MARKS)
+    for way, kind in ((5, "ValueError"), (-1, "UserError")):
+        (tmp_path/kind).mkdir()
+        error, nb, cells = ends(tmp_path/kind, ROWS[0], ROWS[way], given={"dataset": str(data)}, parameters="dataset:str = 'mm'",
+            record=True)
+        assert cells == ["completed", "failed"]
+        assert Run(tmp_path/kind/"r").state["reason"] == f"{kind} (its text is in record.ipynb)"
+        assert not [m for m in MARKS if m in str(error) + bytes_of(tmp_path/kind/"r").decode()]
 
 
 def test_scripts_floods_and_bombs(tmp_path):
@@ -407,7 +418,7 @@ def test_scripts_floods_and_bombs(tmp_path):
     text = (tmp_path/"r/record.ipynb").read_text()
     outputs = json.dumps([c.outputs for c in nb.cells])
     assert not any(bad in outputs for bad in ("<script", "onerror", "javascript:", "onload", "alert(4)", "\\u001b]", "[2J"))
-    assert "<b>kept</b>" in outputs and "#unsafe-link" in outputs and "output cut" in outputs and "more outputs left out" in outputs
+    assert all(part in outputs for part in ("<b>kept</b>", "#unsafe-link", "output cut", "more outputs left out"))
     assert len(text) < 9e6
 
 
@@ -440,7 +451,7 @@ def test_a_whole_run_on_private_rows_with_planted_secrets(tmp_path):
 def test_another_attempt_in_the_same_folder(tmp_path):
     from medllm.records.run import execute
     notebook = nbformat.read(ROOT/"nbs/runs/data.ipynb", 4)
-    notebook.cells.insert(3, code_cell("import os, signal\nif not os.environ.get('AGAIN'): os.kill(os.getpid(), signal.SIGKILL)", id="k"))
+    notebook.cells.insert(3, code_cell("import os\nif not os.environ.get('AGAIN'): os.kill(os.getpid(), 9)", id="killed"))
     nbformat.write(notebook, tmp_path/"data.ipynb")
     given = {"max_samples": 10, "near": False, "output_dir": str(tmp_path/"r")}
     assert execute(str(tmp_path/"data.ipynb"), given).state["status"] == "killed"
