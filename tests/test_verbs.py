@@ -1,6 +1,7 @@
 """What became of a record: listed, verified, run again, resumed, freed, promoted (faults R10 to R14 of issue 5)."""
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -315,10 +316,11 @@ def test_a_thousand_runs_in_a_second(plain, tmp_path):
         folder.mkdir(parents=True)
         (folder/"run.json").write_text(text)
     seconds, rows = [], []
-    for _ in range(3):
-        began = time.monotonic()
+    for _ in range(3):                                            # of the processor: other tests run beside this one
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = medllm("runs", "list", "--json", "--runs", tmp_path/"runs")
-        seconds.append(time.monotonic() - began)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         rows = json.loads(done.stdout)
     assert len(rows) == 1000 and sum(r["status"] == "lost" for r in rows) == 10
     assert all("torn" in r["reason"] for r in rows if r["status"] == "lost")
