@@ -109,6 +109,14 @@ class Objective:
         "Validation metrics from sums over a whole set: \"loss\" and everything watched."
         return self.means(sums, units)
 
+    def state(self)->dict:
+        ("What must be carried over a checkpoint beside the weights: tensors and numbers by name. Asked for after every "
+            "optimiser step, so it is to be quick: references, no copies.")
+        return {}
+
+    def load_state(self, state:dict):
+        "Take back what `state` gave."
+
 class TokenLoss(Objective):
     "Next-token cross-entropy: pre-training and supervised fine-tuning."
     unit = "tokens"
