@@ -16,7 +16,7 @@ from .core import Interrupted, UserError, say
 # %% ../nbs/99_cli.ipynb #commands
 def _train(args)->int:
     from medllm.train.__main__ import main as train
-    return train(args.words)
+    return train(args.words, own=True)
 
 def _tiny(args)->int:
     from medllm.models.tiny import write_tiny

@@ -7,6 +7,7 @@ __all__ = ['launch', 'train_in']
 
 # %% ../../nbs/records/06_launch.ipynb #imports
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from ..core import UserError, write_json
 from .pedigree import consumed, weights
 from .record import Run
 from ..train.arguments import Arguments
+from ..train.determinism import launch_environment
 from ..train.inputs import TrainingData
 from ..train.loop import train
 
@@ -40,9 +42,9 @@ def launch(
 )->dict:           # The metrics
     "Train in several processes. Raises `UserError` with the children's reason when they fail."
     file = write_json(folder/"args.json", flags)
-    log = folder/"train.log"
+    log, environment = folder/"train.log", os.environ | launch_environment(flags.get("profile"))
     with open(log, "w", encoding="utf-8") as out:
-        code = subprocess.run(_command(file, processes), stdout=out, stderr=subprocess.STDOUT).returncode
+        code = subprocess.run(_command(file, processes), stdout=out, stderr=subprocess.STDOUT, env=environment).returncode
     if code: raise UserError(_last_error(log))
     return json.loads((folder/"metrics.json").read_text(encoding="utf-8"))
 
@@ -57,5 +59,5 @@ def train_in(
     if processes < 1: raise UserError(f"num_processes {processes}: must be at least 1")
     run.update(consumed=consumed(args))
     metrics = train(args, data) if processes == 1 else launch(args.given, run.folder, processes)
-    run.update(weights=weights(run.folder))
+    run.update(weights=weights(run.folder), provenance=run.state["provenance"] | {"determinism": metrics["determinism"]})
     return metrics

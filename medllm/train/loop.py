@@ -18,6 +18,7 @@ from ..data.look import picture
 from ..data.packing import padding_shares, plan_packs
 from ..models.adapters import describe, trained_parameters
 from .arguments import Arguments, parse, preflight
+from .determinism import apply, in_force
 from .inputs import TrainingData, prepare_data
 
 # %% ../../nbs/train/25_loop.ipynb #plot
@@ -110,6 +111,7 @@ def train(
     from transformers import set_seed
     t, folder = args.training, Path(args.training.output_dir)
     resume = _checkpoint(args)
+    apply(args.finetuning.profile, args, data)
     set_seed(t.seed)
     stage = stage_module(args.finetuning.stage)
     trainer = stage.make_trainer(args, data)
@@ -127,7 +129,8 @@ def train(
         metrics |= _packing_metrics(trainer, metrics["padding_share"])
     if data.eval: metrics |= trainer.evaluate() if result else before
     if result and hasattr(stage, "finish"): metrics |= stage.finish(trainer, args, data)
-    metrics |= {"parameters": counted, "rows": [a.as_dict() for a in data.accounts], "data": data.findings}
+    metrics |= {"parameters": counted, "rows": [a.as_dict() for a in data.accounts], "data": data.findings,
+        "determinism": in_force()}
     if is_first_process():
         write_rejects(data.accounts, folder/"rejects.jsonl")
         write_json(folder/"metrics.json", metrics)

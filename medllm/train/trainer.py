@@ -243,6 +243,25 @@ def floating_point_ops(self:StageTrainer, inputs:dict)->int:
     "Not counted here: walking all parameters for it in each micro-batch costs more than it tells."
     return 0
 
+# %% ../../nbs/train/09_trainer.ipynb #until-resumable
+@patch
+def _save_rng_state(self:StageTrainer, output_dir):
+    from safetensors.torch import save_file
+    super(StageTrainer, self)._save_rng_state(output_dir)
+    state, mine = self.objective.state(), f"_{self.args.process_index}" if self.args.world_size > 1 else ""
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in state.items() if torch.is_tensor(v)}
+    if tensors: save_file(tensors, Path(output_dir)/f"objective{mine}.safetensors")
+    (Path(output_dir)/f"objective{mine}.json").write_text(json.dumps({k: v for k, v in state.items() if not torch.is_tensor(v)}))
+
+@patch
+def _load_optimizer_and_scheduler(self:StageTrainer, checkpoint):
+    from safetensors.torch import load_file
+    super(StageTrainer, self)._load_optimizer_and_scheduler(checkpoint)
+    mine = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
+    if not checkpoint or not (file := Path(checkpoint)/f"objective{mine}.json").exists(): return
+    tensors = load_file(file.with_suffix(".safetensors")) if file.with_suffix(".safetensors").exists() else {}
+    self.objective.load_state(json.loads(file.read_text()) | tensors)
+
 # %% ../../nbs/train/09_trainer.ipynb #evaluate
 @patch
 def _total(self:StageTrainer, model, units)->torch.Tensor:
@@ -338,6 +357,24 @@ def _save(self:StageTrainer, output_dir:str|None=None, state_dict:dict|None=None
         "train are left out.")
     with trained_role(self.accelerator.unwrap_model(self.model)): super(StageTrainer, self)._save(output_dir, state_dict)
     if self.args.should_save: (Path(output_dir or self.args.output_dir)/"training_args.bin").unlink(missing_ok=True)
+
+# %% ../../nbs/train/09_trainer.ipynb #progress
+_COUNTED = ("seen", "_counted", "sums")
+
+@patch
+def progress(self:StageTrainer)->dict:
+    "What the log has counted so far, as this process knows it; tensors are copies."
+    own = {f"{kind}.{name}": v.clone() if torch.is_tensor(v) else v for kind in _COUNTED
+        for name, v in getattr(self, kind).items()}
+    return super(StageTrainer, self).progress() | own
+
+@patch
+def take_progress(self:StageTrainer,
+    saved:dict, # What `progress` gave, with numbers for tensors
+):
+    "Go on counting from there."
+    super(StageTrainer, self).take_progress(saved)
+    for kind in _COUNTED: setattr(self, kind, {name: saved[f"{kind}.{name}"] for name in getattr(self, kind)})
 
 # %% ../../nbs/train/09_trainer.ipynb #memory
 def activation_bytes(
