@@ -103,7 +103,7 @@ class FinetuningArguments:
     overwrite_output_dir:bool = flag(False, "Write into a folder that already holds a model")
     profile:str = flag("fast", "How repeatable the run is: fast (seeds only), repeatable (the same curve), or exact (the "
         "same weights bit for bit; refuses what cannot be)")
-    allow:str|None = flag(None, "Settings in which a resumed run may differ from the one it goes on with, comma list")
+    allow:str|None = flag(None, "What may differ from the checkpoint that is resumed, comma list: lr, seed, batch, steps …")
 
 # %% ../../nbs/train/00_flags.ipynb #ours-preference
 @dataclass
