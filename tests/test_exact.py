@@ -43,7 +43,9 @@ for given, at in json.loads(Path(sys.argv[1]).read_text()):
         return plain(self, *args, **kwargs)
     if at: StageTrainer.compute_loss = asked       # somebody asks it to stop in the middle of a step
     try: run(given)
-    except Exception as e: Path(given["output_dir"], "said").write_text(str(e) if "asked to stop" in str(e) else traceback.format_exc())
+    except Exception as e:
+        said = str(e) if "asked to stop" in str(e) else traceback.format_exc()
+        Path(given["output_dir"], "said").write_text(said)
     StageTrainer.compute_loss = plain
     stop.clear()
 """
@@ -53,7 +55,8 @@ def train(folder, runs, profile="exact", **env):
     "One process that trains these runs one after the other, each given as flags and the step to stop at."
     file = folder/f"runs-{len(list(folder.glob('runs-*')))}.json"
     file.write_text(json.dumps([(SHORT | given | dict(profile=profile), at) for given, at in runs]))
-    done = run(sys.executable, "-c", CHILD, file, cwd=folder, **{"PYTHONPATH": str(ROOT)} | launch_environment(profile) | env)
+    own = {"PYTHONPATH": str(ROOT), "MEDLLM_CACHE": str(folder/"cache")}      # empty for the first process, full for the others
+    done = run(sys.executable, "-c", CHILD, file, cwd=folder, **own | launch_environment(profile) | env)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -83,7 +86,8 @@ def weights(folder):
 
 def timeless(value):
     "Without what a clock says."
-    return {k: timeless(v) for k, v in value.items() if not any(word in k for word in CLOCK)} if isinstance(value, dict) else value
+    if not isinstance(value, dict): return value
+    return {k: timeless(v) for k, v in value.items() if not any(word in k for word in CLOCK)}
 
 
 def metrics(folder): return timeless(json.loads((folder/"metrics.json").read_text()))
