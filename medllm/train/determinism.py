@@ -78,7 +78,7 @@ def check_overlap(
 PROMISES = {
     "fast": "seeds and order of rows only; not repeatable on a GPU",
     "repeatable": "the same curve to rounding",
-    "exact": "the same weights bit for bit, on the same kind of machine with the same packages"}
+    "exact": "the same weights bit for bit, on the same kind of machine with the same packages and as many threads"}
 
 _applied = {"profile": "fast"}
 
