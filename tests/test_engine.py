@@ -206,7 +206,22 @@ run.update(stage='bare', status='running', started='2026-01-01T00:00:00+00:00', 
     assert process.wait(30) == 75
     state = Run(tmp_path/"rec").state
     assert state["status"] == "interrupted" and state["effective"] == {"n": 3, "rate": 0.5, "name": "a", "extra": {}}
-    assert 'papermill.engine": ["medllm=medllm.records.engine:RecordEngine"]' in (ROOT/"setup.py").read_text()
+
+
+def test_the_engine_is_found_by_its_entry_point(tmp_path):
+    "setup.py names it; the plain command needs nothing else."
+    (tmp_path/"installed").mkdir()
+    made = run(sys.executable, ROOT/"setup.py", "-q", "egg_info", "-e", tmp_path/"installed")
+    assert made.returncode == 0, made.stderr
+    book(tmp_path, "print(n)", "1/0", "3")
+    done = run("papermill", "--engine", "medllm", "in.ipynb", "out.ipynb", "-p", "n", 3, "--no-progress-bar", cwd=tmp_path,
+        PYTHONPATH=f"{tmp_path/'installed'}{os.pathsep}{ROOT}")
+    nb = nbformat.read(tmp_path/"out.ipynb", 4)
+    assert done.returncode == 1 and nb.metadata.medllm.status == "failed", done.stderr
+    assert [c.metadata.papermill.status for c in nb.cells] == ["completed"]*3 + ["failed", "not_run"]
+    done = run("papermill", "--engine", "medllm", "in.ipynb", "out.ipynb", "-p", "nn", 3, "--no-progress-bar", cwd=tmp_path,
+        PYTHONPATH=f"{tmp_path/'installed'}{os.pathsep}{ROOT}")
+    assert done.returncode == 2 and "did you mean 'n'" in done.stderr, done.stderr
 
 
 # ---- R4: crashes and full disks in the middle of a write
