@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .core import UserError, say
+from .core import Interrupted, UserError, say
 
 # %% ../nbs/99_cli.ipynb #commands
 def _train(args)->int:
@@ -41,7 +41,7 @@ def _run(args)->int:
     run = execute(args.notebook, _settings(args))
     if run.state["status"] != "completed":
         say(f"{run.state['status']}: {run.state['reason']}\nrecord: {run.folder}")
-        return 1
+        return {"rejected": 2, "interrupted": 75, "timed_out": 124}.get(run.state["status"], 1)
     m = run.state["metrics"]
     if "passed" in m: print(f"the data {'passed' if m['passed'] else 'did not pass'}: {run.folder/'card.md'}")
     if m.get("loss_first"): print(
@@ -199,8 +199,8 @@ def _data_commands(p):
 # %% ../nbs/99_cli.ipynb #main
 def main(
     argv:Sequence[str]|None = None, # Words; None takes the program's own
-)->int:                             # 0; 1 when a run failed; 2 for a user's mistake; 130 when interrupted
-    "The `medllm` command; returns the exit code."
+)->int:                             # 0; 1 when a run failed; 2 for a user's mistake
+    "The `medllm` command; returns the exit code: also 75 when it was asked to stop, 124 out of time, 130 by the keyboard."
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         if argv[:1] == ["train"]: return _train(argparse.Namespace(words=argv[1:]))
@@ -211,7 +211,7 @@ def main(
         return args.function(args)
     except UserError as e:
         say(f"error: {e}")
-        return 2
+        return 75 if isinstance(e, Interrupted) else 2
     except KeyboardInterrupt: return 130
     except BrokenPipeError:                     # the reader of the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
