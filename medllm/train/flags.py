@@ -99,6 +99,7 @@ class FinetuningArguments:
     pure_bf16:bool = flag(False, "Train bfloat16 weights as they are, without a float32 copy")
     plot_loss:bool = flag(False, "Draw loss and learning rate as loss.png")
     overwrite_output_dir:bool = flag(False, "Write into a folder that already holds a model")
+    allow:str|None = flag(None, "What may differ from the checkpoint that is resumed, comma list: lr, seed, batch, steps …")
 
 # %% ../../nbs/train/00_flags.ipynb #ours-preference
 @dataclass
