@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 import nbformat
+from fastcore.basics import patch
 from papermill.engines import NotebookExecutionManager
 from papermill.iorw import papermill_io
 
@@ -29,7 +30,7 @@ class RecordManager(NotebookExecutionManager):
     def __init__(self, nb, policy:Policy, folder:Path|None=None, **options):
         super().__init__(nb, **options)
         self.policy, self.folder, self.status, self.reason, self.effective = policy, folder, "created", "", {}
-        self._kept, self._unsaved, self._counts = {}, 0, {}
+        self._kept, self._unsaved, self._told, self._counts = {}, 0, 0, {}
 
     def cell_text(self, index:int)->str:
         "A cell as it may be written."
@@ -49,7 +50,8 @@ class RecordManager(NotebookExecutionManager):
         "The notebook as it may be written."
         meta = json.dumps(scrub_values(self.nb.metadata)[0], indent=1, sort_keys=True, ensure_ascii=False, default=str)
         cells = ",\n".join(self.cell_text(i) for i in range(len(self.nb.cells)))
-        return f'{{\n"cells": [\n{cells}\n],\n"metadata": {meta},\n"nbformat": 4,\n"nbformat_minor": {self.nb.nbformat_minor}\n}}\n'
+        minor = self.nb.nbformat_minor
+        return f'{{\n"cells": [\n{cells}\n],\n"metadata": {meta},\n"nbformat": 4,\n"nbformat_minor": {minor}\n}}\n'
 
     def save(self, **kwargs):
         "Write the notebook, whole or not at all."
@@ -59,21 +61,6 @@ class RecordManager(NotebookExecutionManager):
             else: self._saved()
         self.last_save_time = self.now()
 
-    def _write(self, text:str):
-        if "://" in str(self.output_path): papermill_io.write(text, self.output_path)
-        else: write_bytes(self.output_path, text.encode("utf-8", errors="replace"))
-
-    def _not_saved(self, error:OSError):
-        self._unsaved += 1
-        if self._unsaved == 1: say(f"{self.output_path} could not be saved ({error.strerror}); the earlier one stays")
-
-    def _saved(self):
-        "Say, once there is room again, that there was none."
-        if self._unsaved and self.folder and self.folder.exists():
-            with contextlib.suppress(OSError):
-                Run(self.folder).event("record_not_saved", times=self._unsaved)
-                self._unsaved = 0
-
     def hide(self):
         "The data turned out to be private: go through all outputs again."
         self.policy.private, self._kept = True, {}
@@ -82,6 +69,32 @@ class RecordManager(NotebookExecutionManager):
         "A cell that has ended does not change any more; unless a display of it is updated later."
         self._kept.pop(index, None)
         if not forget: self._kept[index] = self.cell_text(index)
+
+# %% ../../nbs/records/04_cells.ipynb #full
+@patch
+def _write(self:RecordManager, text:str):
+    if "://" in str(self.output_path): papermill_io.write(text, self.output_path)
+    else: write_bytes(self.output_path, text.encode("utf-8", errors="replace"))
+
+@patch
+def _not_saved(self:RecordManager, error:OSError):
+    if not self._unsaved: say(f"{self.output_path} could not be saved ({error.strerror}); the earlier one stays")
+    self._unsaved += 1
+    if self._told < 1: self._tell("record_not_saved", reason=error.strerror)
+
+@patch
+def _saved(self:RecordManager):
+    "Say that there is room again."
+    if self._unsaved: self._tell("record_saved_again", times=self._unsaved)
+    self._unsaved = self._told = 0
+
+@patch
+def _tell(self:RecordManager, name:str, **facts):
+    "An event; there may be no room for that either."
+    if not self.folder or not self.folder.exists(): return
+    with contextlib.suppress(OSError):
+        Run(self.folder).event(name, **facts)
+        self._told += 1
 
 # %% ../../nbs/records/04_cells.ipynb #states
 class TrueManager(RecordManager):
@@ -131,22 +144,24 @@ class TrueManager(RecordManager):
         for cell, text in zip(self.nb.cells, safe):
             if cell.cell_type == "code": cell.outputs = nbformat_outputs(text["outputs"])
 
-    def facts(self)->dict: # cells, linear, effective, privacy
-        "What run.json says about the cells."
-        code = [(c, json.loads(self.cell_text(i))) for i, c in enumerate(self.nb.cells) if c.cell_type == "code"]
-        ran = [c.execution_count for c, _ in code if c.metadata.papermill["status"] != "not_run" and c.source.strip()]
-        counts = sum(self._counts.values(), Counter())
-        return {"cells": [{"id": c.get("id", ""), "source_sha256": hashlib.sha256(c.source.encode()).hexdigest(),
-                "execution_count": c.execution_count, "status": c.metadata.papermill["status"],
-                "duration_s": c.metadata.papermill["duration"],
-                "output_bytes": len(json.dumps(text["outputs"], ensure_ascii=False).encode())} for c, text in code],
-            "linear": [n for n in ran if n] == list(range(1, len([n for n in ran if n]) + 1)),
-            "privacy": {"scrubbed": {k: n for k, n in counts.items() if k.startswith("secret")} ,
-                "outputs_left_out": counts["outputs_left_out"], "private": self.policy.private}}
-
 def nbformat_outputs(
     outputs:list, # As in the file
 )->list:          # As nbformat reads them
     "Outputs of a cell as a notebook object has them."
     joined = [o | {"text": "".join(o["text"])} if "text" in o else o for o in outputs]
     return [nbformat.from_dict(o) for o in joined]
+
+# %% ../../nbs/records/04_cells.ipynb #facts
+@patch
+def facts(self:TrueManager)->dict: # cells, linear, effective, privacy
+    "What run.json says about the cells."
+    code = [(c, json.loads(self.cell_text(i))) for i, c in enumerate(self.nb.cells) if c.cell_type == "code"]
+    ran = [c.execution_count for c, _ in code if c.metadata.papermill["status"] != "not_run" and c.source.strip()]
+    counts = sum(self._counts.values(), Counter())
+    return {"cells": [{"id": c.get("id", ""), "source_sha256": hashlib.sha256("".join(text["source"]).encode()).hexdigest(),
+            "execution_count": c.execution_count, "status": c.metadata.papermill["status"],
+            "duration_s": c.metadata.papermill["duration"],
+            "output_bytes": len(json.dumps(text["outputs"], ensure_ascii=False).encode())} for c, text in code],
+        "linear": [n for n in ran if n] == list(range(1, len([n for n in ran if n]) + 1)),
+        "privacy": {"scrubbed": {k: n for k, n in counts.items() if k.startswith("secret")} ,
+            "outputs_left_out": counts["outputs_left_out"], "private": self.policy.private}}
