@@ -90,6 +90,7 @@ def check(
 )->str:                 # Empty when it is whole
     "Why a checkpoint is not what was committed."
     folder = Path(folder)
+    if not folder.is_dir(): return "there is no such folder"
     note, why = _read(folder)
     if why: return why
     if extra := sorted(set(_names(folder)) - note["files"].keys()): return f"{extra[0]} does not belong to it"

@@ -244,6 +244,7 @@ class PpoObjective(RolloutObjective):
 # %% ../../nbs/train/24_ppo.ipynb #save
 class PpoTrainer(RolloutTrainer):
     "A `RolloutTrainer` whose model carries a value model."
+    def saved_elsewhere(self, name): return is_critic(name)
 
 @patch
 def _critic(self:PpoTrainer)->dict:
