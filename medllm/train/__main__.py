@@ -88,22 +88,26 @@ def mend_launch(
 # %% ../../nbs/train/26_main.ipynb #main
 def main(
     argv:Sequence[str]|None = None, # Words of the command line; None takes the program's own
+    own:bool = False, # Whether this process is there for the command alone; None for `argv` says so
 )->int:      # 0; 2 for a user's mistake; 74 when nothing can be written; 75 when it was asked to stop
     "Train by a command line; returns the exit code."
-    argv = sys.argv[1:] if argv is None else list(argv)
+    own, argv = own or argv is None, sys.argv[1:] if argv is None else list(argv)
     if {"-h", "--help"} & set(argv):
         print(help_text())
         return 0
     if (code := mend_launch(argv)) is not None: return code
     from medllm.train.interruption import listening
-    with listening(): return _train(argv)
+    with listening(): return _train(argv, own)
 
-def _train(argv:list[str])->int:
+def _train(argv:list[str], own:bool)->int:
     "The exit code of a training command; a signal ends it in a way that can be gone on from."
     try:
         from medllm.train.arguments import read_command
+        from medllm.train.determinism import begin_anew
         from medllm.train.loop import run
-        metrics = run(read_command(argv))
+        given = read_command(argv)
+        if own: begin_anew(given.get("profile"))
+        metrics = run(given)
         if metrics.get("loss_first"): say(
             f"{metrics['steps']} steps, loss {metrics['loss_first']:.4f} -> {metrics['loss_last']:.4f}, "
             f"{metrics['trained_tokens_per_second']:.0f} trained tokens/s")

@@ -23,7 +23,7 @@ from ..data.registry import find_sources
 from ..data.templates import check_template_name
 from ..models.adapters import AdaptPlan, names
 from ..models.loading import LoadPlan, model_location
-from .flags import (OURS, DataArguments, FinetuningArguments, ModelArguments, PreferenceArguments,
+from .flags import (OURS, PROFILES, DataArguments, FinetuningArguments, ModelArguments, PreferenceArguments,
     ReinforcementArguments, RewardArguments, known_flags)
 from ..yaml_file import read_yaml
 
@@ -279,6 +279,7 @@ def _check_together(args:Arguments):
     def refuse(condition, why):
         if condition: raise UserError(why)
     refuse(f.stage not in STAGES, f"--stage {f.stage}: unknown{nearest(f.stage, STAGES)}; known are {', '.join(STAGES)}")
+    refuse(f.profile not in PROFILES, f"--profile {f.profile}: must be {', '.join(PROFILES)}")
     refuse(d.train_on_prompt and d.mask_history,
         "--train_on_prompt and --mask_history exclude each other: one trains more, the other less")
     refuse(t.do_train and not d.dataset, "--do_train needs --dataset")

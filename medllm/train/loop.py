@@ -22,6 +22,7 @@ from ..secrets import resolve
 from .arguments import Arguments, check_output_dir, parse, preflight, resumes
 from .checkpoints import check, newest, owned
 from .contract import compare, contract_of
+from .determinism import apply, in_force
 from .inputs import TrainingData, prepare_data
 from .interruption import listening, polled, stop
 
@@ -139,6 +140,7 @@ def train(
     ("Train, and write model, history, metrics and curve to the output folder. Raises `UserError` when the plan does not fit the "
         "model or a checkpoint is of another run, `Interrupted` when the run was asked to stop.")
     folder = Path(args.training.output_dir)
+    apply(args.finetuning.profile, args, data)
     with owned(folder) if is_first_process() else nullcontext(), listening():
         checkpoint = find_checkpoint(args)
         contract = contract_of(args, data)
@@ -169,7 +171,8 @@ def _train(args:Arguments, data:TrainingData, contract:dict, checkpoint:Path|Non
         metrics |= _packing_metrics(trainer, metrics["padding_share"])
     if data.eval: metrics |= trainer.evaluate() if result else before
     if result and hasattr(stage, "finish"): metrics |= stage.finish(trainer, args, data)
-    metrics |= {"parameters": counted, "rows": [a.as_dict() for a in data.accounts], "data": data.findings}
+    metrics |= {"parameters": counted, "rows": [a.as_dict() for a in data.accounts], "data": data.findings,
+        "determinism": in_force()}
     if is_first_process(): _write_results(args, data, trainer, metrics)
     del trainer
     gc.collect()
