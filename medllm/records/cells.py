@@ -23,7 +23,9 @@ from .scrub import Policy, safe_outputs
 from ..secrets import scrub, scrub_values
 
 # %% ../../nbs/records/04_cells.ipynb #manager
-def _lines(text): return text.splitlines(keepends=True) if isinstance(text, str) else text
+def _lines(text):
+    "A text as notebooks keep it, line by line; a long one in one piece, which is quicker to write and to read."
+    return text.splitlines(keepends=True) if isinstance(text, str) and len(text) < 100_000 else text
 
 class RecordManager(NotebookExecutionManager):
     "A notebook while it runs: how each cell ended, and its file."
@@ -32,8 +34,8 @@ class RecordManager(NotebookExecutionManager):
         self.policy, self.folder, self.status, self.reason, self.effective = policy, folder, "created", "", {}
         self._kept, self._unsaved, self._told, self._counts = {}, 0, 0, {}
 
-    def cell_text(self, index:int)->str:
-        "A cell as it may be written."
+    def cell_text(self, index:int)->bytes:
+        "A cell as it may be written, as JSON."
         if index in self._kept: return self._kept[index]
         cell, counts = dict(self.nb.cells[index]), Counter()
         if cell["cell_type"] == "code":
@@ -44,14 +46,14 @@ class RecordManager(NotebookExecutionManager):
         counts.update({f"secret: {rule}": n for rule, n in found.items()})
         self._counts[index] = counts
         cell |= rest | {"source": _lines(rest["source"])}
-        return json.dumps(cell, indent=1, sort_keys=True, ensure_ascii=False)
+        return json.dumps(cell, indent=1, sort_keys=True, ensure_ascii=False).encode("utf-8", errors="replace")
 
-    def text(self)->str:
+    def text(self)->bytes:
         "The notebook as it may be written."
         meta = json.dumps(scrub_values(self.nb.metadata)[0], indent=1, sort_keys=True, ensure_ascii=False, default=str)
-        cells = ",\n".join(self.cell_text(i) for i in range(len(self.nb.cells)))
-        minor = self.nb.nbformat_minor
-        return f'{{\n"cells": [\n{cells}\n],\n"metadata": {meta},\n"nbformat": 4,\n"nbformat_minor": {minor}\n}}\n'
+        end = f'\n],\n"metadata": {meta},\n"nbformat": 4,\n"nbformat_minor": {self.nb.nbformat_minor}\n}}\n'
+        cells = [part for i in range(len(self.nb.cells)) for part in (b",\n", self.cell_text(i))][1:]
+        return b"".join([b'{\n"cells": [\n', *cells, end.encode("utf-8", errors="replace")])
 
     def save(self, **kwargs):
         "Write the notebook, whole or not at all."
@@ -72,9 +74,9 @@ class RecordManager(NotebookExecutionManager):
 
 # %% ../../nbs/records/04_cells.ipynb #full
 @patch
-def _write(self:RecordManager, text:str):
-    if "://" in str(self.output_path): papermill_io.write(text, self.output_path)
-    else: write_bytes(self.output_path, text.encode("utf-8", errors="replace"))
+def _write(self:RecordManager, text:bytes):
+    if "://" in str(self.output_path): papermill_io.write(text.decode(), self.output_path)
+    else: write_bytes(self.output_path, text)
 
 @patch
 def _not_saved(self:RecordManager, error:OSError):

@@ -29,7 +29,8 @@ def a_save(megabytes=5, cells=10, times=20):
         anew = clock(lambda: (man._kept.clear(), man.save()))
         size = Path(f"{d}/r.ipynb").stat().st_size
         plain = clock(lambda: Path(f"{d}/p.ipynb").write_bytes(Path(f"{d}/r.ipynb").read_bytes()))
-    return {"bytes": size, "save_ms": kept, "save_after_a_cell_of_a_tenth_ms": one, "all_cells_anew_ms": anew, "plain_write_ms": plain}
+    return {"bytes": size, "save_ms": kept, "save_after_a_cell_of_a_tenth_ms": one,
+        "all_cells_anew_ms": anew, "plain_write_ms": plain}
 
 
 def _timed(f):
