@@ -28,6 +28,7 @@ setup(
     extras_require={
         name: cfg[f"{name}_requirements"].split() for name in ("dev", "excel", "presidio")},
     entry_points={"console_scripts": cfg["console_scripts"].split(),
+                  "papermill.engine": ["medllm=medllm.records.engine:RecordEngine"],
                   "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
     zip_safe=False,
 )

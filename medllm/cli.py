@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from .core import Interrupted, UserError, say
+from .records.commands import add_verbs, report
 
 # %% ../nbs/99_cli.ipynb #commands
 def _train(args)->int:
@@ -38,24 +39,7 @@ def _run(args)->int:
         print(parameters_cell(RUNS[find_notebook(args.notebook)[0]]))
         return 0
     from medllm.records.run import execute
-    run = execute(args.notebook, _settings(args))
-    if run.state["status"] != "completed":
-        say(f"{run.state['status']}: {run.state['reason']}\nrecord: {run.folder}")
-        return {"rejected": 2, "interrupted": 75, "timed_out": 124}.get(run.state["status"], 1)
-    m = run.state["metrics"]
-    if "passed" in m: print(f"the data {'passed' if m['passed'] else 'did not pass'}: {run.folder/'card.md'}")
-    if m.get("loss_first"): print(
-        f"loss {m['loss_first']:.3f} -> {m['loss_last']:.3f} ({m['loss_last']/m['loss_first'] - 1:+.0%}) "
-        f"in {m['steps']} steps, {m['train_runtime']:.0f} s of training, {run.state['duration_s']:.0f} s in all")
-    for stage in run.state.get("stages", []): print(f"{stage['name']}: {stage['folder']}"
-        + (" (taken over)" if stage.get("taken_over") else ""))
-    print(f"record: {run.folder}")
-    return 0 if m.get("passed", True) else 1
-
-def _show(args)->int:
-    from medllm.records.pedigree import ancestry, as_tree
-    print(as_tree(ancestry(args.folder)))
-    return 0
+    return report(execute(args.notebook, _settings(args)))
 
 # %% ../nbs/99_cli.ipynb #data-commands
 def _described(name:str, entry:dict, folder)->tuple[str, str, str]:
@@ -160,11 +144,7 @@ def parser()->argparse.ArgumentParser:
     p.add_argument("--tag", help="word at the end of the record's name")
     p.add_argument("--list-parameters", action="store_true",
         help="show the notebook's parameters with defaults and meaning")
-    p = command("runs", _show, "Look at records")
-    verbs = p.add_subparsers(metavar="show", required=True)
-    shown = verbs.add_parser("show", help="where a model comes from, from record to record")
-    shown.set_defaults(function=_show)
-    shown.add_argument("folder", help="a record: the folder with run.json")
+    add_verbs(command("runs", None, "Look at records, check, repeat, resume, free and keep them"))
     p = command("tiny", _tiny, "Write the small random model that tests and demos use")
     p.add_argument("folder", help="new folder")
     _data_commands(command("data", _data, "List the registered datasets, look at one, or check one"))

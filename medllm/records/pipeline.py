@@ -12,10 +12,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ..core import UserError, find_path, sha256, write_json
+from ..core import Interrupted, UserError, find_path, sha256, write_json
 from ..data.cache import source_files
 from ..data.registry import find_sources
 from ..models.loading import model_location
+from .launch import wait_for
 from .pedigree import weights
 from .plan import LED_BY, PipelineRun, Stage, read_plan, settings
 from .record import Run, code_version, new_folder
@@ -97,7 +98,10 @@ def run_stage(
     log, file = run.folder/f"{stage.name}.log", write_json(run.folder/f"{stage.name}.json", given | {
         "output_dir": str(folder), "note": f"stage {stage.name} of {run.folder.resolve()}"})
     with open(log, "w", encoding="utf-8") as out:
-        code = subprocess.run(_command(stage.stage, file), stdout=out, stderr=subprocess.STDOUT).returncode
+        try: code = wait_for(subprocess.Popen(_command(stage.stage, file), stdout=out, stderr=subprocess.STDOUT))
+        except Interrupted:
+            note(run, stage.name, status=Run(folder).state.get("status", "interrupted"))
+            raise
     if code or Run(folder).state.get("status") != "completed":
         note(run, stage.name, status="failed")
         raise UserError(f"stage '{stage.name}' failed: {_why(folder, log)}; its record is {folder}, "

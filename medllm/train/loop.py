@@ -17,6 +17,7 @@ from ..data.accounts import write_rejects
 from ..data.look import picture
 from ..data.packing import padding_shares, plan_packs
 from ..models.adapters import describe, trained_parameters
+from ..secrets import resolve
 from .arguments import Arguments, parse, preflight
 from .inputs import TrainingData, prepare_data
 
@@ -111,6 +112,7 @@ def train(
     t, folder = args.training, Path(args.training.output_dir)
     resume = _checkpoint(args)
     set_seed(t.seed)
+    t.hub_token = resolve(t.hub_token)
     stage = stage_module(args.finetuning.stage)
     trainer = stage.make_trainer(args, data)
     counted = trained_parameters(trainer.model)
