@@ -26,7 +26,8 @@ setup(
                   "medllm.page": ["*.html", "*.css", "*.js"]},
     install_requires=cfg["requirements"].split(),
     extras_require={
-        name: cfg[f"{name}_requirements"].split() for name in ("dev", "excel", "presidio")},
+        name: cfg[f"{name}_requirements"].split() for name in (
+            "dev", "excel", "presidio", "rocrate", "tensorboard", "mlflow", "ray")},
     entry_points={"console_scripts": cfg["console_scripts"].split(),
                   "papermill.engine": ["medllm=medllm.records.engine:RecordEngine"],
                   "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},

@@ -23,7 +23,8 @@ def test_a_sweep_and_its_second_call(tmp_path):
     bad = tmp_path/"bad.json"
     bad.write_text(json.dumps([{"instruction": "a", "output": ""}]*8))
     file = tmp_path/"grid.yaml"
-    file.write_text(f"parameters: {{{COMMON}}}\neach: [{{learning_rate: 1.0e-4}}, {{learning_rate: 1.0e-2}}, {{dataset: {bad}}}]\n")
+    each = f"[{{learning_rate: 1.0e-4}}, {{learning_rate: 1.0e-2}}, {{dataset: {bad}}}]"
+    file.write_text(f"parameters: {{{COMMON}}}\neach: {each}\n")
     words = ("medllm", "sweep", "sft", "-f", file, "--jobs", 2, "--runs", tmp_path/"runs")
     done = run(*words)
     assert done.returncode == 1 and "1 of 3 points: p03 failed" in done.stderr, done.stderr
@@ -54,7 +55,8 @@ def test_a_wrong_point_starts_nothing(tmp_path):
 def test_a_stopped_sweep_stops_its_points_and_goes_on(tmp_path):
     "SIGTERM: exit code 75, no process left; the same command goes on from the checkpoint."
     file = tmp_path/"grid.yaml"
-    file.write_text("parameters: {max_steps: 1500, max_samples: 24, val_size: 4, save_steps: 5, save_total_limit: 2}\ngrid: {seed: [1]}\n")
+    common = "max_steps: 1500, max_samples: 24, val_size: 4, save_steps: 5, save_total_limit: 2"
+    file.write_text(f"parameters: {{{common}}}\ngrid: {{seed: [1]}}\n")
     words = [sys.executable, "-c", "import sys; from medllm.cli import main; sys.exit(main())", "sweep", "sft", "-f", str(file),
         "--runs", str(tmp_path/"runs")]
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -70,13 +72,13 @@ def test_a_stopped_sweep_stops_its_points_and_goes_on(tmp_path):
     assert not alive
     first = state_of(newest(tmp_path/"runs"))
     assert first["status"] == "interrupted" and first["stages"][0]["status"] != "completed"
-    file.write_text(file.read_text())
+    time.sleep(1)
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         began = time.monotonic()
         while True:
             stages = state_of(newest(tmp_path/"runs")).get("stages", [])
-            if newest(tmp_path/"runs").name != Path(first["stages"][0]["folder"]).name and stages and stages[0].get("resumed"): break
+            if stages and stages[0].get("resumed"): break
             assert process.poll() is None and time.monotonic() - began < 60, process.stderr.read()
             time.sleep(0.1)
         assert stages[0]["folder"] == first["stages"][0]["folder"]

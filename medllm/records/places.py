@@ -102,7 +102,8 @@ class Mirror:
         out = {}
         for file in self.folder.rglob("*"):
             name = file.relative_to(self.folder).as_posix()
-            uncommitted = any(p.name.startswith("checkpoint-") and not (p/"COMMIT.json").exists() for p in file.parents)
+            uncommitted = any(p.name.startswith("checkpoint-") and not (p/"COMMIT.json").exists()
+                and not (p.parent/"seal.json").exists() for p in file.parents)       # nobody writes into a sealed record
             if file.name.endswith((".part", ".lock")) or uncommitted or not file.is_file(): continue
             with contextlib.suppress(FileNotFoundError):
                 s = file.stat()
