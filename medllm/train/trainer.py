@@ -13,6 +13,7 @@ import re
 import resource
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from fastcore.basics import patch
 from torch.utils.data import DataLoader
-from transformers import ProgressCallback, Trainer, TrainingArguments
+from transformers import ProgressCallback, TrainingArguments
 
 from ..core import UserError, say
 from ..data.batches import Collate, GroupedBatches
@@ -29,6 +30,7 @@ from ..models.documents import document_inputs, isolate
 from ..models.elementwise import fewer_passes
 from ..models.roles import trained_role
 from .objectives import SelectedHead
+from .resumable import ResumableTrainer
 from .units import UnitCollate
 
 # %% ../../nbs/train/09_trainer.ipynb #speak
@@ -109,6 +111,14 @@ class Objective:
         "Validation metrics from sums over a whole set: \"loss\" and everything watched."
         return self.means(sums, units)
 
+    def state(self)->dict:
+        ("What must be carried over a checkpoint beside the weights: tensors and numbers by name. Asked for after every "
+            "optimiser step, so it is to be quick: references, no copies.")
+        return {}
+
+    def load_state(self, state:dict):
+        "Take back what `state` gave."
+
 class TokenLoss(Objective):
     "Next-token cross-entropy: pre-training and supervised fine-tuning."
     unit = "tokens"
@@ -124,7 +134,7 @@ class TokenLoss(Objective):
         return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": int(units)}
 
 # %% ../../nbs/train/09_trainer.ipynb #trainer
-class StageTrainer(Trainer):
+class StageTrainer(ResumableTrainer):
     "Minimises an objective over units; writes `history.jsonl` into the output folder."
     loss_is_scaled_for_ga = True   # the loss is divided by the units of the whole step here
 
@@ -161,6 +171,26 @@ class StageTrainer(Trainer):
         self.seen = dict.fromkeys(("tokens", "trained", "positions"), 0)
         self.sums = dict.fromkeys(("units", *objective.watched), 0.0)
         self._since, self._counted = time.perf_counter(), dict(self.seen)
+        self.begun, self.unwritten = time.perf_counter(), ""   # of the clock; lines that a full disk did not take
+
+@patch
+def progress(self:StageTrainer)->dict:
+    "What the log has counted so far, this process's part."
+    now, copy = time.perf_counter(), lambda v: v.clone() if torch.is_tensor(v) else v
+    return super(StageTrainer, self).progress() | {"seen": dict(self.seen), "counted": dict(self._counted),
+        "sums": {name: copy(v) for name, v in self.sums.items()}, "since": now - self._since, "seconds": now - self.begun}
+
+@patch(as_prop=True)
+def seconds(self:StageTrainer)->float: # [s], those before a resume included
+    "How long training took, once it has ended."
+    return self.ended - self.begun
+
+@patch
+def take_progress(self:StageTrainer, saved:dict):
+    "Go on counting from there."
+    super(StageTrainer, self).take_progress(saved)
+    now, self.seen, self._counted, self.sums = time.perf_counter(), saved["seen"], saved["counted"], saved["sums"]
+    self._since, self.begun = now - saved["since"], self.begun - saved["seconds"]
 
 # %% ../../nbs/train/09_trainer.ipynb #batches
 @patch
@@ -204,7 +234,10 @@ def get_batch_samples(self:StageTrainer, epoch_iterator, num_batches:int, device
 def _get_num_items_in_batch(self:StageTrainer, batch_samples:list, device)->torch.Tensor|None:
     "Units of the coming optimiser step, over all processes."
     if not batch_samples: return None
-    count = torch.tensor(sum(self.objective.units(b) for b in batch_samples), device=device)
+    units = sum(self.objective.units(b) for b in batch_samples)
+    if not self.agree(units)[0]: raise UserError(f"there is nothing to learn in the batch of step {self.state.global_step + 1}: "
+        f"none of its rows has a trained {self.objective.unit.removesuffix('s')}; look at the data with medllm data preview")
+    count = torch.tensor(units, device=device)
     return self.accelerator.reduce(count, "sum") if self.args.world_size > 1 else count
 
 @patch
@@ -242,7 +275,8 @@ def _total(self:StageTrainer, model, units)->torch.Tensor:
     names = self.objective.watched
     total = torch.zeros(2 + len(names), dtype=torch.float64, device=self.args.device)
     self.objective.begin_validation(self, self.get_eval_dataloader(units))
-    for inputs in self.get_eval_dataloader(units):
+    most = -(-len(units)//(self.args.eval_batch_size*self.args.world_size))
+    for inputs in self.rounds(self.get_eval_dataloader(units), most):
         with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
             loss, sums = self.objective.validate(self, model, inputs)
             total += torch.stack([v.double() for v in (
@@ -278,8 +312,11 @@ def evaluate(
 @patch
 def train(self:StageTrainer, *args, **kwargs):
     "Train, as `transformers.Trainer.train` does."
-    if self.args.torch_compile: return super(StageTrainer, self).train(*args, **kwargs)
-    with fewer_passes(self.model): return super(StageTrainer, self).train(*args, **kwargs)
+    self.begun = time.perf_counter()
+    with nullcontext() if self.args.torch_compile else fewer_passes(self.model):
+        result = super(StageTrainer, self).train(*args, **kwargs)
+    self.ended = time.perf_counter()
+    return result
 
 # %% ../../nbs/train/09_trainer.ipynb #log
 def peak_memory()->float: # [GiB], of the GPU if there is one, else of this process
@@ -316,20 +353,27 @@ def log(self:StageTrainer, logs:dict, start_time:float|None=None):
     if "loss" in logs: logs |= self._watched() | self._rates() | {
         "progress": round(self.state.global_step/max(self.state.max_steps, 1), 4)}
     super(StageTrainer, self).log(logs, start_time)
-    if self.is_world_process_zero():
+    if self.is_world_process_zero(): self._write_line(json.dumps({"step": self.state.global_step, **logs}) + "\n")
+
+@patch
+def _write_line(self:StageTrainer, line:str):
+    "Append to the history; where the disk is full, next time."
+    self.unwritten += line
+    try:
         self.history.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.history, "a", encoding="utf-8") as f:
-            f.write(json.dumps({"step": self.state.global_step, **logs}) + "\n")
-    if not math.isfinite(logs.get("loss", 0)): raise UserError(
-        f"the loss is {logs['loss']} at step {self.state.global_step}: "
-        "lower --learning_rate, or look for broken rows")
+        with open(self.history, "ab", buffering=0) as f:
+            at, whole = f.tell(), self.unwritten.encode()
+            if f.write(whole) < len(whole): f.truncate(at)
+            else: self.unwritten = ""
+    except OSError as e: say(f"history.jsonl cannot be written ({e.strerror}); its lines are kept for later")
 
 @patch
 def _save(self:StageTrainer, output_dir:str|None=None, state_dict:dict|None=None):
-    ("Save model and tokenizer; the pickled training arguments (with the hub token in them) and adapters that do not "
-        "train are left out.")
-    with trained_role(self.accelerator.unwrap_model(self.model)): super(StageTrainer, self)._save(output_dir, state_dict)
-    if self.args.should_save: (Path(output_dir or self.args.output_dir)/"training_args.bin").unlink(missing_ok=True)
+    "Save model and tokenizer: no pickled training arguments (with the hub token in them), no adapters that do not train."
+    if not (self.args.should_save or self.is_distributed_loading_by_transformers): return
+    folder, model = output_dir or self.args.output_dir, self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+    with trained_role(model): model.save_pretrained(folder, state_dict=state_dict, is_main_process=self.args.should_save)
+    if self.args.should_save and self.processing_class is not None: self.processing_class.save_pretrained(folder)
 
 # %% ../../nbs/train/09_trainer.ipynb #memory
 def activation_bytes(
