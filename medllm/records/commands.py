@@ -195,7 +195,8 @@ def _export(args)->int:
 
 def _export_words(p):
     p.add_argument("records", nargs="*", metavar="RECORD", help="records, or folders of records (default all of --runs)")
-    p.add_argument("--as", dest="kind", choices=("html", "rocrate", "modelcard"), default="html", help="what to write (default html)")
+    p.add_argument("--as", dest="kind", choices=("html", "rocrate", "modelcard"), default="html",
+        help="what to write (default html)")
     p.add_argument("--output", default="export", metavar="DIR", help="where to write (default export)")
 
 def _anywhere(function:Callable, looks:bool)->Callable:
@@ -203,7 +204,8 @@ def _anywhere(function:Callable, looks:bool)->Callable:
     def go(args)->int:
         if "://" not in args.runs: return function(args)
         from medllm.records.places import fetch, fetched, is_elsewhere, plain_path
-        if not is_elsewhere(args.runs): return function(argparse.Namespace(**vars(args) | {"runs": str(plain_path(args.runs))}))
+        if not is_elsewhere(args.runs):
+            return function(argparse.Namespace(**vars(args) | {"runs": str(plain_path(args.runs))}))
         if not looks: raise UserError(f"--runs {args.runs}: this verb changes records, and wants a folder of this machine")
         from medllm.records.listing import find_record
         with fetched(args.runs) as (place, folder):

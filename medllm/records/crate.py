@@ -74,6 +74,7 @@ def _results(crate, folder:Path, state:dict)->list:
         out.append(_entity(crate, f"#weights-{name}", **{"@type": "CreativeWork"}, name=name, identifier=f"sha256:{digest}"))
     return out
 
+# %% ../../nbs/records/17_crate.ipynb #action
 def export_crate(
     folder:str|Path,         # Of a record
     output:str|Path="export",# Where the crate's folder goes
@@ -92,7 +93,8 @@ def export_crate(
         crate, _PROFILE, **{"@type": "CreativeWork"}, name="Process Run Crate", version="0.5")
     version = " ".join(filter(None, (code.get("version"), code.get("commit"), "with changes" if code.get("dirty") else "")))
     program = _entity(crate, "#medllm", **{"@type": "SoftwareApplication"}, name="medllm", softwareVersion=version)
-    action = _entity(crate, "#run", **{"@type": "CreateAction"}, name=crate.name, startTime=state.get("started"),
+    action = _entity(
+        crate, "#run", **{"@type": "CreateAction"}, name=crate.name, startTime=state.get("started"),
         endTime=state.get("ended"), actionStatus=_STATUS.get(state["status"], "http://schema.org/FailedActionStatus"),
         error=state.get("reason") if state["status"] != "completed" else None)
     action["instrument"], action["object"] = program, _inputs(crate, state)
