@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from .core import Interrupted, UserError, say
+from .records.commands import add_verbs, report
 
 # %% ../nbs/99_cli.ipynb #commands
 def _train(args)->int:
@@ -37,25 +38,18 @@ def _run(args)->int:
         from medllm.train.runs import parameters_cell
         print(parameters_cell(RUNS[find_notebook(args.notebook)[0]]))
         return 0
+    from medllm.records.places import landing
     from medllm.records.run import execute
-    run = execute(args.notebook, _settings(args))
-    if run.state["status"] != "completed":
-        say(f"{run.state['status']}: {run.state['reason']}\nrecord: {run.folder}")
-        return {"rejected": 2, "interrupted": 75, "timed_out": 124}.get(run.state["status"], 1)
-    m = run.state["metrics"]
-    if "passed" in m: print(f"the data {'passed' if m['passed'] else 'did not pass'}: {run.folder/'card.md'}")
-    if m.get("loss_first"): print(
-        f"loss {m['loss_first']:.3f} -> {m['loss_last']:.3f} ({m['loss_last']/m['loss_first'] - 1:+.0%}) "
-        f"in {m['steps']} steps, {m['train_runtime']:.0f} s of training, {run.state['duration_s']:.0f} s in all")
-    for stage in run.state.get("stages", []): print(f"{stage['name']}: {stage['folder']}"
-        + (" (taken over)" if stage.get("taken_over") else ""))
-    print(f"record: {run.folder}")
-    return 0 if m.get("passed", True) else 1
+    given = _settings(args)
+    with landing(given.get("runs_dir", "runs")) as runs:
+        return report(execute(args.notebook, given | ({"runs_dir": runs} if "runs_dir" in given else {})))
 
-def _show(args)->int:
-    from medllm.records.pedigree import ancestry, as_tree
-    print(as_tree(ancestry(args.folder)))
-    return 0
+def _sweep(args)->int:
+    from medllm.records.places import landing
+    from medllm.records.sweep import sweep
+    with landing(args.runs) as runs: run = sweep(args.stage, args.file, runs, args.jobs, args.tag, args.ray)
+    print((run.folder/"table.md").read_text(encoding="utf-8"), end="")
+    return report(run)
 
 # %% ../nbs/99_cli.ipynb #data-commands
 def _described(name:str, entry:dict, folder)->tuple[str, str, str]:
@@ -136,6 +130,16 @@ def _check_command(inner):
     p.add_argument("--processes", type=int, default=0, help="processes for long datasets (default one a core)")
     p.add_argument("--dataset_dir", default=argparse.SUPPRESS, help="folder with dataset_info.json (default data)")
 
+# %% ../nbs/99_cli.ipynb #sweep-words
+def _sweep_words(p):
+    "medllm sweep STAGE -f FILE."
+    p.add_argument("stage", help="pt, sft, rm, dpo, kto, ppo or grpo")
+    p.add_argument("-f", "--file", required=True, help="YAML with grid: name -> values, and parameters: of every point")
+    p.add_argument("--jobs", type=lambda text: _number(text), default=1, metavar="N", help="points at a time, sharing the cores (default 1)")
+    p.add_argument("--ray", action="store_true", help="as tasks of a Ray cluster (extra ray)")
+    p.add_argument("--runs", default="runs", help="folder of records, or an address such as s3://… (default runs)")
+    p.add_argument("--tag", default="", help="word at the end of the sweep's name")
+
 # %% ../nbs/99_cli.ipynb #parser
 class _Parser(argparse.ArgumentParser):
     def error(self, message): raise UserError(f"{message}; see {self.prog} --help")
@@ -156,15 +160,12 @@ def parser()->argparse.ArgumentParser:
     p.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
         help="set a parameter; may be repeated")
     p.add_argument("-f", "--file", help="YAML file with parameters")
-    p.add_argument("--runs", help="folder of records (default runs)")
+    p.add_argument("--runs", help="folder of records, or an address such as s3://… (default runs)")
     p.add_argument("--tag", help="word at the end of the record's name")
     p.add_argument("--list-parameters", action="store_true",
         help="show the notebook's parameters with defaults and meaning")
-    p = command("runs", _show, "Look at records")
-    verbs = p.add_subparsers(metavar="show", required=True)
-    shown = verbs.add_parser("show", help="where a model comes from, from record to record")
-    shown.set_defaults(function=_show)
-    shown.add_argument("folder", help="a record: the folder with run.json")
+    _sweep_words(command("sweep", _sweep, "Run a notebook over a grid of parameters; a table of what came of it"))
+    add_verbs(command("runs", None, "Look at records, check, repeat, resume, free and keep them"))
     p = command("tiny", _tiny, "Write the small random model that tests and demos use")
     p.add_argument("folder", help="new folder")
     _data_commands(command("data", _data, "List the registered datasets, look at one, or check one"))

@@ -52,11 +52,11 @@ def project_root()->Path|None:  # Folder with settings.ini; None when medllm run
     return up if (up/"settings.ini").exists() and (up/"nbs").is_dir() else None
 
 def bundled(
-    what:str, # "runs" (run notebooks) or "samples" (sample data)
+    what:str, # "runs" (run notebooks), "samples" (sample data) or "page" (what exported pages are made of)
 )->Path:      # An existing folder
-    "Folder of the run notebooks or of the sample data, in a checkout or in an installed wheel."
+    "A folder that travels with the package, in a checkout or in an installed wheel."
     root = project_root()
-    if root: return root/{"runs": "nbs/runs", "samples": "data"}[what]
+    if root: return root/{"runs": "nbs/runs", "samples": "data", "page": "nbs/page"}[what]
     return _package()/what
 
 # %% ../nbs/00_core.ipynb #find

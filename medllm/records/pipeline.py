@@ -12,10 +12,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ..core import UserError, find_path, sha256, write_json
+from ..core import Interrupted, UserError, find_path, sha256, write_json
 from ..data.cache import source_files
 from ..data.registry import find_sources
 from ..models.loading import model_location
+from .launch import wait_for
 from .pedigree import weights
 from .plan import LED_BY, PipelineRun, Stage, read_plan, settings
 from .record import Run, code_version, new_folder
@@ -36,7 +37,8 @@ def stage_key(
         for one in filter(None, str(run.flags().get(flag) or "").split(",")): places.append((flag, _contents(one)))
     flags = {k: v for k, v in run.flags().items() if k not in ("output_dir", "dataset_dir", *led)}
     read = {k: str(v) for k, v in flags.items()} | {"tables": [sha256(f) for f in _named_files(args.reward.reward_funcs)]}
-    said = lambda s: {k: str(v) for k, v in vars(s).items() if k not in ("files", "script", "place")}
+    text = lambda v: str(sorted(v)) if isinstance(v, frozenset) else str(v)      # a set's order differs between processes
+    said = lambda s: {k: text(v) for k, v in vars(s).items() if k not in ("files", "script", "place")}
     d = args.data
     sources = [(sorted(source_files(s).values()), said(s), "" if s.files else s.place)
         for named in (d.dataset, d.eval_dataset, d.replay_dataset) if named for s in find_sources(named, d.dataset_dir)]
@@ -62,8 +64,8 @@ def find_finished(
     key:str,         # From `stage_key`
     runs:str|Path,   # Parent of all records
 )->Path|None:        # Folder of the newest record
-    "A finished record of an earlier call with this key, whole."
-    for file in sorted(Path(runs).glob("pipeline/*/run.json"), reverse=True):
+    "A finished record of an earlier pipeline or sweep with this key, whole."
+    for file in sorted((*Path(runs).glob("pipeline/*/run.json"), *Path(runs).glob("sweep/*/run.json")), reverse=True):
         try: stages = json.loads(file.read_text(encoding="utf-8")).get("stages", [])
         except ValueError: continue                       # torn, or being written
         for stage in stages:
@@ -97,7 +99,10 @@ def run_stage(
     log, file = run.folder/f"{stage.name}.log", write_json(run.folder/f"{stage.name}.json", given | {
         "output_dir": str(folder), "note": f"stage {stage.name} of {run.folder.resolve()}"})
     with open(log, "w", encoding="utf-8") as out:
-        code = subprocess.run(_command(stage.stage, file), stdout=out, stderr=subprocess.STDOUT).returncode
+        try: code = wait_for(subprocess.Popen(_command(stage.stage, file), stdout=out, stderr=subprocess.STDOUT))
+        except Interrupted:
+            note(run, stage.name, status=Run(folder).state.get("status", "interrupted"))
+            raise
     if code or Run(folder).state.get("status") != "completed":
         note(run, stage.name, status="failed")
         raise UserError(f"stage '{stage.name}' failed: {_why(folder, log)}; its record is {folder}, "

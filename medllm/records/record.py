@@ -18,14 +18,15 @@ import sys
 import threading
 import time
 from datetime import datetime, timezone
-from importlib import metadata
+from importlib import import_module, metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
 from fastcore.basics import patch
 
 from ..core import Interrupted, UserError, append_event, boot, project_root, sha256, write_json
-from ..data.cache import source_files
+from ..secrets import scrub_values
 
 # %% ../../nbs/records/00_record.ipynb #provenance
 _PACKAGES = (
@@ -74,6 +75,7 @@ def describe_inputs(
     model_folder:str, # Folder of the base model, or a hub id
 )->dict:
     "Hashes of everything a run consumes, and the account of its rows."
+    from medllm.data.cache import source_files       # brings numpy with it; a listing of records needs none
     tokenizer = data.renderer.tokenizer.backend_tokenizer.to_str()
     text_hash = lambda text: hashlib.sha256(text.encode()).hexdigest()
     files = [{"name": s.name, "place": s.place, "sha256": source_files(s), "revision": s.revision or "",
@@ -149,13 +151,13 @@ class Run:
         new = values.get("status", self.state.get("status"))
         changed = new != self.state.get("status")
         self.state |= values
-        write_json(self.file, {"schema": SCHEMA} | self.state)
+        write_json(self.file, scrub_values({"schema": SCHEMA} | self.state)[0])
         if changed: self.event("status", status=new, reason=self.state.get("reason", ""))
         return self
 
     def event(self, name:str, **facts):
         "Append a line to events.jsonl, on the disk at once."
-        append_event(self.folder, name, **facts)
+        append_event(self.folder, name, **scrub_values(facts)[0])
         return self
 
     def end(self, status:str, reason:str = "", **values):
@@ -241,8 +243,15 @@ def watch(self:Run):
     "Notice a cell that raises, and beat."
     self._seen = lambda result: (
         self.fail(result.error_in_exec or result.error_before_exec) if not result.success else None)
-    if shell := _shell(): shell.events.register("post_run_cell", self._seen)
+    if shell := _shell():
+        shell.events.register("post_run_cell", self._seen)
+        _listen()
     return self.beating()
+
+def _listen():
+    "SIGTERM ends a cell with `Interrupted`; a training takes its checkpoint first."
+    if find_spec("medllm.train.interruption") and threading.current_thread() is threading.main_thread():
+        import_module("medllm.train.interruption").stop.install()
 
 @patch
 def unwatch(self:Run):
