@@ -15,7 +15,7 @@ from conftest import ROOT, run
 from transformers import Trainer, TrainingArguments
 
 from medllm.core import UserError
-from medllm.train import checkpoints, resumable
+from medllm.train import checkpoints, resumable, state
 from medllm.train.__main__ import main
 from medllm.train.arguments import parse
 from medllm.train.checkpoints import COMMIT, check, commit, committed, digest, drop, newest, rotate
@@ -69,8 +69,8 @@ class Line(torch.nn.Module):
 
 def plain(folder, resume=None, steps=4, **more):
     "Plain Trainer on a line."
-    args = TrainingArguments(output_dir=str(folder), max_steps=steps, save_steps=2, per_device_train_batch_size=2, report_to="none",
-        disable_tqdm=True, use_cpu=True, **more)
+    args = TrainingArguments(output_dir=str(folder), max_steps=steps, save_steps=2, per_device_train_batch_size=2,
+        report_to="none", disable_tqdm=True, use_cpu=True, **more)
     trainer = Trainer(Line(), args, train_dataset=[{"x": torch.rand(64), "y": torch.rand(64)} for _ in range(8)])
     trainer.train(resume_from_checkpoint=resume)
     return trainer
@@ -92,7 +92,8 @@ def _steps_of_a_save(monkeypatch, fail):
             if count[0] == fail[0]: raise OSError(5, "Input/output error")
             return original(*args, **kwargs)
         monkeypatch.setattr(owner, name, changed)
-    for owner, name in ((os, "fsync"), (os, "replace"), (os, "open"), (torch, "save"), (resumable, "save_file"), (resumable, "write_json")):
+    for owner, name in ((os, "fsync"), (os, "replace"), (os, "open"), (torch, "save"), (state, "save_file"),
+            (state, "write_json"), (resumable, "write_json")):
         counted(owner, name)
     import peft.utils.save_and_load
     import peft.peft_model
@@ -215,8 +216,9 @@ def test_c7_c8_signals_at_any_moment():
 
 
 @pytest.mark.parametrize("changed, word", [
-    (dict(max_samples=30), "dataset_rows was"), (dict(template="llama2"), "template was"), (dict(cutoff_len=128), "cutoff_len was"),
-    (dict(lora_rank=8), "adapter.rank was 4, is 8"), (dict(packing=True), "packing was false, is true"),
+    (dict(max_samples=30), "dataset_rows was"), (dict(template="llama2"), "template was"),
+    (dict(cutoff_len=128), "cutoff_len was"), (dict(lora_rank=8), "adapter.rank was 4, is 8"),
+    (dict(packing=True), "packing was false, is true"),
     (dict(finetuning_type="full"), "adapter.kind")])
 def test_c9_another_run_is_refused(copy, changed, word):
     with pytest.raises(UserError, match=word): whole_run(copy, resume_from_checkpoint="true", **changed)
@@ -273,7 +275,8 @@ def test_c11_in_the_third_epoch(tmp_path, flags):
     assert int(2*steps/4) < at < steps and args
     whole_run(tmp_path/"half", **half | dict(resume_from_checkpoint="auto"))
     assert weights(tmp_path/"half") == weights(tmp_path/"whole")
-    logged = lambda d: [(h["step"], h["loss"], h["padding_share"]) for h in read_history(tmp_path/d/"history.jsonl") if "loss" in h]
+    logged = lambda d: [(h["step"], h["loss"], h["padding_share"])
+        for h in read_history(tmp_path/d/"history.jsonl") if "loss" in h]
     assert logged("half") == logged("whole")
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'COMMIT', 'digest', 'commit', 'check', 'checkpoints_in', 'committed', 'newest', 'drop', 'rotate',
-           'Unwritable', 'room_for', 'writing_failed', 'cut_back', 'owned']
+           'Unwritable', 'room_for', 'writing_failed', 'cut_back', 'Lines', 'owned']
 
 # %% ../../nbs/train/06_checkpoints.ipynb #imports
 import contextlib
@@ -37,11 +37,14 @@ def _names(folder:Path)->list[str]:
     "The files of a checkpoint, but for the commit file."
     return sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if not f.is_dir() and f != folder/COMMIT)
 
-def _settled(file:Path)->dict:
-    "A file's hash and size, once it is on the disk."
-    with open(file, "rb") as f:
-        os.fsync(f.fileno())
-        return {"sha256": hashlib.file_digest(f, "sha256").hexdigest(), "bytes": os.fstat(f.fileno()).st_size}
+def _described(file:Path)->dict:
+    "A file's hash and size."
+    with open(file, "rb") as f: return {
+        "sha256": hashlib.file_digest(f, "sha256").hexdigest(), "bytes": os.fstat(f.fileno()).st_size}
+
+def _force(file:Path):
+    "Force a file to the disk."
+    with open(file, "rb") as f: os.fsync(f.fileno())
 
 def commit(
     folder:str|Path, # All of the checkpoint's files are written
@@ -52,7 +55,13 @@ def commit(
     "Force a checkpoint to the disk and declare it whole. Raises `OSError`, and then it is not."
     folder = Path(folder)
     names = _names(folder)
-    with ThreadPoolExecutor(4) as pool: files = dict(zip(names, pool.map(lambda name: _settled(folder/name), names)))
+    large = sorted(names, key=lambda name: -(folder/name).stat().st_size)
+    with ThreadPoolExecutor(4) as pool:
+        waits = [pool.submit(_force, folder/name) for name in large[:2]]
+        hashes = dict(zip(large, pool.map(lambda name: _described(folder/name), large)))
+        waits += [pool.submit(_force, folder/name) for name in large[2:]]
+        for wait in waits: wait.result()
+    files = {name: hashes[name] for name in names}
     for inner in {(folder/name).parent for name in names} - {folder}: sync_folder(inner)
     sync_folder(folder.parent)
     note = {"schema": SCHEMA, "step": step, "world": world, "contract": digest(contract),
@@ -192,6 +201,26 @@ def cut_back(
 def _stays(line:bytes, keep)->bool:
     try: return keep(json.loads(line))
     except ValueError: return False
+
+# %% ../../nbs/train/06_checkpoints.ipynb #lines
+class Lines:
+    "A JSONL file that grows by a line a call; a full disk is waited out."
+    def __init__(self,
+        file:str|Path, # Its folder is made
+    ): self.file, self.waiting = Path(file), b""
+
+    def __call__(self,
+        value, # Of a line
+    ):
+        "Append a line, after those that could not be written before."
+        self.waiting += json.dumps(value, ensure_ascii=False).encode() + b"\n"
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.file, "ab", buffering=0) as f:
+                at = f.tell()
+                if f.write(self.waiting) == len(self.waiting): self.waiting = b""
+                else: f.truncate(at)
+        except OSError as e: say(f"{self.file.name} cannot be written ({e.strerror}); its lines are kept for later")
 
 # %% ../../nbs/train/06_checkpoints.ipynb #lock
 def _owner(file:Path)->dict:

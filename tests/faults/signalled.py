@@ -42,7 +42,6 @@ def after_save(): from medllm.train import resumable; hit(resumable, "commit", 2
 def mapping(): from medllm.data import cache; hit(cache, "tokenise", 1, before=False)
 def final(): from medllm.train import loop; hit(loop, "_save", 1)
 def generation():
-    import torch
     from medllm.train import rollouts
     original, calls = rollouts.sample_answers, [0]
     def changed(model, *args):
@@ -53,7 +52,8 @@ def generation():
     rollouts.sample_answers = changed
 
 
-PLACES = {f.__name__: f for f in (forward, backward, optimizer, evaluation, validation, save, after_save, mapping, final, generation)}
+PLACES = {f.__name__: f for f in (
+    forward, backward, optimizer, evaluation, validation, save, after_save, mapping, final, generation)}
 
 
 def interrupted(folder, flags, place):
