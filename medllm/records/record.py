@@ -18,8 +18,7 @@ import sys
 import threading
 import time
 from datetime import datetime, timezone
-from importlib import import_module, metadata
-from importlib.util import find_spec
+from importlib import metadata
 from pathlib import Path
 
 import psutil
@@ -245,13 +244,17 @@ def watch(self:Run):
         self.fail(result.error_in_exec or result.error_before_exec) if not result.success else None)
     if shell := _shell():
         shell.events.register("post_run_cell", self._seen)
-        _listen()
+        self._listens = _listen()
     return self.beating()
 
-def _listen():
+def _listen()->bool:
     "SIGTERM ends a cell with `Interrupted`; a training takes its checkpoint first."
-    if find_spec("medllm.train.interruption") and threading.current_thread() is threading.main_thread():
-        import_module("medllm.train.interruption").stop.install()
+    from medllm.train.interruption import stop
+    return stop.install()
+
+def _unlisten():
+    from medllm.train.interruption import stop
+    stop.remove()
 
 @patch
 def unwatch(self:Run):
@@ -259,7 +262,8 @@ def unwatch(self:Run):
     shell = _shell()
     if shell and getattr(self, "_seen", None): shell.events.unregister("post_run_cell", self._seen)
     if getattr(self, "_quiet", None): self._quiet.set()
-    self._seen = None
+    if getattr(self, "_listens", False): _unlisten()
+    self._seen, self._listens = None, False
 
 # %% ../../nbs/records/00_record.ipynb #start
 def start(

@@ -27,7 +27,7 @@ class Stop:
         self.asked = 0          # Number of the signal; 0: nobody did
         self.waiting = False    # A loop reads `asked`
         self.at_once = False    # What runs now may be left in the middle
-        self._when, self._before = 0.0, {}
+        self._when, self._before, self.blocks = 0.0, {}, 0      # blocks of `listening` around what runs now
 
     def __call__(self, number:int, frame):
         "Handle a signal."
@@ -36,6 +36,7 @@ class Stop:
             return
         self.asked, self._when = number, time.monotonic()
         if self.at_once: raise Left
+        if not self.blocks: self.asked = 0         # a notebook between two cells: its next signal is a first one again
         if not self.waiting: raise Interrupted(
             f"asked to stop ({signal.Signals(number).name}) while nothing was trained, so nothing is lost; "
             "the same command goes on with --resume_from_checkpoint auto")
@@ -62,9 +63,11 @@ stop = Stop()
 def listening():
     "Signals leave their note within the block; nested blocks are one."
     own = stop.install()
-    if own: stop.clear()
+    if not stop.blocks: stop.clear()
+    stop.blocks += 1
     try: yield stop
     finally:
+        stop.blocks -= 1
         if own: stop.remove()
 
 @contextmanager
