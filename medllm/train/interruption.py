@@ -31,12 +31,11 @@ class Stop:
 
     def __call__(self, number:int, frame):
         "Handle a signal."
-        if self.asked:
+        if self.asked and self.blocks:             # between two cells of a notebook each signal is a first one
             if time.monotonic() - self._when > ECHO: os._exit(128 + number)
             return
         self.asked, self._when = number, time.monotonic()
         if self.at_once: raise Left
-        if not self.blocks: self.asked = 0         # a notebook between two cells: its next signal is a first one again
         if not self.waiting: raise Interrupted(
             f"asked to stop ({signal.Signals(number).name}) while nothing was trained, so nothing is lost; "
             "the same command goes on with --resume_from_checkpoint auto")
