@@ -17,7 +17,7 @@ from .records.commands import add_verbs, report
 # %% ../nbs/99_cli.ipynb #commands
 def _train(args)->int:
     from medllm.train.__main__ import main as train
-    return train(args.words)
+    return train(args.words, own=True)
 
 def _tiny(args)->int:
     from medllm.models.tiny import write_tiny

@@ -60,11 +60,15 @@ def _forms(values:tuple[str, ...])->tuple[str, ...]:
         lambda v: base64.b64encode(v.encode()).decode().rstrip("="))
     return tuple(sorted({way(v) for v in values for way in ways}, key=len, reverse=True))
 
+@lru_cache(maxsize=4)
+def _values(environment:frozenset)->tuple[str, ...]:
+    word = lambda v: v.isalpha() and len(v) <= 10 and (v.islower() or v.isupper() or v.istitle())
+    return tuple(sorted({v for name, v in environment if _SECRET_NAME.search(name) and len(v) >= 8
+        and not v.startswith("env:") and not word(v) and not _is_place(v)}))
+
 def secret_values()->tuple[str, ...]: # Of the environment of this process
     "Values of variables whose name says that they are secret."
-    word = lambda v: v.isalpha() and len(v) <= 10 and (v.islower() or v.isupper() or v.istitle())
-    return tuple(sorted({v for name, v in os.environ.items() if _SECRET_NAME.search(name) and len(v) >= 8
-        and not v.startswith("env:") and not word(v) and not _is_place(v)}))
+    return _values(frozenset(os.environ.items()))
 
 # %% ../nbs/02_secrets.ipynb #scrub
 def scrub(
@@ -72,7 +76,7 @@ def scrub(
 )->tuple[str, dict]:     # The text without secrets, and rule -> how often
     "Put `[secret: rule]` in the place of every secret."
     counts, lower = Counter(), text.lower()
-    named = any(word in lower for word in _MAY_NAME)
+    named = any(stem in lower for stem in ("passw", "token", "key")) and any(word in lower for word in _MAY_NAME)
     for value in _forms(secret_values()):
         if value in text:
             counts["environment"] += text.count(value)

@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 import nbformat
+from fastcore.basics import patch
 from papermill.engines import NotebookExecutionManager
 from papermill.iorw import papermill_io
 
@@ -22,17 +23,19 @@ from .scrub import Policy, safe_outputs
 from ..secrets import scrub, scrub_values
 
 # %% ../../nbs/records/04_cells.ipynb #manager
-def _lines(text): return text.splitlines(keepends=True) if isinstance(text, str) else text
+def _lines(text):
+    "A text as notebooks keep it, line by line; a long one in one piece, which is quicker to write and to read."
+    return text.splitlines(keepends=True) if isinstance(text, str) and len(text) < 100_000 else text
 
 class RecordManager(NotebookExecutionManager):
     "A notebook while it runs: how each cell ended, and its file."
     def __init__(self, nb, policy:Policy, folder:Path|None=None, **options):
         super().__init__(nb, **options)
         self.policy, self.folder, self.status, self.reason, self.effective = policy, folder, "created", "", {}
-        self._kept, self._unsaved, self._counts = {}, 0, {}
+        self._kept, self._unsaved, self._told, self._counts = {}, 0, 0, {}
 
-    def cell_text(self, index:int)->str:
-        "A cell as it may be written."
+    def cell_text(self, index:int)->bytes:
+        "A cell as it may be written, as JSON."
         if index in self._kept: return self._kept[index]
         cell, counts = dict(self.nb.cells[index]), Counter()
         if cell["cell_type"] == "code":
@@ -43,13 +46,14 @@ class RecordManager(NotebookExecutionManager):
         counts.update({f"secret: {rule}": n for rule, n in found.items()})
         self._counts[index] = counts
         cell |= rest | {"source": _lines(rest["source"])}
-        return json.dumps(cell, indent=1, sort_keys=True, ensure_ascii=False)
+        return json.dumps(cell, indent=1, sort_keys=True, ensure_ascii=False).encode("utf-8", errors="replace")
 
-    def text(self)->str:
+    def text(self)->bytes:
         "The notebook as it may be written."
         meta = json.dumps(scrub_values(self.nb.metadata)[0], indent=1, sort_keys=True, ensure_ascii=False, default=str)
-        cells = ",\n".join(self.cell_text(i) for i in range(len(self.nb.cells)))
-        return f'{{\n"cells": [\n{cells}\n],\n"metadata": {meta},\n"nbformat": 4,\n"nbformat_minor": {self.nb.nbformat_minor}\n}}\n'
+        end = f'\n],\n"metadata": {meta},\n"nbformat": 4,\n"nbformat_minor": {self.nb.nbformat_minor}\n}}\n'
+        cells = [part for i in range(len(self.nb.cells)) for part in (b",\n", self.cell_text(i))][1:]
+        return b"".join([b'{\n"cells": [\n', *cells, end.encode("utf-8", errors="replace")])
 
     def save(self, **kwargs):
         "Write the notebook, whole or not at all."
@@ -59,21 +63,6 @@ class RecordManager(NotebookExecutionManager):
             else: self._saved()
         self.last_save_time = self.now()
 
-    def _write(self, text:str):
-        if "://" in str(self.output_path): papermill_io.write(text, self.output_path)
-        else: write_bytes(self.output_path, text.encode("utf-8", errors="replace"))
-
-    def _not_saved(self, error:OSError):
-        self._unsaved += 1
-        if self._unsaved == 1: say(f"{self.output_path} could not be saved ({error.strerror}); the earlier one stays")
-
-    def _saved(self):
-        "Say, once there is room again, that there was none."
-        if self._unsaved and self.folder and self.folder.exists():
-            with contextlib.suppress(OSError):
-                Run(self.folder).event("record_not_saved", times=self._unsaved)
-                self._unsaved = 0
-
     def hide(self):
         "The data turned out to be private: go through all outputs again."
         self.policy.private, self._kept = True, {}
@@ -82,6 +71,32 @@ class RecordManager(NotebookExecutionManager):
         "A cell that has ended does not change any more; unless a display of it is updated later."
         self._kept.pop(index, None)
         if not forget: self._kept[index] = self.cell_text(index)
+
+# %% ../../nbs/records/04_cells.ipynb #full
+@patch
+def _write(self:RecordManager, text:bytes):
+    if "://" in str(self.output_path): papermill_io.write(text.decode(), self.output_path)
+    else: write_bytes(self.output_path, text)
+
+@patch
+def _not_saved(self:RecordManager, error:OSError):
+    if not self._unsaved: say(f"{self.output_path} could not be saved ({error.strerror}); the earlier one stays")
+    self._unsaved += 1
+    if self._told < 1: self._tell("record_not_saved", reason=error.strerror)
+
+@patch
+def _saved(self:RecordManager):
+    "Say that there is room again."
+    if self._unsaved: self._tell("record_saved_again", times=self._unsaved)
+    self._unsaved = self._told = 0
+
+@patch
+def _tell(self:RecordManager, name:str, **facts):
+    "An event; there may be no room for that either."
+    if not self.folder or not self.folder.exists(): return
+    with contextlib.suppress(OSError):
+        Run(self.folder).event(name, **facts)
+        self._told += 1
 
 # %% ../../nbs/records/04_cells.ipynb #states
 class TrueManager(RecordManager):
@@ -131,22 +146,24 @@ class TrueManager(RecordManager):
         for cell, text in zip(self.nb.cells, safe):
             if cell.cell_type == "code": cell.outputs = nbformat_outputs(text["outputs"])
 
-    def facts(self)->dict: # cells, linear, effective, privacy
-        "What run.json says about the cells."
-        code = [(c, json.loads(self.cell_text(i))) for i, c in enumerate(self.nb.cells) if c.cell_type == "code"]
-        ran = [c.execution_count for c, _ in code if c.metadata.papermill["status"] != "not_run" and c.source.strip()]
-        counts = sum(self._counts.values(), Counter())
-        return {"cells": [{"id": c.get("id", ""), "source_sha256": hashlib.sha256(c.source.encode()).hexdigest(),
-                "execution_count": c.execution_count, "status": c.metadata.papermill["status"],
-                "duration_s": c.metadata.papermill["duration"],
-                "output_bytes": len(json.dumps(text["outputs"], ensure_ascii=False).encode())} for c, text in code],
-            "linear": [n for n in ran if n] == list(range(1, len([n for n in ran if n]) + 1)),
-            "privacy": {"scrubbed": {k: n for k, n in counts.items() if k.startswith("secret")} ,
-                "outputs_left_out": counts["outputs_left_out"], "private": self.policy.private}}
-
 def nbformat_outputs(
     outputs:list, # As in the file
 )->list:          # As nbformat reads them
     "Outputs of a cell as a notebook object has them."
     joined = [o | {"text": "".join(o["text"])} if "text" in o else o for o in outputs]
     return [nbformat.from_dict(o) for o in joined]
+
+# %% ../../nbs/records/04_cells.ipynb #facts
+@patch
+def facts(self:TrueManager)->dict: # cells, linear, effective, privacy
+    "What run.json says about the cells."
+    code = [(c, json.loads(self.cell_text(i))) for i, c in enumerate(self.nb.cells) if c.cell_type == "code"]
+    ran = [c.execution_count for c, _ in code if c.metadata.papermill["status"] != "not_run" and c.source.strip()]
+    counts = sum(self._counts.values(), Counter())
+    return {"cells": [{"id": c.get("id", ""), "source_sha256": hashlib.sha256("".join(text["source"]).encode()).hexdigest(),
+            "execution_count": c.execution_count, "status": c.metadata.papermill["status"],
+            "duration_s": c.metadata.papermill["duration"],
+            "output_bytes": len(json.dumps(text["outputs"], ensure_ascii=False).encode())} for c, text in code],
+        "linear": [n for n in ran if n] == list(range(1, len([n for n in ran if n]) + 1)),
+        "privacy": {"scrubbed": {k: n for k, n in counts.items() if k.startswith("secret")} ,
+            "outputs_left_out": counts["outputs_left_out"], "private": self.policy.private}}

@@ -6,7 +6,9 @@
 __all__ = ['wait_for', 'launch', 'train_in']
 
 # %% ../../nbs/records/06_launch.ipynb #imports
+import hashlib
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -18,6 +20,7 @@ from .record import Run
 from .scrub import SafeLog
 from ..secrets import scrub_values
 from ..train.arguments import Arguments
+from ..train.determinism import launch_environment
 from ..train.inputs import TrainingData
 from ..train.loop import train
 
@@ -55,10 +58,10 @@ def launch(
 )->dict:           # The metrics
     "Train in several processes. Raises `UserError` with the children's reason when they fail."
     file = write_json(folder/"args.json", scrub_values(flags)[0])
-    log = folder/"train.log"
+    log, environment = folder/"train.log", os.environ | launch_environment(flags.get("profile"))
     with open(log, "w", encoding="utf-8") as out:
         child = subprocess.Popen(_command(file, processes), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            errors="replace")
+            errors="replace", env=environment)
         safe = SafeLog(out, private)
         reader = threading.Thread(target=lambda: [safe.write(line) for line in child.stdout], daemon=True)
         reader.start()
@@ -71,6 +74,14 @@ def launch(
     return json.loads((folder/"metrics.json").read_text(encoding="utf-8"))
 
 # %% ../../nbs/records/06_launch.ipynb #train-in
+def _note_contract(run:Run):
+    "Put the contract that training wrote into the record, however training ended."
+    file = run.folder/"contract.json"
+    if not file.exists(): return
+    parts = json.loads(file.read_text(encoding="utf-8"))
+    run.update(contract={"sha256": hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest(), "parts": parts},
+        profile=run.state.get("arguments", {}).get("profile", "fast"))
+
 def train_in(
     run:Run,           # The record
     args:Arguments,    # From `parse`
@@ -80,6 +91,7 @@ def train_in(
     "Train into a record's folder, here or in several processes."
     if processes < 1: raise UserError(f"num_processes {processes}: must be at least 1")
     run.update(consumed=consumed(args))
-    metrics = train(args, data) if processes == 1 else launch(args.given, run.folder, processes, data.private)
-    run.update(weights=weights(run.folder))
+    try: metrics = train(args, data) if processes == 1 else launch(args.given, run.folder, processes, data.private)
+    finally: _note_contract(run)
+    run.update(weights=weights(run.folder), provenance=run.state["provenance"] | {"determinism": metrics["determinism"]})
     return metrics

@@ -101,7 +101,8 @@ def check_parameters(
         if not re.fullmatch(r"[A-Za-z_]\w*", str(name)): raise UserError(
             f"parameter {str(name)[:40]!r}: a name is letters, digits and _")
     for name, value in values.items():
-        if name not in names: raise UserError(f"unknown parameter '{name}'{nearest(name, names)}; the notebook does not declare it")
+        if name not in names: raise UserError(
+            f"unknown parameter '{name}'{nearest(name, names)}; the notebook does not declare it")
         if name in passed: check_value(name, passed[name], names[name][0])
         check_value(name, value, names[name][0])
         if name in passed and not same(passed[name], value): raise UserError(

@@ -40,7 +40,9 @@ class PipelineRun:
     template:str = flag("auto", "Chat template; auto is the tokenizer's own")
     cutoff_len:int = flag(512, "Longest row [tokens]")
     seed:int = flag(42, "Seed of every stage")
+    profile:str = flag("fast", "How repeatable every stage is: fast, repeatable or exact")
     num_processes:int = flag(1, "Processes of every stage; more than one are started with accelerate launch")
+    time_limit:float|None = flag(None, "Longest time of the whole pipeline [min]; a checkpoint is taken when it is over")
     extra:dict = field(default_factory=dict, metadata={"help": "Any other flag of medllm train, for every stage"})
     reuse:str = flag("same", "Finished stages of earlier calls taken over: same (code too), any (whatever the code) or "
         "none")
@@ -131,7 +133,7 @@ def settings(
     except UserError as e: raise UserError(f"stage '{stage.name}': {e}") from None
 
 _COMMON = ("model_name_or_path", "quantization_bit", "dataset_dir", "template", "cutoff_len", "finetuning_type", "seed",
-    "num_processes", "runs_dir", "reveal")
+    "profile", "num_processes", "runs_dir", "reveal")
 
 def check_plan(
     wanted:PipelineRun, # Parameters of the pipeline

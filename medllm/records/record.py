@@ -25,7 +25,7 @@ from pathlib import Path
 import psutil
 from fastcore.basics import patch
 
-from ..core import Interrupted, UserError, project_root, sha256, write_json
+from ..core import Interrupted, UserError, append_event, boot, project_root, sha256, write_json
 from ..secrets import scrub_values
 
 # %% ../../nbs/records/00_record.ipynb #provenance
@@ -157,10 +157,7 @@ class Run:
 
     def event(self, name:str, **facts):
         "Append a line to events.jsonl, on the disk at once."
-        with open(self.folder/"events.jsonl", "a", encoding="utf-8") as f:
-            f.write(json.dumps(scrub_values({"time": now(), "event": name} | facts)[0], ensure_ascii=False) + "\n")
-            f.flush()
-            os.fsync(f.fileno())
+        append_event(self.folder, name, **scrub_values(facts)[0])
         return self
 
     def end(self, status:str, reason:str = "", **values):
@@ -197,17 +194,11 @@ def read_events(
 # %% ../../nbs/records/00_record.ipynb #beat
 BEAT = 10.0   # between two heartbeats [s]
 
-def _boot()->str:
-    "What tells this start of this machine from any other, and no name of it."
-    file = Path("/proc/sys/kernel/random/boot_id")
-    told = file.read_text().strip() if file.exists() else f"{platform.node()} {psutil.boot_time():.0f}"
-    return hashlib.sha256(told.encode()).hexdigest()[:12]
-
 @patch
 def beat(self:Run):
     "Say that this process is alive."
     write_json(self.folder/"heartbeat.json", {"time": time.time(), "pid": os.getpid(),
-        "begun": psutil.Process().create_time(), "boot": _boot()}, sync=False)
+        "begun": psutil.Process().create_time(), "boot": boot()}, sync=False)
     return self
 
 @patch
@@ -224,7 +215,7 @@ def beating(self:Run):
 
 def _there(beat:dict)->bool:
     "Whether the process of a heartbeat is still there."
-    if beat.get("boot") != _boot(): return False
+    if beat.get("boot") != boot(): return False
     try: return abs(psutil.Process(beat["pid"]).create_time() - beat["begun"]) < 2
     except psutil.Error: return False
 

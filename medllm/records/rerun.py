@@ -48,6 +48,10 @@ def _suspects(state:dict)->list[str]:
     return other + [f"the code is {now[0][:7]}{' and changes' if now[1] else ''} here, and {then[0][:7]}"
         f"{' and changes' if then[1] else ''} in the record"]*(then != now and bool(then[0]))
 
+def _from_the_start(extra:dict)->dict:
+    "Flags without the checkpoint that an earlier attempt went on from."
+    return {k: v for k, v in extra.items() if k not in ("resume_from_checkpoint", "allow")}
+
 def _state(folder:Path)->dict:
     "run.json of a record that can be executed again."
     state = read_state(folder)
@@ -68,6 +72,7 @@ def rerun(
         f"{'; '.join(bad)}; bring it back, or name another with -p dataset, -p dataset_dir or -p model_name_or_path")
     for text in _suspects(state): say(text)
     kept = {k: v for k, v in state["parameters"].items() if k not in ("output_dir", "runs_dir", "tag")}
+    if kept.get("extra"): kept["extra"] = _from_the_start(kept["extra"])
     with tempfile.TemporaryDirectory() as place:
         return execute(_notebook(folder, state["stage"], place), kept | given | {"runs_dir": str(runs), "tag": tag},
             parent={"rerun": str(folder.resolve())})
@@ -150,7 +155,6 @@ def resume(
     found = newest_checkpoint(folder)
     say(f"{status}: goes on from {found.name}" if found else f"{status}: there is no whole checkpoint, so it begins again")
     kept = state["parameters"] | given | {"output_dir": str(folder)}
-    extra = {k: v for k, v in (kept.get("extra") or {}).items() if k != "resume_from_checkpoint"}
-    kept["extra"] = extra | ({"resume_from_checkpoint": str(found)} if found else {})
+    kept["extra"] = _from_the_start(kept.get("extra") or {}) | ({"resume_from_checkpoint": str(found)} if found else {})
     with tempfile.TemporaryDirectory() as place:
         return execute(_notebook(folder, state["stage"], place), kept, resume=folder)

@@ -147,6 +147,12 @@ def _papermill(source:Path, run:Run, parameters:dict, **options):
         kernel_name="python3", progress_bar=False, log_output=False, record=str(run.folder.resolve()), **options)
     except (DeadKernelError, PapermillExecutionError, Ended): pass            # run.json says it better
 
+def _limits(wanted, time_limit:float|None)->dict:
+    "What the engine is told: the longest time [s], and how repeatable the run is to be."
+    minutes, extra = getattr(wanted, "time_limit", None), getattr(wanted, "extra", {})
+    return {"time_limit": 60*minutes if minutes and not time_limit else time_limit,
+        "profile": str(extra.get("profile") or getattr(wanted, "profile", "fast"))}
+
 def execute(
     name:str,   # A stage, or a path to a copy of its notebook
     given:dict, # Parameters as the user wrote them
@@ -170,7 +176,7 @@ def execute(
     run.beat()
     _write_source(source, folder)
     say(f"record: {folder}")
-    options = {"time_limit": time_limit, "profile": str(given.get("profile") or "fast")}
+    options = _limits(wanted, time_limit)
     try:
         with Progress(folder): _papermill(folder/"source.ipynb", run, parameters | {"output_dir": str(folder)}, **options)
     except KeyboardInterrupt as error: run.read().fail(error)

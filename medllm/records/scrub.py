@@ -151,7 +151,8 @@ def safe_error(
     ours = ename in _SENTENCES and plain("\n".join(output["traceback"])) == plain(f"error: {output['evalue']}")
     said = plain(output["evalue"]) if ours or (ename == "SystemExit" and output["evalue"].isdigit()) else (
         "text left out: the dataset is private")
-    return {"output_type": "error", "ename": ename, "evalue": said, "traceback": [f"{ename}: {said}", *_frames(output["traceback"])]}
+    frames = _frames(output["traceback"])
+    return {"output_type": "error", "ename": ename, "evalue": said, "traceback": [f"{ename}: {said}", *frames]}
 
 # %% ../../nbs/records/03_scrub.ipynb #policy
 @dataclass

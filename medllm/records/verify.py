@@ -135,7 +135,7 @@ def data_here(
     found = {}
     for n, d in enumerate((state.get("inputs") or {}).get("data", [])):
         wanted = {p: h for p, h in (d.get("sha256") or {}).items() if f"run.json inputs.data.{n}.sha256.{p}" not in known}
-        bad = _compared(f"data file of '{d.get('name')}'", {p: find_path(p) for p in wanted}, wanted)
+        bad = _compared("data file", {p: find_path(p) for p in wanted}, wanted)
         found |= {f"data {p}": text for p, text in bad.items()}
     return found
 

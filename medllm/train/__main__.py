@@ -10,9 +10,10 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 
-from ..core import UserError, say
+from ..core import Interrupted, UserError, say
 
 # %% ../../nbs/train/26_main.ipynb #help
 _HEAD = """usage: python -m medllm.train [FILE.yaml] [--flag value …] [flag=value …]
@@ -61,6 +62,7 @@ def mend_launch(
     if (parent := _launcher()) is None: return None
     import psutil
     import torch
+    from medllm.train.interruption import listening, polled, stop
     try: asked, threads = _asked_processes(parent.cmdline()), parent.environ().get("OMP_NUM_THREADS")
     except psutil.Error: return None
     cores = psutil.cpu_count(logical=False) or 1
@@ -74,29 +76,45 @@ def mend_launch(
     words = [
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(asked), "--rdzv_backend", "c10d",
         "--rdzv_endpoint", "127.0.0.1:0", "-m", "medllm.train", *argv]
-    return subprocess.run(words, env=env).returncode
+    with listening(), polled():                              # a signal goes on to the processes, which save
+        started, told = subprocess.Popen(words, env=env), False
+        while started.poll() is None:
+            if stop.asked and not told:
+                started.send_signal(stop.asked)
+                told = True
+            time.sleep(0.2)
+    return 75 if told else started.returncode
 
 # %% ../../nbs/train/26_main.ipynb #main
 def main(
     argv:Sequence[str]|None = None, # Words of the command line; None takes the program's own
-)->int:                             # 0; 2 for a user's mistake; 130 when interrupted
+    own:bool = False, # Whether this process is there for the command alone; None for `argv` says so
+)->int:      # 0; 2 for a user's mistake; 74 when nothing can be written; 75 when it was asked to stop
     "Train by a command line; returns the exit code."
-    argv = sys.argv[1:] if argv is None else list(argv)
+    own, argv = own or argv is None, sys.argv[1:] if argv is None else list(argv)
     if {"-h", "--help"} & set(argv):
         print(help_text())
         return 0
     if (code := mend_launch(argv)) is not None: return code
-    from medllm.train.arguments import read_command
-    from medllm.train.loop import run
+    from medllm.train.interruption import listening
+    with listening(): return _train(argv, own)
+
+def _train(argv:list[str], own:bool)->int:
+    "The exit code of a training command; a signal ends it in a way that can be gone on from."
     try:
-        metrics = run(read_command(argv))
+        from medllm.train.arguments import read_command
+        from medllm.train.determinism import begin_anew
+        from medllm.train.loop import run
+        given = read_command(argv)
+        if own: begin_anew(given.get("profile"))
+        metrics = run(given)
         if metrics.get("loss_first"): say(
             f"{metrics['steps']} steps, loss {metrics['loss_first']:.4f} -> {metrics['loss_last']:.4f}, "
             f"{metrics['trained_tokens_per_second']:.0f} trained tokens/s")
         return 0
     except UserError as e:
         say(f"error: {e}")
-        return 2
+        return 75 if isinstance(e, Interrupted) else 74 if type(e).__name__ == "Unwritable" else 2
     except KeyboardInterrupt: return 130
 
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())   # a notebook has no __file__

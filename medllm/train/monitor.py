@@ -65,7 +65,7 @@ class Monitor:
     ):
         "Raises `Halted` for a collapse; sets `finished` when all answers have for long had the best reward there is."
         length, reward = lengths.float().mean().item(), rewards.mean().item()
-        if len(self.begin) < self.patience: self.begin.append((length, reward))
+        if len(self.begin) < self.patience: self.begin.append([length, reward])
         first_length, first_reward = np.mean(self.begin, 0)
         self.best, self.varied = max(self.best, rewards.max().item()), self.varied or not flat
         self.flat += flat
@@ -81,6 +81,22 @@ class Monitor:
             if not at_best: raise Halted(f"in {self.patience} batches no group of answers had different rewards (now "
                 f"{reward:.3f} on average): nothing can be learnt; look at --reward_funcs, or take other questions")
             self.finished = True
+
+# %% ../../nbs/train/19_monitor.ipynb #memory
+_KEPT = ("streaks", "flat", "recent", "begin", "best", "varied", "finished")
+
+@patch
+def state(self:Monitor)->dict:
+    "What it remembers, as numbers; copies."
+    return {name: list(v) if isinstance(v, deque) else v.copy() if isinstance(v, (list, dict)) else v
+        for name in _KEPT for v in (getattr(self, name),)}
+
+@patch
+def load_state(self:Monitor,
+    state:dict, # From `state`
+):
+    "Remember that."
+    for name in _KEPT: setattr(self, name, deque(state[name]) if name == "recent" else state[name])
 
 # %% ../../nbs/train/19_monitor.ipynb #check
 @patch

@@ -7,14 +7,13 @@ __all__ = ['token_rewards', 'gae', 'whiten', 'PpoLoss', 'KlWeight', 'RunningScal
            'PpoObjective', 'PpoTrainer', 'make_trainer', 'finish']
 
 # %% ../../nbs/train/24_ppo.ipynb #imports
-import json
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from fastcore.basics import patch
 
-from ..core import UserError, say, write_json
+from ..core import UserError, say
 from ..models.adapters import adapt
 from ..models.roles import copy_adapter
 from ..models.sampling import Sampling
@@ -206,6 +205,12 @@ class PpoObjective(RolloutObjective):
 
     def units(self, batch): return len(batch["targets"])
 
+    def state(self): return super().state() | {"kl_coef": self.weight.value, "scores": asdict(self.scale)}
+
+    def load_state(self, state):
+        super().load_state(state)
+        self.weight.value, self.scale = state["kl_coef"], RunningScale(**state["scores"])
+
     def advantages(self, trainer, drawn, scores:torch.Tensor, values:torch.Tensor)->tuple[torch.Tensor, torch.Tensor]:
         "Advantages and returns of a rollout, (N, L) each."
         s, a = self.settings, trainer.accelerator
@@ -244,6 +249,7 @@ class PpoObjective(RolloutObjective):
 # %% ../../nbs/train/24_ppo.ipynb #save
 class PpoTrainer(RolloutTrainer):
     "A `RolloutTrainer` whose model carries a value model."
+    def saved_elsewhere(self, name): return is_critic(name)
 
 @patch
 def _critic(self:PpoTrainer)->dict:
@@ -252,7 +258,7 @@ def _critic(self:PpoTrainer)->dict:
 
 @patch
 def _save(self:PpoTrainer, output_dir:str|None=None, state_dict:dict|None=None):
-    "Save the policy; into a checkpoint also the value model and the state of the objective."
+    "Save the policy; into a checkpoint also the value model."
     from safetensors.torch import save_file
     folder = Path(output_dir or self.args.output_dir)
     whole = state_dict or self.model.state_dict()
@@ -262,13 +268,10 @@ def _save(self:PpoTrainer, output_dir:str|None=None, state_dict:dict|None=None):
     if not folder.name.startswith("checkpoint-"): return
     save_file({name: p.detach().contiguous().cpu() for name, p in self._critic().items()},
     folder/"critic.safetensors")
-    scale = self.objective.scale
-    write_json(folder/"ppo.json", {"kl_coef": self.objective.weight.value,
-    "scores": [scale.count, scale.mean, scale.squares]})
 
 @patch
 def _load_from_checkpoint(self:PpoTrainer, resume_from_checkpoint:str, model=None):
-    "Load the policy, the value model and the state of the objective."
+    "Load the policy and the value model."
     from safetensors.torch import load_file
     folder, trains = Path(resume_from_checkpoint), self._critic()
     super(PpoTrainer, self)._load_from_checkpoint(resume_from_checkpoint, model)
@@ -280,8 +283,6 @@ def _load_from_checkpoint(self:PpoTrainer, resume_from_checkpoint:str, model=Non
     for name, p in trains.items():
         p.data.copy_(kept[name])
         p.requires_grad_(True)
-    state = json.loads((folder/"ppo.json").read_text(encoding="utf-8"))
-    self.objective.weight.value, self.objective.scale = state["kl_coef"], RunningScale(*state["scores"])
 
 # %% ../../nbs/train/24_ppo.ipynb #make
 def make_trainer(

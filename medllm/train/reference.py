@@ -245,7 +245,7 @@ def _stored(file:Path, trainer, compute:Callable[[], np.ndarray])->np.ndarray:
     if there == 1:
         os.utime(file)
         return np.load(file)
-    made = compute()
+    with torch.random.fork_rng(devices=[]): made = compute()
     if trainer.is_world_process_zero():
         for old in file.parent.glob("*.npy"):
             if time.time() - old.stat().st_mtime > _KEEP: old.unlink(missing_ok=True)

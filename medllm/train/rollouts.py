@@ -20,7 +20,7 @@ from torch.utils.data import Sampler
 from ..core import UserError, say
 from ..models.documents import branched
 from ..models.sampling import Sampling, at_rest, rows_that_fit, sample_answers, uniform_table
-from .answers import AnswerLayout, Reward, Rollout, add_rewards
+from .answers import AnswerLayout, Reward, Rollout, add_rewards, rollout_again
 from .monitor import Monitor, kl_estimate, mean_kl
 from .trainer import Objective, StageTrainer
 
@@ -56,6 +56,7 @@ class RolloutObjective(Objective):
     steps = 1    # Optimiser steps' worth of answers in a rollout
     passes = 1   # Passes over a rollout
     rewards:Sequence[Reward] = ()
+    trainer = None # The `RolloutTrainer` that it works for
 
     def collate(self, pad_id, multiple, packed):
         self.layout = AnswerLayout(pad_id, multiple, packed)
@@ -64,6 +65,9 @@ class RolloutObjective(Objective):
     def rollout(self, trainer, prompts:list[dict])->list[dict]:
         "The micro-batches of a rollout, `passes` x `steps` x A of them, from `trainer.micro_batches`."
         raise NotImplementedError
+
+    def state(self): return self.trainer.carried() if self.trainer else {}
+    def load_state(self, state): self.trainer.take_carried(state)
 
 @dataclass(frozen=True)
 class RolloutPlan:
@@ -110,7 +114,7 @@ class RolloutTrainer(StageTrainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled: raise UserError(
             "PPO and GRPO draw answers from whole weights: run them without FSDP and DeepSpeed "
             "(--quantization_bit 4 saves memory)")
-        self.plan, self.monitor = plan, Monitor(plan.kl_limit)
+        self.plan, self.monitor, objective.trainer = plan, Monitor(plan.kl_limit), self
         held = eval_units.values() if isinstance(eval_units, dict) else [eval_units]
         self.longest = _longest(model, [train_units, *held], plan.how)
         others = [other] if (other := getattr(plan.reference, "other", None)) is not None else []
@@ -120,7 +124,7 @@ class RolloutTrainer(StageTrainer):
         if per_step*objective.steps % objective.each: raise UserError(
             f"--per_device_train_batch_size x --gradient_accumulation_steps is {per_step}: it must be a multiple of "
             f"the {objective.each} answers to a prompt (--num_generations)")
-        self.size, self.drawn, self.queue = per_step*objective.steps//objective.each, None, []
+        self.size, self.drawn, self.queue, self.kept = per_step*objective.steps//objective.each, None, [], None
         self.rollouts, self.spent = Path(args.output_dir)/"rollouts.jsonl", 0.0
         self.noted, self.ends, self.totals = [], ({}, {}), {"rollouts": 0, "answers": 0, "seconds": 0.0}
 
@@ -145,7 +149,8 @@ def get_batch_samples(self:RolloutTrainer, epoch_iterator, num_batches:int, devi
     step = self.state.global_step % self.rollout_steps
     if self.drawn != self.number:
         self.drawn, start = self.number, time.perf_counter()
-        self.queue = self.objective.rollout(self, prompts)
+        kept = self.kept[1:] if self.kept and self.kept[0] == self.number else None      # of a run that is gone on with
+        self.queue = self.micro_batches(kept[0], **kept[1]) if kept else self.objective.rollout(self, prompts)
         self.spent += time.perf_counter() - start
     coming = self.queue[step*num_batches:(step + 1)*num_batches]
     return super(RolloutTrainer, self).get_batch_samples(iter(coming), num_batches, device)
@@ -157,7 +162,7 @@ def micro_batches(self:RolloutTrainer,
 )->list[dict]:       # passes x steps x A
     "A rollout cut into micro-batches; inside an optimiser step rows of similar length lie together."
     out, objective, key = [], self.objective, (self.args.seed, self.number, self.args.process_index)
-    by_size = rollout.by_group()
+    by_size, self.kept = rollout.by_group(), (self.number, rollout, values)
     for number in range(objective.passes):
         groups = np.random.default_rng((*key, number)).permutation(len(rollout)//rollout.each)
         step_of = np.arange(len(rollout))*objective.steps//len(rollout)   # in the order of the groups
@@ -300,6 +305,25 @@ def log(self:RolloutTrainer, logs:dict, start_time:float|None=None):
         self.totals["seconds"] += self.spent
         self.noted, self.spent = [], 0.0
     super(RolloutTrainer, self).log(logs, start_time)
+
+# %% ../../nbs/train/20_rollouts.ipynb #carried
+@patch
+def carried(self:RolloutTrainer)->dict:
+    "What the coming steps need of what was drawn and seen; tensors are not copied."
+    copied = {"noted": [dict(noted) for noted in self.noted], "ends": [dict(end) for end in self.ends],
+        "totals": dict(self.totals), "spent": self.spent, "monitor": self.monitor.state()}
+    if self.kept is None or self.kept[0] != self.number: return copied
+    number, rollout, values = self.kept
+    return copied | {"number": number} | rollout.carried(**values)
+
+@patch
+def take_carried(self:RolloutTrainer,
+    state:dict, # From `carried`
+):
+    "Go on with that."
+    self.noted, self.ends, self.totals, self.spent = state["noted"], tuple(state["ends"]), state["totals"], state["spent"]
+    self.monitor.load_state(state["monitor"])
+    self.drawn, self.kept = None, (state["number"], *rollout_again(state)) if "number" in state else None
 
 # %% ../../nbs/train/20_rollouts.ipynb #evaluate
 @patch

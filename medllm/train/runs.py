@@ -29,7 +29,7 @@ class _Run:
 
     def flags(self)->dict:
         "The flags of training among the parameters: name to value."
-        record = ("num_processes", "extra", "runs_dir", "tag", "note", "reveal")
+        record = ("num_processes", "time_limit", "extra", "runs_dir", "tag", "note", "reveal")
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in record}
         return {"stage": self.stage} | {name: value for name, value in own.items() if value is not None} | self.extra
 
@@ -66,7 +66,9 @@ class SftRun(_Run):
     logging_steps:int = flag(10, "Steps between two logged losses")
     save_steps:int = flag(500, "Steps between two checkpoints")
     seed:int = flag(42, "Seed of weights, split and order")
+    profile:str = _like("profile", "fast")
     num_processes:int = flag(1, "Processes; more than one are started with accelerate launch")
+    time_limit:float|None = flag(None, "Longest time of the run [min]; a checkpoint is taken when it is over")
     extra:dict = field(default_factory=dict, metadata={"help": "Any other flag of medllm train, name to value"})
     output_dir:str|None = flag(None, "Folder of the record; default a new one under runs_dir")
     runs_dir:str = flag("runs", "Folder that new records go to")
