@@ -257,5 +257,6 @@ def add_verbs(
         v = inner.add_parser(name, help=verb.help, description=verb.help)
         v.set_defaults(function=_anywhere(verb.function, name in _LOOKING))
         verb.words(v)
-        v.add_argument("--runs", default="runs", metavar="DIR", help="folder of records, or an address such as s3://… (default runs)")
+        v.add_argument("--runs", default="runs", metavar="DIR",
+            help="folder of records, or an address such as s3://… (default runs)")
         if verb.json: v.add_argument("--json", action="store_true", help="for programs")

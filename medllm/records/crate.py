@@ -118,7 +118,8 @@ def _card_data(state:dict, title:str):
     data, model = used(state)
     numbers = {k: v for k, v in m.items() if k.startswith("eval_") and isinstance(v, int | float) and not k.endswith(
         ("_before", "_runtime", "_tokens"))}
-    results = [EvalResult(task_type="text-generation", dataset_type=data or "unknown", dataset_name=f"{data or 'unknown'}, held out",
+    named = data or "unknown"
+    results = [EvalResult(task_type="text-generation", dataset_type=named, dataset_name=f"{named}, held out",
         metric_type=k.removeprefix("eval_"), metric_value=float(v)) for k, v in numbers.items()]
     adapter = any(n.startswith("adapter") for n in state.get("weights") or {})
     base = str(given.get("model_name_or_path") or "")

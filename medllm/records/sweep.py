@@ -190,7 +190,8 @@ def _ended(run:Run, point:Point):
         said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
         reason = said[-1] if said else f"see {point.log}"
     note(run, point.name, status=status, **({"reason": reason} if reason else {}))
-    say(f"{point.name} {status}{f': {reason}' if reason else ''}  {_words(point.sets)}")
+    with contextlib.suppress(OSError):                                       # a terminal that was closed ends no sweep
+        say(f"{point.name} {status}{f': {reason}' if reason else ''}  {_words(point.sets)}")
 
 def _words(sets:dict)->str: return ", ".join(f"{name} {value}" for name, value in sets.items())
 
