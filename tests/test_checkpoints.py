@@ -423,3 +423,11 @@ def test_random_damage_is_never_resumed_from(copy):
         data[at] = kept
         file.write_bytes(data)
     assert check(copy/"checkpoint-6") == ""
+
+
+def test_two_processes_stop_and_go_on_together():
+    "One of two processes gets the signal: both save in the same step and end with 75; another number of them is refused."
+    found = fault("ranks.py")
+    assert found["codes"] >= 2 and found["stopped"] == 1 and len(found["left"]) == 1, found
+    assert found["again"] == 0 and found["same"] == [True, True], found
+    assert found["one"][0] == 2 and "processes was 2, is 1" in found["one"][1], found

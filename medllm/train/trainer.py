@@ -296,7 +296,8 @@ def evaluate(
     self:StageTrainer, eval_dataset=None, ignore_keys=None, metric_key_prefix:str="eval"
 )->dict:
     "Metrics of the objective on the validation units: over all of them, and of each set apart."
-    start, model = time.perf_counter(), self.model_wrapped if self.is_in_train else self.model
+    start, sharded = time.perf_counter(), self.is_fsdp_enabled or self.is_deepspeed_enabled
+    model = self.model_wrapped if self.is_in_train and sharded else self.model   # DDP's would wait for a process without batches
     model.eval()
     sets = self.eval_dataset if eval_dataset is None else eval_dataset
     totals = {name: self._total(model, units) for name, units in (sets if isinstance(sets, dict) else {"": sets}).items()}
