@@ -219,11 +219,11 @@ _TEXTS = (".json", ".jsonl", ".txt", ".log", ".md", ".yaml", ".yml", ".csv", ".h
 def scrub_folder(
     folder:str|Path, # Of a record
 )->dict:             # Rule -> how often
-    "Take secrets out of every text file of a record; files with more than 64 MiB and checkpoints are left alone."
+    "Take secrets out of the text files of a record, but for the seal (hashes) and files with more than 64 MiB."
     from medllm.core import write_bytes
     counts = Counter()
     for file in sorted(Path(folder).iterdir()):
-        if file.suffix not in _TEXTS or not file.is_file() or file.stat().st_size > 2**26: continue
+        if file.suffix not in _TEXTS or file.name == "seal.json" or not file.is_file() or file.stat().st_size > 2**26: continue
         text = file.read_bytes().decode("utf-8", errors="surrogateescape")
         clean, found = scrub(text)
         if found: write_bytes(file, clean.encode("utf-8", errors="surrogateescape"))
