@@ -135,7 +135,8 @@ def _sweep_words(p):
     "medllm sweep STAGE -f FILE."
     p.add_argument("stage", help="pt, sft, rm, dpo, kto, ppo or grpo")
     p.add_argument("-f", "--file", required=True, help="YAML with grid: name -> values, and parameters: of every point")
-    p.add_argument("--jobs", type=lambda text: _number(text), default=1, metavar="N", help="points at a time, sharing the cores (default 1)")
+    p.add_argument("--jobs", type=lambda text: _number(text), default=1, metavar="N",
+        help="points at a time, sharing the cores (default 1)")
     p.add_argument("--ray", action="store_true", help="as tasks of a Ray cluster (extra ray)")
     p.add_argument("--runs", default="runs", help="folder of records, or an address such as s3://… (default runs)")
     p.add_argument("--tag", default="", help="word at the end of the sweep's name")
