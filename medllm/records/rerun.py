@@ -6,6 +6,8 @@
 __all__ = ['missing_inputs', 'rerun', 'Likeness', 'likeness', 'check_by_rerun', 'newest_checkpoint', 'resume']
 
 # %% ../../nbs/records/16_rerun.ipynb #imports
+import contextlib
+import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -59,6 +61,16 @@ def _state(folder:Path)->dict:
         raise UserError(f"{folder}/run.json does not say what was run: it is torn, or not a record's")
     return state
 
+@contextlib.contextmanager
+def _as_many_threads(state:dict):
+    "Within the block new processes compute with as many threads as the record's run: another number gives other digits."
+    told = ((state.get("provenance") or {}).get("determinism") or {}).get("threads")
+    before = os.environ.get("OMP_NUM_THREADS")
+    if told: os.environ["OMP_NUM_THREADS"] = str(told)
+    try: yield
+    finally:
+        if told: os.environ.pop("OMP_NUM_THREADS") if before is None else os.environ.update(OMP_NUM_THREADS=before)
+
 def rerun(
     folder:str|Path,   # Of a record
     given:dict = {},   # Parameters to change
@@ -73,7 +85,7 @@ def rerun(
     for text in _suspects(state): say(text)
     kept = {k: v for k, v in state["parameters"].items() if k not in ("output_dir", "runs_dir", "tag")}
     if kept.get("extra"): kept["extra"] = _from_the_start(kept["extra"])
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as place, _as_many_threads(state):
         return execute(_notebook(folder, state["stage"], place), kept | given | {"runs_dir": str(runs), "tag": tag},
             parent={"rerun": str(folder.resolve())})
 
@@ -156,5 +168,5 @@ def resume(
     say(f"{status}: goes on from {found.name}" if found else f"{status}: there is no whole checkpoint, so it begins again")
     kept = state["parameters"] | given | {"output_dir": str(folder)}
     kept["extra"] = _from_the_start(kept.get("extra") or {}) | ({"resume_from_checkpoint": str(found)} if found else {})
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as place, _as_many_threads(state):
         return execute(_notebook(folder, state["stage"], place), kept, resume=folder)
