@@ -130,6 +130,7 @@ def append_event(
 
 def boot()->str: # 12 hex digits
     "What tells this start of this machine from any other, and no name of it."
+    import psutil
     file = Path("/proc/sys/kernel/random/boot_id")
     told = file.read_text().strip() if file.exists() else f"{platform.node()} {psutil.boot_time():.0f}"
     return hashlib.sha256(told.encode()).hexdigest()[:12]
