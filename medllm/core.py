@@ -21,8 +21,6 @@ from collections.abc import Iterable
 from datetime import datetime, timezone
 from pathlib import Path
 
-import psutil
-
 # %% ../nbs/00_core.ipynb #error
 class UserError(Exception):
     "A mistake the user can mend: one sentence that says what, where and what to do; `medllm` exits with code 2."
