@@ -7,8 +7,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 TRL := .trl/.trl-1.16.0-1.12.0
+S3 := .s3/.moto-5.2.5
 
-.PHONY: demo test test-slow trl lint notebooks export requirements clean
+.PHONY: demo test test-slow trl s3 browser lint notebooks export requirements clean
 
 $(STAMP): requirements.txt settings.ini setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "medllm needs Python 3.11: set PYTHON=/path/to/python3.11"; exit 1; }
@@ -31,8 +32,22 @@ $(TRL): $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .trl/ppo trl==1.12.0
 	touch $@
 
+# a stand-in for S3 on this machine: a server of its own, since its packages want other versions than ours
+s3: $(S3)
+
+$(S3): $(STAMP)
+	rm -rf .s3
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target .s3 'moto[s3]==5.2.5' flask flask-cors
+	touch $@
+
+# the browser that exported pages are tested in; where it cannot be installed, those tests skip and say so
+browser:
+	@{ command -v chromium && command -v chromedriver; } > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null \
+		&& apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver \
+		> /dev/null; } || echo "no Chromium here, and no way to install it: the tests of pages will be skipped"
+
 # two files of tests at a time, one thread each: twice the threads of a machine with two cores would wait for one another
-test: $(STAMP) $(TRL) lint notebooks
+test: $(STAMP) $(TRL) $(S3) browser lint notebooks
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests
 
 # one thread each: two notebooks at a time on two cores would only get in each other's way
@@ -58,4 +73,4 @@ requirements:
 	rm -rf .venv-pins
 
 clean:
-	rm -rf $(VENV) .trl .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) .trl .s3 .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

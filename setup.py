@@ -20,12 +20,14 @@ setup(
     license="Apache-2.0",
     keywords=cfg["keywords"].split(),
     python_requires=f">={cfg['min_python']}",
-    packages=find_packages(include=["medllm", "medllm.*"]) + ["medllm.runs", "medllm.samples"],
-    package_dir={"medllm.runs": "nbs/runs", "medllm.samples": "data"},
-    package_data={"medllm.runs": ["*.ipynb"], "medllm.samples": ["*.json", "*.txt"]},
+    packages=find_packages(include=["medllm", "medllm.*"]) + ["medllm.runs", "medllm.samples", "medllm.page"],
+    package_dir={"medllm.runs": "nbs/runs", "medllm.samples": "data", "medllm.page": "nbs/page"},
+    package_data={"medllm.runs": ["*.ipynb"], "medllm.samples": ["*.json", "*.txt"],
+                  "medllm.page": ["*.html", "*.css", "*.js"]},
     install_requires=cfg["requirements"].split(),
     extras_require={
-        name: cfg[f"{name}_requirements"].split() for name in ("dev", "excel", "presidio")},
+        name: cfg[f"{name}_requirements"].split() for name in (
+            "dev", "excel", "presidio", "rocrate", "tensorboard", "mlflow", "ray")},
     entry_points={"console_scripts": cfg["console_scripts"].split(),
                   "papermill.engine": ["medllm=medllm.records.engine:RecordEngine"],
                   "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},

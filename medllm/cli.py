@@ -17,7 +17,7 @@ from .records.commands import add_verbs, report
 # %% ../nbs/99_cli.ipynb #commands
 def _train(args)->int:
     from medllm.train.__main__ import main as train
-    return train(args.words)
+    return train(args.words, own=True)
 
 def _tiny(args)->int:
     from medllm.models.tiny import write_tiny
@@ -38,8 +38,18 @@ def _run(args)->int:
         from medllm.train.runs import parameters_cell
         print(parameters_cell(RUNS[find_notebook(args.notebook)[0]]))
         return 0
+    from medllm.records.places import landing
     from medllm.records.run import execute
-    return report(execute(args.notebook, _settings(args)))
+    given = _settings(args)
+    with landing(given.get("runs_dir", "runs")) as runs:
+        return report(execute(args.notebook, given | ({"runs_dir": runs} if "runs_dir" in given else {})))
+
+def _sweep(args)->int:
+    from medllm.records.places import landing
+    from medllm.records.sweep import sweep
+    with landing(args.runs) as runs: run = sweep(args.stage, args.file, runs, args.jobs, args.tag, args.ray)
+    print((run.folder/"table.md").read_text(encoding="utf-8"), end="")
+    return report(run)
 
 # %% ../nbs/99_cli.ipynb #data-commands
 def _described(name:str, entry:dict, folder)->tuple[str, str, str]:
@@ -120,6 +130,17 @@ def _check_command(inner):
     p.add_argument("--processes", type=int, default=0, help="processes for long datasets (default one a core)")
     p.add_argument("--dataset_dir", default=argparse.SUPPRESS, help="folder with dataset_info.json (default data)")
 
+# %% ../nbs/99_cli.ipynb #sweep-words
+def _sweep_words(p):
+    "medllm sweep STAGE -f FILE."
+    p.add_argument("stage", help="pt, sft, rm, dpo, kto, ppo or grpo")
+    p.add_argument("-f", "--file", required=True, help="YAML with grid: name -> values, and parameters: of every point")
+    p.add_argument("--jobs", type=lambda text: _number(text), default=1, metavar="N",
+        help="points at a time, sharing the cores (default 1)")
+    p.add_argument("--ray", action="store_true", help="as tasks of a Ray cluster (extra ray)")
+    p.add_argument("--runs", default="runs", help="folder of records, or an address such as s3://… (default runs)")
+    p.add_argument("--tag", default="", help="word at the end of the sweep's name")
+
 # %% ../nbs/99_cli.ipynb #parser
 class _Parser(argparse.ArgumentParser):
     def error(self, message): raise UserError(f"{message}; see {self.prog} --help")
@@ -140,10 +161,11 @@ def parser()->argparse.ArgumentParser:
     p.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
         help="set a parameter; may be repeated")
     p.add_argument("-f", "--file", help="YAML file with parameters")
-    p.add_argument("--runs", help="folder of records (default runs)")
+    p.add_argument("--runs", help="folder of records, or an address such as s3://… (default runs)")
     p.add_argument("--tag", help="word at the end of the record's name")
     p.add_argument("--list-parameters", action="store_true",
         help="show the notebook's parameters with defaults and meaning")
+    _sweep_words(command("sweep", _sweep, "Run a notebook over a grid of parameters; a table of what came of it"))
     add_verbs(command("runs", None, "Look at records, check, repeat, resume, free and keep them"))
     p = command("tiny", _tiny, "Write the small random model that tests and demos use")
     p.add_argument("folder", help="new folder")

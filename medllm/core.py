@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UserError', 'Interrupted', 'nearest', 'project_root', 'bundled', 'find_path', 'sha256', 'sync_folder', 'write_bytes',
-           'write_json', 'quiet_bars', 'is_first_process', 'say']
+           'write_json', 'append_event', 'boot', 'quiet_bars', 'is_first_process', 'say']
 
 # %% ../nbs/00_core.ipynb #imports
 import difflib
@@ -13,10 +13,12 @@ import importlib.util
 import json
 import logging
 import os
+import platform
 import sys
 import threading
 import warnings
 from collections.abc import Iterable
+from datetime import datetime, timezone
 from pathlib import Path
 
 # %% ../nbs/00_core.ipynb #error
@@ -48,11 +50,11 @@ def project_root()->Path|None:  # Folder with settings.ini; None when medllm run
     return up if (up/"settings.ini").exists() and (up/"nbs").is_dir() else None
 
 def bundled(
-    what:str, # "runs" (run notebooks) or "samples" (sample data)
+    what:str, # "runs" (run notebooks), "samples" (sample data) or "page" (what exported pages are made of)
 )->Path:      # An existing folder
-    "Folder of the run notebooks or of the sample data, in a checkout or in an installed wheel."
+    "A folder that travels with the package, in a checkout or in an installed wheel."
     root = project_root()
-    if root: return root/{"runs": "nbs/runs", "samples": "data"}[what]
+    if root: return root/{"runs": "nbs/runs", "samples": "data", "page": "nbs/page"}[what]
     return _package()/what
 
 # %% ../nbs/00_core.ipynb #find
@@ -110,6 +112,26 @@ def write_json(
     "Write `value` as JSON, whole or not at all."
     plain = lambda x: x.item() if hasattr(x, "item") else str(x)
     return write_bytes(path, (json.dumps(value, ensure_ascii=False, indent=1, default=plain) + "\n").encode(), sync)
+
+# %% ../nbs/00_core.ipynb #events
+def append_event(
+    folder:str|Path, # Of a run
+    event:str,       # "status", "save_skipped", …
+    **facts,         # More of the line
+):
+    "Append a line to a run's `events.jsonl`, on the disk at once. Raises `OSError` when it cannot."
+    line = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "event": event} | facts
+    with open(Path(folder)/"events.jsonl", "a", encoding="utf-8") as f:
+        f.write(json.dumps(line, ensure_ascii=False) + "\n")
+        f.flush()
+        os.fsync(f.fileno())
+
+def boot()->str: # 12 hex digits
+    "What tells this start of this machine from any other, and no name of it."
+    import psutil
+    file = Path("/proc/sys/kernel/random/boot_id")
+    told = file.read_text().strip() if file.exists() else f"{platform.node()} {psutil.boot_time():.0f}"
+    return hashlib.sha256(told.encode()).hexdigest()[:12]
 
 # %% ../nbs/00_core.ipynb #quiet
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

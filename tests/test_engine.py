@@ -206,7 +206,22 @@ run.update(stage='bare', status='running', started='2026-01-01T00:00:00+00:00', 
     assert process.wait(30) == 75
     state = Run(tmp_path/"rec").state
     assert state["status"] == "interrupted" and state["effective"] == {"n": 3, "rate": 0.5, "name": "a", "extra": {}}
-    assert 'papermill.engine": ["medllm=medllm.records.engine:RecordEngine"]' in (ROOT/"setup.py").read_text()
+
+
+def test_the_engine_is_found_by_its_entry_point(tmp_path):
+    "setup.py names it; the plain command needs nothing else."
+    (tmp_path/"installed").mkdir()
+    made = run(sys.executable, ROOT/"setup.py", "-q", "egg_info", "-e", tmp_path/"installed")
+    assert made.returncode == 0, made.stderr
+    book(tmp_path, "print(n)", "1/0", "3")
+    done = run("papermill", "--engine", "medllm", "in.ipynb", "out.ipynb", "-p", "n", 3, "--no-progress-bar", cwd=tmp_path,
+        PYTHONPATH=f"{tmp_path/'installed'}{os.pathsep}{ROOT}")
+    nb = nbformat.read(tmp_path/"out.ipynb", 4)
+    assert done.returncode == 1 and nb.metadata.medllm.status == "failed", done.stderr
+    assert [c.metadata.papermill.status for c in nb.cells] == ["completed"]*3 + ["failed", "not_run"]
+    done = run("papermill", "--engine", "medllm", "in.ipynb", "out.ipynb", "-p", "nn", 3, "--no-progress-bar", cwd=tmp_path,
+        PYTHONPATH=f"{tmp_path/'installed'}{os.pathsep}{ROOT}")
+    assert done.returncode == 2 and "did you mean 'n'" in done.stderr, done.stderr
 
 
 # ---- R4: crashes and full disks in the middle of a write
@@ -461,3 +476,21 @@ def test_another_attempt_in_the_same_folder(tmp_path):
     assert again.state["status"] == "completed" and [a["status"] for a in again.state["attempts"]] == ["killed"]
     assert (tmp_path/"r/record.1.ipynb").exists() and "reason" not in again.state
     with pytest.raises(UserError, match="completed"): execute(str(tmp_path/"data.ipynb"), given, resume=tmp_path/"r")
+
+
+def test_a_training_that_is_asked_to_stop_takes_its_checkpoint(tmp_path):
+    "SIGTERM to the command: the loop ends its step, the checkpoint is whole, what comes after does not run."
+    words = [str(Path(sys.executable).parent/"medllm"), "run", "sft", "-p", "max_steps", "400", "-p", "max_samples", "40",
+        "-p", "logging_steps", "1", "-p", "save_steps", "1000", "-p", "output_dir", str(tmp_path/"r")]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    history, deadline = tmp_path/"r/history.jsonl", time.monotonic() + 120
+    while not (history.exists() and history.read_text().count("\n") > 3):
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        time.sleep(0.2)
+    process.terminate()
+    assert process.wait(60) == 75, process.stderr.read()
+    state = Run(tmp_path/"r").state
+    cells = {c["id"]: c["status"] for c in state["cells"]}
+    assert state["status"] == "interrupted" and "checkpoint-" in state["reason"]
+    assert (cells["train"], cells["curves"], cells["verdict"]) == ("interrupted", "not_run", "not_run")
+    assert list((tmp_path/"r").glob("checkpoint-*/COMMIT.json")) and not (tmp_path/"r/model.safetensors").exists()

@@ -35,6 +35,15 @@ class Sampling:
     def whole(self)->bool: return self.top_p == 1 and not self.top_k  # nothing is cut off
 
 # %% ../../nbs/models/07_sampling.ipynb #draw
+def _running_sum(mass:torch.Tensor)->torch.Tensor:
+    "Sums along the last axis, also in strict mode on a GPU."
+    strict = mass.is_cuda and torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    if strict: torch.use_deterministic_algorithms(False)
+    try: return mass.cumsum(-1)
+    finally:
+        if strict: torch.use_deterministic_algorithms(True, warn_only=warns)
+
 def draw_tokens(
     logits:torch.Tensor,   # (N, V)
     uniforms:torch.Tensor, # (N,), float64 in [0, 1)
@@ -44,7 +53,7 @@ def draw_tokens(
     if how.temperature == 0: return logits.argmax(-1)
     mass, order = torch.softmax(logits.float()/how.temperature, -1), None
     if not how.whole: mass, order = mass.topk(min(how.top_k or mass.shape[-1], mass.shape[-1]))
-    mass = mass.double().cumsum(-1)
+    mass = _running_sum(mass.double())
     last, kept = mass.shape[-1] - 1, mass[:, -1:]
     if how.top_p < 1: kept = mass.gather(1, (mass < how.top_p*kept).sum(1, keepdim=True).clamp(max=last))
     at = torch.searchsorted(mass, uniforms[:, None]*kept, right=True).clamp(max=last)

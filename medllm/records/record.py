@@ -18,14 +18,13 @@ import sys
 import threading
 import time
 from datetime import datetime, timezone
-from importlib import import_module, metadata
-from importlib.util import find_spec
+from importlib import metadata
 from pathlib import Path
 
 import psutil
 from fastcore.basics import patch
 
-from ..core import Interrupted, UserError, project_root, sha256, write_json
+from ..core import Interrupted, UserError, append_event, boot, project_root, sha256, write_json
 from ..secrets import scrub_values
 
 # %% ../../nbs/records/00_record.ipynb #provenance
@@ -157,10 +156,7 @@ class Run:
 
     def event(self, name:str, **facts):
         "Append a line to events.jsonl, on the disk at once."
-        with open(self.folder/"events.jsonl", "a", encoding="utf-8") as f:
-            f.write(json.dumps(scrub_values({"time": now(), "event": name} | facts)[0], ensure_ascii=False) + "\n")
-            f.flush()
-            os.fsync(f.fileno())
+        append_event(self.folder, name, **scrub_values(facts)[0])
         return self
 
     def end(self, status:str, reason:str = "", **values):
@@ -197,17 +193,11 @@ def read_events(
 # %% ../../nbs/records/00_record.ipynb #beat
 BEAT = 10.0   # between two heartbeats [s]
 
-def _boot()->str:
-    "What tells this start of this machine from any other, and no name of it."
-    file = Path("/proc/sys/kernel/random/boot_id")
-    told = file.read_text().strip() if file.exists() else f"{platform.node()} {psutil.boot_time():.0f}"
-    return hashlib.sha256(told.encode()).hexdigest()[:12]
-
 @patch
 def beat(self:Run):
     "Say that this process is alive."
     write_json(self.folder/"heartbeat.json", {"time": time.time(), "pid": os.getpid(),
-        "begun": psutil.Process().create_time(), "boot": _boot()}, sync=False)
+        "begun": psutil.Process().create_time(), "boot": boot()}, sync=False)
     return self
 
 @patch
@@ -224,7 +214,7 @@ def beating(self:Run):
 
 def _there(beat:dict)->bool:
     "Whether the process of a heartbeat is still there."
-    if beat.get("boot") != _boot(): return False
+    if beat.get("boot") != boot(): return False
     try: return abs(psutil.Process(beat["pid"]).create_time() - beat["begun"]) < 2
     except psutil.Error: return False
 
@@ -254,13 +244,17 @@ def watch(self:Run):
         self.fail(result.error_in_exec or result.error_before_exec) if not result.success else None)
     if shell := _shell():
         shell.events.register("post_run_cell", self._seen)
-        _listen()
+        self._listens = _listen()
     return self.beating()
 
-def _listen():
+def _listen()->bool:
     "SIGTERM ends a cell with `Interrupted`; a training takes its checkpoint first."
-    if find_spec("medllm.train.interruption") and threading.current_thread() is threading.main_thread():
-        import_module("medllm.train.interruption").stop.install()
+    from medllm.train.interruption import stop
+    return stop.install()
+
+def _unlisten():
+    from medllm.train.interruption import stop
+    stop.remove()
 
 @patch
 def unwatch(self:Run):
@@ -268,7 +262,8 @@ def unwatch(self:Run):
     shell = _shell()
     if shell and getattr(self, "_seen", None): shell.events.unregister("post_run_cell", self._seen)
     if getattr(self, "_quiet", None): self._quiet.set()
-    self._seen = None
+    if getattr(self, "_listens", False): _unlisten()
+    self._seen, self._listens = None, False
 
 # %% ../../nbs/records/00_record.ipynb #start
 def start(

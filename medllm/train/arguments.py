@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OLD_FLAGS', 'STAGES', 'PAIR_LOSSES', 'REFERENCES', 'translate', 'read_command', 'Arguments', 'parse',
-           'check_output_dir', 'check_places', 'preflight']
+           'check_output_dir', 'resumes', 'check_places', 'preflight']
 
 # %% ../../nbs/train/01_arguments.ipynb #imports
 import json
@@ -23,7 +23,7 @@ from ..data.registry import find_sources
 from ..data.templates import check_template_name
 from ..models.adapters import AdaptPlan, names
 from ..models.loading import LoadPlan, model_location
-from .flags import (OURS, DataArguments, FinetuningArguments, ModelArguments, PreferenceArguments,
+from .flags import (OURS, PROFILES, DataArguments, FinetuningArguments, ModelArguments, PreferenceArguments,
     ReinforcementArguments, RewardArguments, known_flags)
 from ..yaml_file import read_yaml
 
@@ -279,6 +279,7 @@ def _check_together(args:Arguments):
     def refuse(condition, why):
         if condition: raise UserError(why)
     refuse(f.stage not in STAGES, f"--stage {f.stage}: unknown{nearest(f.stage, STAGES)}; known are {', '.join(STAGES)}")
+    refuse(f.profile not in PROFILES, f"--profile {f.profile}: must be {', '.join(PROFILES)}")
     refuse(d.train_on_prompt and d.mask_history,
         "--train_on_prompt and --mask_history exclude each other: one trains more, the other less")
     refuse(t.do_train and not d.dataset, "--do_train needs --dataset")
@@ -318,14 +319,23 @@ def check_output_dir(
     folder:str,             # --output_dir
     overwrite:bool = False, # --overwrite_output_dir
     resume:bool = False,    # A checkpoint in it is resumed
+    checkpoints:bool = True,# Whether checkpoints count
 ):
     "Raise `UserError` when the folder already holds a model or checkpoints and nothing allows writing there."
     where = Path(folder).expanduser()
     if overwrite or resume or not where.exists(): return
     if not where.is_dir(): raise UserError(f"--output_dir {folder} is a file")
-    held = [f.name for f in where.iterdir() if f.name in _MODEL_FILES or f.name.startswith("checkpoint-")]
+    held = [f.name for f in where.iterdir() if f.name in _MODEL_FILES or checkpoints and f.name.startswith("checkpoint-")]
     if held: raise UserError(f"--output_dir {folder} already holds a model ({sorted(held)[0]}); "
                              "name another folder, or give --overwrite_output_dir")
+
+def resumes(
+    args:Arguments, # From `parse`
+)->str:             # "", "true", "auto" or a path
+    "What --resume_from_checkpoint asks for."
+    asked = str(args.training.resume_from_checkpoint or "")
+    return {"1": "true", "0": "", "false": "", "none": ""}.get(asked.lower(), asked if asked.lower() not in (
+        "true", "auto") else asked.lower())
 
 def check_places(
     args:Arguments,      # From `parse`
@@ -354,4 +364,4 @@ def preflight(
         if not (find_path(folder)/"adapter_config.json").exists(): raise UserError(
             f"{folder} is not an adapter: it has no adapter_config.json")
     check_output_dir(args.training.output_dir, args.finetuning.overwrite_output_dir,
-        bool(args.training.resume_from_checkpoint))
+        bool(resumes(args)))
