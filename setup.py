@@ -29,7 +29,7 @@ setup(
         name: cfg[f"{name}_requirements"].split() for name in (
             "dev", "excel", "presidio", "rocrate", "tensorboard", "mlflow", "ray")},
     entry_points={"console_scripts": cfg["console_scripts"].split(),
-                  "papermill.engine": ["medllm=medllm.records.engine:RecordEngine"],
+                  "papermill.engine": ["medllm=medllm.records.papermill_door:LazyEngine"],
                   "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
     zip_safe=False,
 )

@@ -55,6 +55,7 @@ def test_a_failed_stage_leaves_the_others_and_the_next_call_goes_on_there(tmp_pa
     assert done.returncode == 0 and not record["stages"][0].get("taken_over")
 
 
+@pytest.mark.slow
 def test_adapters_are_handed_on(tmp_path):
     done, record = pipeline(tmp_path, {"sft": SHORT | dict(dataset="mm"), "ipo": SHORT | dict(stage="dpo", dataset="mm_rm",
         pref_loss="ipo")}, finetuning_type="lora")

@@ -22,6 +22,7 @@ def state_of(folder): return json.loads((Path(folder)/"run.json").read_text())
 def newest(runs): return max((Path(runs)/"sweep").iterdir())
 
 
+@pytest.mark.slow
 def test_a_sweep_and_its_second_call(tmp_path):
     "One point runs and one fails in its kernel; then only the failed one is run again."
     bad = tmp_path/"bad.json"

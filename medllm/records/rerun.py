@@ -52,7 +52,7 @@ def _suspects(state:dict)->list[str]:
 
 def _from_the_start(extra:dict)->dict:
     "Flags without the checkpoint that an earlier attempt went on from."
-    return {k: v for k, v in extra.items() if k not in ("resume_from_checkpoint", "allow")}
+    return {k: v for k, v in extra.items() if k not in ("resume_from_checkpoint", "allow", "overwrite_output_dir")}
 
 def _state(folder:Path)->dict:
     "run.json of a record that can be executed again."
@@ -167,6 +167,7 @@ def resume(
     found = newest_checkpoint(folder)
     say(f"{status}: goes on from {found.name}" if found else f"{status}: there is no whole checkpoint, so it begins again")
     kept = state["parameters"] | given | {"output_dir": str(folder)}
-    kept["extra"] = _from_the_start(kept.get("extra") or {}) | ({"resume_from_checkpoint": str(found)} if found else {})
+    kept["extra"] = _from_the_start(kept.get("extra") or {}) | (
+        {"resume_from_checkpoint": str(found)} if found else {"overwrite_output_dir": True})
     with tempfile.TemporaryDirectory() as place, _as_many_threads(state):
         return execute(_notebook(folder, state["stage"], place), kept, resume=folder)
