@@ -48,7 +48,7 @@ browser:
 
 # two files of tests at a time, one thread each: twice the threads of a machine with two cores would wait for one another
 test: $(STAMP) $(TRL) $(S3) browser lint notebooks
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests
 
 # one thread each: two notebooks at a time on two cores would only get in each other's way
 notebooks: $(STAMP)

@@ -266,7 +266,7 @@ def test_a_killed_run_goes_on(plain, tmp_path):
     process = subprocess.Popen([str(BIN/"medllm"), "run", *map(str, words), "--runs", str(tmp_path/"runs")], cwd=ROOT,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     until = time.monotonic() + 120
-    while not list((tmp_path/"runs").glob("sft/*/checkpoint-5/trainer_state.json")) and time.monotonic() < until: time.sleep(.02)
+    while not list((tmp_path/"runs").glob("sft/*/checkpoint-5/COMMIT.json")) and time.monotonic() < until: time.sleep(.02)
     for kernel in psutil.Process(process.pid).children():
         if any("ipykernel" in word for word in kernel.cmdline()): kernel.send_signal(signal.SIGKILL)
     assert process.wait(120) == 1
