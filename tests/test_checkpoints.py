@@ -425,6 +425,7 @@ def test_random_damage_is_never_resumed_from(copy):
     assert check(copy/"checkpoint-6") == ""
 
 
+@pytest.mark.slow
 def test_two_processes_stop_and_go_on_together():
     "One of two processes gets the signal: both save in the same step and end with 75; another number of them is refused."
     found = fault("ranks.py")

@@ -108,6 +108,7 @@ def test_an_address_with_a_key_is_refused_and_not_repeated(url, tmp_path, monkey
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_record_on_s3_from_run_to_export(s3, tmp_path):
     "Run, list, show, verify and export with an address; no key anywhere in the record."
     runs = "s3://bucket/whole/runs"

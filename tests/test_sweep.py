@@ -54,6 +54,7 @@ def test_a_wrong_point_starts_nothing(tmp_path):
     assert not (tmp_path/"runs").exists()
 
 
+@pytest.mark.slow
 def test_a_stopped_sweep_stops_its_points_and_goes_on(tmp_path):
     "SIGTERM: exit code 75, no process left; the same command goes on from the checkpoint."
     file = tmp_path/"grid.yaml"
