@@ -16,7 +16,7 @@ from pathlib import Path
 from ..core import UserError, say
 from .listing import read_lines, read_state
 from .record import RUNNING, Run, code_version, status_of
-from .run import execute
+from .run import RUNS, execute
 from .seal import broken
 from .verify import data_here, models_here, packages_here
 
@@ -164,10 +164,12 @@ def resume(
     if status in ("completed", "rejected"): raise UserError(
         f"{folder} is {status}: there is nothing to go on with; medllm runs rerun runs it again")
     if bad := missing_inputs(state, given): raise UserError(f"{'; '.join(bad)}; a run goes on only with what it began with")
-    found = newest_checkpoint(folder)
-    say(f"{status}: goes on from {found.name}" if found else f"{status}: there is no whole checkpoint, so it begins again")
     kept = state["parameters"] | given | {"output_dir": str(folder)}
-    kept["extra"] = _from_the_start(kept.get("extra") or {}) | (
+    trains = "extra" in getattr(RUNS.get(state["stage"]), "__dataclass_fields__", {})
+    found = newest_checkpoint(folder) if trains else None
+    say(f"{status}: goes on from {found.name}" if found else f"{status}: there is no whole checkpoint, so it begins again"
+        if trains else f"{status}: runs again in its folder, and does nothing twice that stands there")
+    if trains: kept["extra"] = _from_the_start(kept.get("extra") or {}) | (
         {"resume_from_checkpoint": str(found)} if found else {"overwrite_output_dir": True})
     with tempfile.TemporaryDirectory() as place, _as_many_threads(state):
         return execute(_notebook(folder, state["stage"], place), kept, resume=folder)
