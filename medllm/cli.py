@@ -141,6 +141,29 @@ def _sweep_words(p):
     p.add_argument("--runs", default="runs", help="folder of records, or an address such as s3://… (default runs)")
     p.add_argument("--tag", default="", help="word at the end of the sweep's name")
 
+# %% ../nbs/99_cli.ipynb #predict
+def _predict(args)->int:
+    from medllm.train.runs import run_parameters
+    from medllm.use.runs import PredictRun, answer_all, read_asked
+    given = {name: value for name, value in vars(args).items() if name in PredictRun.__dataclass_fields__}
+    wanted = PredictRun(**run_parameters(PredictRun, given))
+    if not wanted.output: raise UserError("--output is missing: name the file that the answers go to")
+    wanted.preflight()
+    n = answer_all(wanted, read_asked(wanted), wanted.output)
+    skipped = "".join(f", {count} not asked ({reason})" for reason, count in n["skipped"].items())
+    say(f"{n['answered']} of {n['rows']} rows answered{skipped}; {n['answered'] - n['ended']} answers were cut off")
+    print(wanted.output)
+    return 0
+
+def _predict_words(p):
+    "medllm predict --dataset FILE --output FILE, with a flag for each parameter."
+    from medllm.use.runs import PredictRun
+    for f in PredictRun.__dataclass_fields__.values():
+        if f.name in ("output_dir", "runs_dir", "tag", "note", "reveal"): continue
+        kind = dict(nargs="?", const="true") if f.type is bool else {}
+        p.add_argument(f"--{f.name}", default=argparse.SUPPRESS, metavar="VALUE",
+            help=f.metadata["help"] + ("" if f.default in (None, "") else f" (default {f.default})"), **kind)
+
 # %% ../nbs/99_cli.ipynb #parser
 class _Parser(argparse.ArgumentParser):
     def error(self, message): raise UserError(f"{message}; see {self.prog} --help")
@@ -157,7 +180,7 @@ def parser()->argparse.ArgumentParser:
     p = command("train", _train, "Train by flags or a YAML file; 'medllm train --help' lists every flag")
     p.add_argument("words", nargs=argparse.REMAINDER, metavar="FILE.yaml | --flag value | flag=value")
     p = command("run", _run, "Execute a run notebook with papermill and keep it as a record")
-    p.add_argument("notebook", help="pt, sft, rm, dpo, kto, ppo, grpo, pipeline or data; or the path of a run notebook")
+    p.add_argument("notebook", help="pt, sft, rm, dpo, kto, ppo, grpo, predict, pipeline or data; or the path of a run notebook")
     p.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
         help="set a parameter; may be repeated")
     p.add_argument("-f", "--file", help="YAML file with parameters")
@@ -167,6 +190,7 @@ def parser()->argparse.ArgumentParser:
         help="show the notebook's parameters with defaults and meaning")
     _sweep_words(command("sweep", _sweep, "Run a notebook over a grid of parameters; a table of what came of it"))
     add_verbs(command("runs", None, "Look at records, check, repeat, resume, free and keep them"))
+    _predict_words(command("predict", _predict, "Answer a file of questions into a file of answers; goes on after a kill"))
     p = command("tiny", _tiny, "Write the small random model that tests and demos use")
     p.add_argument("folder", help="new folder")
     _data_commands(command("data", _data, "List the registered datasets, look at one, or check one"))

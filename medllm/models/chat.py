@@ -100,14 +100,17 @@ class ChatModel:
     )->list[Said]:                    # One for each prompt
         "Answers to prompts. Raises `UserError` when a prompt leaves no room for an answer."
         if not prompts: return []
-        width = max(map(len, prompts))
+        width, seeds, said = max(map(len, prompts)), list(seeds) or range(len(prompts)), {}
         if width >= self.longest: raise UserError(
             f"a prompt of {width} tokens leaves no room for an answer: the model has {self.longest} positions")
-        how = replace(how, max_new_tokens=min(how.max_new_tokens, self.longest - width))
-        uniforms = torch.cat([uniform_table(1, how.max_new_tokens, seed) for seed in seeds or range(len(prompts))])
-        ids, lengths, _ = sample_answers(self.model, list(prompts), uniforms, how, self.renderer.stop_ids,
-            self.tokenizer.pad_token_id or 0, rows or rows_that_fit(self.model, width + how.max_new_tokens))
-        return [self.read(row[:n].tolist()) for row, n in zip(ids, lengths)]
+        room = [min(how.max_new_tokens, self.longest - len(p)) for p in prompts]   # a long neighbour shortens no answer
+        for most in sorted(set(room)):
+            some = [i for i, r in enumerate(room) if r == most]
+            uniforms = torch.cat([uniform_table(1, most, seeds[i]) for i in some])
+            ids, lengths, _ = sample_answers(self.model, [prompts[i] for i in some], uniforms, replace(how, max_new_tokens=most),
+                self.renderer.stop_ids, self.tokenizer.pad_token_id or 0, rows or rows_that_fit(self.model, width + most))
+            said |= {i: self.read(row[:n].tolist()) for i, row, n in zip(some, ids, lengths)}
+        return [said[i] for i in range(len(prompts))]
 
 # %% ../../nbs/models/09_chat.ipynb #load
 def _tokenizer_beside(folder:str):

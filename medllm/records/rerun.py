@@ -183,10 +183,12 @@ def resume(
     if status in ("completed", "rejected"): raise UserError(
         f"{folder} is {status}: there is nothing to go on with; medllm runs rerun runs it again")
     if bad := missing_inputs(state, given): raise UserError(f"{'; '.join(bad)}; a run goes on only with what it began with")
-    found = newest_checkpoint(folder)
-    say(f"{status}: goes on from {found.name}" if found else f"{status}: there is no whole checkpoint, so it begins again")
     kept = state["parameters"] | given | {"output_dir": str(folder)}
-    if state["stage"] in STAGE_RUNS: kept["extra"] = _from_the_start(kept.get("extra") or {}) | (
+    trains = state["stage"] in STAGE_RUNS
+    found = newest_checkpoint(folder) if trains else None
+    say(f"{status}: goes on from {found.name}" if found else f"{status}: there is no whole checkpoint, so it begins again"
+        if trains else f"{status}: runs again in its folder, and does nothing twice that stands there")
+    if trains: kept["extra"] = _from_the_start(kept.get("extra") or {}) | (
         {"resume_from_checkpoint": str(found)} if found else {"overwrite_output_dir": True})
     with tempfile.TemporaryDirectory() as place, _as_many_threads(state):
         return execute(_notebook(folder, state["stage"], place), kept, resume=folder)

@@ -27,9 +27,11 @@ from .plan import PipelineRun
 from .record import ENDED, RUNNING, Run, new_folder, now, status_of
 from ..secrets import scrub_values
 from ..train.runs import STAGE_RUNS, run_parameters
+from ..use.predict import pace_line
+from ..use.runs import PredictRun
 
 # %% ../../nbs/records/11_run.ipynb #notebook
-RUNS = STAGE_RUNS | {"data": DataRun, "pipeline": PipelineRun}
+RUNS = STAGE_RUNS | {"data": DataRun, "predict": PredictRun, "pipeline": PipelineRun}
 
 def find_notebook(
     name:str, # A stage, or a path to a copy of its notebook
@@ -67,8 +69,9 @@ class Progress:
         "The newest logged step of a history."
         if not file.exists(): return ""
         steps = [json.loads(s) for s in file.read_text(encoding="utf-8").split("\n")[:-1]]
-        logged = [h for h in steps if "loss" in h]
+        logged = [h for h in steps if "loss" in h or "rows" in h]
         if not logged: return ""
+        if "rows" in logged[-1]: return pace_line(logged[-1])
         h, share = logged[-1], logged[-1].get("progress", 0)
         left = (time.monotonic() - self.began)*(1 - share)/share if share else 0
         return (f"step {h['step']} ({share:.0%}), loss {h['loss']:.3f}, "
