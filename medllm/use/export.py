@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..core import Interrupted, UserError, find_path, say, sha256, sync_folder, write_bytes, write_json
-from ..data.formats import Turn
 from ..models.chat import ChatModel, ModelChoice, load_chat_model
 from ..models.loading import LoadPlan, load_model, load_tokenizer, model_location
 from ..train.interruption import Left, leaving, listening
@@ -53,9 +52,10 @@ class ExportPlan:
         limits_of("prompts", moved=self.limits)
         if self.gguf: gguf_package()
         place = self.place
-        if place.exists() and not (place.is_dir() and (self.overwrite or not any(place.iterdir()))): raise UserError(
+        if not place.exists() or place.is_dir() and not any(place.iterdir()): return
+        if not self.overwrite: raise UserError(
             f"{self.output} exists already; name another folder with --output, or give --overwrite")
-        if self.overwrite and place.is_dir() and any(place.iterdir()) and not (place/"equivalence.json").exists(): raise UserError(
+        if not (place/"equivalence.json").exists(): raise UserError(
             f"{self.output} was not written by medllm export, so --overwrite does not touch it")
 
     @property
@@ -93,7 +93,8 @@ def _take_place(part:Path, place:Path):
 # %% ../../nbs/use/14_export.ipynb #facts
 def _weights(folder:Path)->dict[str, str]:
     "Hashes of the weight files in a folder and below."
-    return {f.relative_to(folder).as_posix(): sha256(f) for f in sorted(folder.rglob("*")) if f.suffix in (".safetensors", ".gguf")}
+    files = sorted(f for f in folder.rglob("*") if f.suffix in (".safetensors", ".gguf"))
+    return {f.relative_to(folder).as_posix(): sha256(f) for f in files}
 
 def facts_of(
     plan:ExportPlan, # What is exported
@@ -171,8 +172,9 @@ def _merged(check:Check, part:Path, dtype:str, device:str):
     chat = load_chat_model(ModelChoice(str(part), dtype=dtype), device)
     check.model("merged", chat, limits_of("merged", dtype, check.plan.limits))
     own = load_tokenizer(str(part))
-    ids = [own.apply_chat_template([{"role": "user", "content": q}], add_generation_prompt=True)["input_ids"] for q in check.questions]
-    check.tokens("prompts", ids, [p.tolist() for p in check.prompts])
+    asked = ([{"role": "user", "content": q}] for q in check.questions)
+    check.tokens("prompts", [own.apply_chat_template(a, add_generation_prompt=True)["input_ids"] for a in asked],
+        [p.tolist() for p in check.prompts])
 
 def _quantised(check:Check, part:Path, bits:int, chat:ChatModel, dtype:str):
     "Write and check the folder quantised with bitsandbytes."
@@ -242,7 +244,8 @@ def plain_card(
 )->str:          # Markdown
     "A model card that knows of no training."
     base = report["made"]["base"]["name"]
-    return (f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [medical, medllm]\n---\n\n# {report['name']}\n\n"
+    return ("---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [medical, medllm]\n---\n\n"
+        f"# {report['name']}\n\n"
         f"Made from {base} by `medllm export`. This model gives no medical advice: what it writes can be wrong or dangerous.\n\n"
         + equivalence_text(report))
 
@@ -251,8 +254,8 @@ def equivalence_text(
 )->str:          # Markdown
     "What the check found, for people."
     made = report["made"]
-    return (f"## Equivalence\n\nEach artefact was opened again and compared with the trained model on {made['answers']} questions "
-        f"({made['questions']}), greedy answers of up to {made['max_new_tokens']} tokens. "
+    return (f"## Equivalence\n\nEach artefact was opened again and compared with the trained model on {made['answers']} "
+        f"questions ({made['questions']}), greedy answers of up to {made['max_new_tokens']} tokens. "
         f"{'All are within their limits.' if report['passed'] else '**Not all are within their limits.**'}\n\n"
         f"{as_table(report['verdicts'])}\n")
 

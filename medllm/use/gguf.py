@@ -149,7 +149,8 @@ def vocabulary(
 def _put_tokenizer(writer, tokenizer, size:int, end_id:int):
     "Write a tokenizer's tables into a GGUF file."
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
-    if spec["model"]["type"] != "BPE": raise UserError(f"--gguf cannot write a tokenizer of the kind {spec['model']['type']}; only BPE")
+    if spec["model"]["type"] != "BPE": raise UserError(
+        f"--gguf cannot write a tokenizer of the kind {spec['model']['type']}; it knows BPE")
     tokens, kinds, scores = vocabulary(spec, size)
     pieces = spec["model"].get("byte_fallback", False)
     writer.add_tokenizer_model("llama" if pieces else "gpt2")
@@ -158,7 +159,8 @@ def _put_tokenizer(writer, tokenizer, size:int, end_id:int):
     writer.add_token_types(kinds)
     if pieces:
         writer.add_token_scores(scores)
-        writer.add_add_space_prefix(tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False).input_ids)[0][0] == "▁")
+        first, *_ = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False).input_ids)
+        writer.add_add_space_prefix(first.startswith("▁"))
     else: writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in spec["model"]["merges"]])
     bos = tokenizer.bos_token_id
     writer.add_add_bos_token(bos is not None and tokenizer("a").input_ids[:1] == [bos])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..core import UserError
 from ..data.tokens import Renderer
-from ..models.chat import ChatModel, ModelChoice
+from ..models.chat import ChatModel
 from ..models.loading import DTYPES, model_location
 
 # %% ../../nbs/use/10_merge.ipynb #dtype

@@ -7,7 +7,6 @@ __all__ = ['PROBES', 'PROOFS', 'written', 'slots_of', 'go_template', 'modelfile'
 
 # %% ../../nbs/use/13_ollama.ipynb #imports
 import json
-from pathlib import Path
 
 from ..data.tokens import Renderer
 from .merge import template_text
