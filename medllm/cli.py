@@ -95,6 +95,73 @@ def _preview(args)->int:
     if hide: say("letters are hidden because the dataset is private; --reveal shows them")
     return 0
 
+# %% ../nbs/99_cli.ipynb #export-command
+_EXPORT_HELP = """examples
+  medllm export --model_name_or_path runs/sft/20261122-a --output my-model
+      merges the adapter that a run wrote into its base model and checks the result
+  medllm export --model_name_or_path runs/sft/20261122-a --output my-model --bits 8 4 --gguf f16 q8_0
+      the same, and folders quantised with bitsandbytes, GGUF files and a Modelfile for Ollama
+  medllm export --model_name_or_path owner/base --adapter_name_or_path out/pt,out/sft --quantization_bit 4 --output my-model
+      two adapters, trained on 4-bit weights; they are merged onto the 16-bit weights of the base
+
+what is checked
+  The trained model (base with adapter) answers fixed questions. Each artefact is opened again from the disk and asked the same.
+  A float32 merge must give the same logits to four digits and the same answers to the last token; 16-bit and quantised artefacts
+  must stay below limits of KL divergence. --limit moves one: --limit bnb-4bit.kl=0.5. When one is broken, nothing is left
+  but my-model.failed/equivalence.md, and the exit code is 1.
+
+then
+  transformers serve my-model            vllm serve my-model
+  ollama create my-model -f my-model/gguf/Modelfile
+  llama-server -m my-model/gguf/model-q8_0.gguf --jinja"""
+
+def _export(args)->int:
+    from medllm.models.chat import ModelChoice
+    from medllm.records.release import release
+    from medllm.use.equivalence import as_table
+    from medllm.use.export import ExportPlan
+    choice = ModelChoice(args.model_name_or_path, args.adapter_name_or_path, args.template, args.quantization_bit,
+        default_system=args.default_system, enable_thinking=args.enable_thinking)
+    plan = ExportPlan(args.output, choice, args.dtype, args.max_shard_size, tuple(args.bits), tuple(args.gguf), args.prompts,
+        args.answers, args.max_new_tokens, tuple(args.limit), args.overwrite)
+    report = release(plan, args.record, args.evaluation)
+    print(as_table(report["verdicts"]))
+    if not report["passed"]:
+        say(f"not exported: an artefact does not answer as the trained model; see {plan.place}.failed/equivalence.md")
+        return 1
+    print(f"model: {plan.place}")
+    return 0
+
+# %% ../nbs/99_cli.ipynb #export-words
+def _export_words(p):
+    "medllm export --output DIR."
+    p.formatter_class, p.epilog = argparse.RawDescriptionHelpFormatter, _EXPORT_HELP
+    p.add_argument("--model_name_or_path", default="tiny", help="model, or a folder that training wrote (default tiny)")
+    p.add_argument("--adapter_name_or_path", metavar="DIR[,DIR…]", help="adapters, merged in this order")
+    p.add_argument("--output", required=True, metavar="DIR", help="new folder; it appears when everything is made and checked")
+    p.add_argument("--template", default="auto", help="chat template (default the one that the tokenizer brings)")
+    p.add_argument("--default_system", default="", metavar="TEXT", help="system text that is written into the template")
+    p.add_argument("--enable_thinking", type=lambda text: _choose(text, {"true": True, "false": False}), metavar="true|false",
+        help="switch for thinking that is written into the template")
+    p.add_argument("--quantization_bit", type=int, choices=(4, 8), help="it was trained on a base quantised like this: report "
+        "how far the merge is from that")
+    p.add_argument("--dtype", default="auto", help="of the written weights: float32, bfloat16, float16 (default as the base)")
+    p.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="largest weight file (default 5GB)")
+    p.add_argument("--bits", type=int, nargs="+", default=[], metavar="N", help="also quantised with bitsandbytes: 8 4")
+    p.add_argument("--gguf", nargs="+", default=[], metavar="KIND", help="also as GGUF, with a Modelfile: f16 q8_0 (extra gguf)")
+    p.add_argument("--prompts", default="", metavar="FILE", help="text file with a question on each line (default sample data)")
+    p.add_argument("--answers", type=_number, default=50, metavar="N", help="questions that are compared (default 50)")
+    p.add_argument("--max_new_tokens", type=_number, default=32, metavar="N", help="longest answer compared (default 32)")
+    p.add_argument("--limit", action="append", default=[], metavar="ARTEFACT.MEASURE=NUMBER",
+        help="move a limit; may be repeated")
+    p.add_argument("--record", default="", metavar="DIR", help="record the model card is made from (default beside the model)")
+    p.add_argument("--evaluation", nargs="+", default=[], metavar="DIR", help="results of evaluations, for the card")
+    p.add_argument("--overwrite", action="store_true", help="replace a folder that an earlier export wrote")
+
+def _choose(text:str, known:dict):
+    if text not in known: raise argparse.ArgumentTypeError(f"'{text}' must be one of {', '.join(known)}")
+    return known[text]
+
 # %% ../nbs/99_cli.ipynb #gate
 def _check(args)->int:
     from medllm.data.card import card_text, thresholds_text, write_card
@@ -193,6 +260,7 @@ def parser()->argparse.ArgumentParser:
     _predict_words(command("predict", _predict, "Answer a file of questions into a file of answers; goes on after a kill"))
     p = command("tiny", _tiny, "Write the small random model that tests and demos use")
     p.add_argument("folder", help="new folder")
+    _export_words(command("export", _export, "Merge, quantise, convert a trained model for other programs, and check the result"))
     _data_commands(command("data", _data, "List the registered datasets, look at one, or check one"))
     return top
 

@@ -142,7 +142,7 @@ def boot()->str: # 12 hex digits
     return hashlib.sha256(told.encode()).hexdigest()[:12]
 
 # %% ../nbs/00_core.ipynb #quiet
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+for _part in ("backends.cpu.ops", "autograd._functions"): logging.getLogger(f"bitsandbytes.{_part}").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.* is deprecated")  # peft asks transformers so
 
 def quiet_bars():

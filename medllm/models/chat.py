@@ -132,7 +132,7 @@ def load_chat_model(
     plan = choice.load_plan()
     model = merged(load_model(choice.model_name_or_path, plan, device), below)
     if last: model = load_adapter(model, last)
-    if not plan.bits: model = model.to(device)
+    if not getattr(model, "is_quantized", False): model = model.to(device)
     own = last and (find_path(last)/"tokenizer_config.json").exists()
     tokenizer = _tokenizer_beside(last) if own else load_tokenizer(choice.model_name_or_path, plan)
     renderer = Renderer(tokenizer, choice.template, choice.default_system, enable_thinking=choice.enable_thinking)
