@@ -208,6 +208,69 @@ def _sweep_words(p):
     p.add_argument("--runs", default="runs", help="folder of records, or an address such as s3://… (default runs)")
     p.add_argument("--tag", default="", help="word at the end of the sweep's name")
 
+# %% ../nbs/99_cli.ipynb #chat-commands
+def _model_words(p):
+    "Flags that say which model answers."
+    p.add_argument("--model_name_or_path", default="tiny", help="model folder, hub id, or what training wrote (default tiny)")
+    p.add_argument("--adapter_name_or_path", help="adapter folders, with commas; those before the last are merged")
+    p.add_argument("--template", default="auto", help="chat template (default the tokenizer's own)")
+    p.add_argument("--quantization_bit", type=int, choices=(4, 8), help="load the linear layers in 4 or 8 bit")
+    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="format of the weights")
+    p.add_argument("--default_system", default="", metavar="TEXT", help="system text of conversations that have none")
+    p.add_argument("--enable_thinking", type=_truth, metavar="true|false", help="passed to the template")
+
+def _truth(text:str)->bool:
+    if text.lower() not in ("true", "false"): raise argparse.ArgumentTypeError(f"'{text}' must be true or false")
+    return text.lower() == "true"
+
+def _fields_of(kind, args):
+    "The dataclass that the flags make."
+    return kind(**{name: getattr(args, name) for name in kind.__dataclass_fields__ if hasattr(args, name)})
+
+def _chat(args)->int:
+    from medllm.models.chat import ModelChoice, load_chat_model
+    from medllm.models.sampling import Sampling
+    from medllm.use.chat import Conversation, chat_in_terminal
+    from medllm.use.disclaimer import disclaimer
+    line, how = disclaimer(args.disclaimer), _fields_of(Sampling, args)
+    grounding = None
+    if args.knowledge:
+        from medllm.use.cite import Grounding
+        grounding = Grounding(args.knowledge)
+    return chat_in_terminal(Conversation(load_chat_model(_fields_of(ModelChoice, args)), how, "", args.seed, grounding), line)
+
+def _serve(args)->int:
+    from medllm.models.chat import ModelChoice
+    from medllm.use.serving import ServeChoice, serve
+    return serve(_fields_of(ModelChoice, args), _fields_of(ServeChoice, args))
+
+# %% ../nbs/99_cli.ipynb #chat-words
+def _chat_words(p):
+    "medllm chat."
+    _model_words(p)
+    p.add_argument("--max_new_tokens", type=int, default=512, help="longest answer [tokens] (default 512)")
+    p.add_argument("--temperature", type=float, default=0.7, help="0: the most probable token (default 0.7)")
+    p.add_argument("--top_p", type=float, default=1.0, help="only the most probable tokens up to this mass (default 1)")
+    p.add_argument("--top_k", type=int, default=0, help="only the k most probable tokens (default 0: all)")
+    p.add_argument("--seed", type=int, help="the same answers each time")
+    p.add_argument("--disclaimer", default="on", help="on, off, or a line of your own (default on)")
+    p.add_argument("--knowledge", nargs="+", default=[], metavar="FILE", help="files whose passages answers lean on and cite")
+
+def _serve_words(p):
+    "medllm serve."
+    _model_words(p)
+    p.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1); another one needs a key")
+    p.add_argument("--port", type=int, default=8000, help="port; 0: any that is free (default 8000)")
+    p.add_argument("--api_key_file", metavar="FILE", help="keys, one a line; or MEDLLM_API_KEY in the environment")
+    p.add_argument("--served_model_name", default="", metavar="NAME", help="what clients call the model")
+    p.add_argument("--rows", type=int, default=16, help="answers drawn at a time, at most (default 16)")
+    p.add_argument("--waiting", type=int, default=64, help="requests that wait behind them; more get 429 (default 64)")
+    p.add_argument("--max_new_tokens", type=int, default=1024, help="longest answer [tokens] (default 1024)")
+    p.add_argument("--disclaimer", default="on", help="on, off, or a line of your own (default on)")
+    p.add_argument("--knowledge", nargs="+", default=[], metavar="FILE", help="files whose passages answers lean on and cite")
+    p.add_argument("--grace", type=float, default=30.0, help="time that running answers have on SIGTERM [s] (default 30)")
+    p.add_argument("--patience", type=float, default=30.0, help="longest time for sending a request [s] (default 30)")
+
 # %% ../nbs/99_cli.ipynb #predict
 def _predict(args)->int:
     from medllm.train.runs import run_parameters
@@ -258,6 +321,8 @@ def parser()->argparse.ArgumentParser:
     _sweep_words(command("sweep", _sweep, "Run a notebook over a grid of parameters; a table of what came of it"))
     add_verbs(command("runs", None, "Look at records, check, repeat, resume, free and keep them"))
     _predict_words(command("predict", _predict, "Answer a file of questions into a file of answers; goes on after a kill"))
+    _chat_words(command("chat", _chat, "Talk to a model in the terminal"))
+    _serve_words(command("serve", _serve, "Serve a model to OpenAI clients and to browsers (extra serve)"))
     p = command("tiny", _tiny, "Write the small random model that tests and demos use")
     p.add_argument("folder", help="new folder")
     _export_words(command("export", _export, "Merge, quantise, convert a trained model for other programs, and check the result"))
