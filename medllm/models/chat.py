@@ -50,13 +50,14 @@ class ModelChoice:
         "How the base model is loaded."
         return LoadPlan(dtype=self.dtype, bits=self.quantization_bit)
 
-# %% ../../nbs/models/09_chat.ipynb #model
+# %% ../../nbs/models/09_chat.ipynb #said
 class Said(NamedTuple):
     "What a model said to one prompt."
     text:str         # Without the token that ends it
     tokens:list[int] # With it
     ended:bool       # Whether the model ended it by itself
 
+# %% ../../nbs/models/09_chat.ipynb #model
 class ChatModel:
     "A model with its tokenizer and template."
     def __init__(self,

@@ -7,26 +7,24 @@ __all__ = ['LOOK', 'FAILURES', 'ResumableTrainer']
 
 # %% ../../nbs/train/11_resumable.ipynb #imports
 import json
-import pickle
 import signal
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
 from fastcore.basics import patch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 
 from ..core import Interrupted, UserError, append_event, say, write_json
-from ..models.adapters import adapter_tensors
 from medllm.train.checkpoints import (Unwritable, check, checkpoints_in, commit, committed, cut_back, drop, room_for, rotate,
     writing_failed)
 from .interruption import Agreement, Left, leaving, listening, polled, stop
-from .state import random_state, read_state, set_random_state, write_state
+from .state import check_weights, random_state, read_state, readable, set_random_state, write_state
 
 # %% ../../nbs/train/11_resumable.ipynb #class
 LOOK = 3     # optimiser steps after which the device is asked whether all was finite
@@ -222,6 +220,7 @@ def _commit(self:ResumableTrainer, folder:Path)->int:
     rotate(folder.parent, self.args.save_total_limit, [folder, self.state.best_model_checkpoint or ""])
     return sum(f["bytes"] for f in note["files"].values())
 
+# %% ../../nbs/train/11_resumable.ipynb #settle
 @patch
 def settle(self:ResumableTrainer):
     "Wait until the last save is committed. Raises `Unwritable` when saving failed several times in a row."
@@ -297,15 +296,6 @@ def _finalize_training(self:ResumableTrainer, *args, **kwargs):
     finally: self.args.save_total_limit = limit
 
 # %% ../../nbs/train/11_resumable.ipynb #resume
-@contextmanager
-def _readable(folder, name:str):
-    "Turn what goes wrong with a file into a sentence."
-    try: yield
-    except pickle.UnpicklingError: raise UserError(
-        f"{folder}/{name} holds more than tensors and numbers, which may be code; it was not loaded") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError) as e: raise UserError(
-        f"{folder}/{name} does not fit this run: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from None
-
 @patch
 def _check_complete(self:ResumableTrainer, folder:Path):
     "Raise `UserError` unless a checkpoint holds all that is needed to go on."
@@ -316,19 +306,6 @@ def _check_complete(self:ResumableTrainer, folder:Path):
     for name in needed:
         if not (folder/name).exists(): raise UserError(f"{folder} cannot be gone on from: it has no {name} "
             "(--save_only_model, another number of processes, or another stage); begin a new run from its weights")
-
-@patch
-def _check_weights(self:ResumableTrainer, folder:Path):
-    "Raise `UserError` unless a checkpoint has just the weights that the model has."
-    model = self.accelerator.unwrap_model(self.model)
-    if hasattr(model, "peft_config"): return adapter_tensors(model, folder)
-    have, own = set(), model.state_dict()
-    for file in folder.glob("model*.safetensors"):
-        with safe_open(file, "pt") as f: have |= set(f.keys())
-    shared = {own[name].data_ptr() for name in have & own.keys()}
-    missing = [n for n, t in own.items() if n not in have and not self.saved_elsewhere(n) and t.data_ptr() not in shared]
-    for name in sorted(missing) + sorted(have - own.keys()): raise UserError(
-        f"{folder} is of another model: {name} is {'missing in it' if name in missing else 'not in the model'}")
 
 @patch
 def _begin_from(self:ResumableTrainer, folder:Path, checked:bool):
@@ -356,13 +333,14 @@ def _begin_from(self:ResumableTrainer, folder:Path, checked:bool):
 @patch
 def _load_from_checkpoint(self:ResumableTrainer, resume_from_checkpoint:str, model=None):
     "Load the weights, all of them and no others."
-    if not (self.is_fsdp_enabled or self.is_deepspeed_enabled): self._check_weights(Path(resume_from_checkpoint))
+    if not (self.is_fsdp_enabled or self.is_deepspeed_enabled): check_weights(
+        self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint), self.saved_elsewhere)
     super(ResumableTrainer, self)._load_from_checkpoint(resume_from_checkpoint, model)
 
 @patch
 def _load_optimizer_and_scheduler(self:ResumableTrainer, checkpoint:str|None):
     "Load optimiser, schedule and what the objective carries along."
-    with _readable(checkpoint, "optimizer.pt"): super(ResumableTrainer, self)._load_optimizer_and_scheduler(checkpoint)
+    with readable(checkpoint, "optimizer.pt"): super(ResumableTrainer, self)._load_optimizer_and_scheduler(checkpoint)
     if checkpoint and (Path(checkpoint)/f"{self._own('objective')}.json").exists():
         self.objective.load_state(read_state(Path(checkpoint), self._own("objective")))
 
@@ -371,7 +349,7 @@ def _load_rng_state(self:ResumableTrainer, checkpoint:str|None):
     "Load random numbers and counters, once; then do the validation that was due."
     if checkpoint is None or self.loaded: return
     self.loaded = True
-    with _readable(checkpoint, "rng_state.pth"): super(ResumableTrainer, self)._load_rng_state(checkpoint)
+    with readable(checkpoint, "rng_state.pth"): super(ResumableTrainer, self)._load_rng_state(checkpoint)
     note = json.loads((Path(checkpoint)/"progress.json").read_text(encoding="utf-8"))
     self.take_progress(note["progress"][self.args.process_index])
     self.state.compute_steps(self.args, self.state.max_steps)    # as today's flags say, not the checkpoint's
