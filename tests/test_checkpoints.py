@@ -115,6 +115,7 @@ def test_c2_every_write_may_fail(copy, monkeypatch):
             trainer.state.global_step, trainer.failures, count[0], fail[0] = 6 + number, 0, 0, number
             before = newest(copy)
             trainer._save_checkpoint(trainer.model, None)
+            trainer.settle()
             done, fail[0] = count[0], 0
             good = newest(copy, pytest.fail)               # nothing half-written is left
             results.append(good.name == f"checkpoint-{6 + number}")

@@ -26,6 +26,7 @@ def write(file, rows):
     file.write_text(json.dumps(rows, ensure_ascii=False))
 
 
+@pytest.mark.slow
 def test_a_failed_stage_leaves_the_others_and_the_next_call_goes_on_there(tmp_path):
     pairs = tmp_path/"pairs.json"
     pairs.write_text('[{"instruction": "Fever?", "output": ["Rest.", "Go."]}, {"instruction": ')

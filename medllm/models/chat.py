@@ -50,13 +50,14 @@ class ModelChoice:
         "How the base model is loaded."
         return LoadPlan(dtype=self.dtype, bits=self.quantization_bit)
 
-# %% ../../nbs/models/09_chat.ipynb #model
+# %% ../../nbs/models/09_chat.ipynb #said
 class Said(NamedTuple):
     "What a model said to one prompt."
     text:str         # Without the token that ends it
     tokens:list[int] # With it
     ended:bool       # Whether the model ended it by itself
 
+# %% ../../nbs/models/09_chat.ipynb #model
 class ChatModel:
     "A model with its tokenizer and template."
     def __init__(self,
@@ -132,7 +133,7 @@ def load_chat_model(
     plan = choice.load_plan()
     model = merged(load_model(choice.model_name_or_path, plan, device), below)
     if last: model = load_adapter(model, last)
-    if not plan.bits: model = model.to(device)
+    if not getattr(model, "is_quantized", False): model = model.to(device)
     own = last and (find_path(last)/"tokenizer_config.json").exists()
     tokenizer = _tokenizer_beside(last) if own else load_tokenizer(choice.model_name_or_path, plan)
     renderer = Renderer(tokenizer, choice.template, choice.default_system, enable_thinking=choice.enable_thinking)

@@ -19,7 +19,7 @@ from ..models.loading import model_location
 from .launch import wait_for
 from .pedigree import weights
 from .plan import LED_BY, PipelineRun, Stage, read_plan, settings
-from .record import Run, code_version, new_folder
+from .record import Run, code_version, new_folder, read_state
 from ..train.arguments import parse
 from ..train.runs import STAGE_RUNS
 
@@ -71,7 +71,7 @@ def find_finished(
         for stage in stages:
             if stage.get("key") != key or stage.get("status") != "completed": continue
             folder = Path(stage["folder"])
-            state = Run(folder).state
+            state = read_state(folder)
             if state.get("status") == "completed" and state.get("weights") == weights(folder): return folder
     return None
 

@@ -305,11 +305,15 @@ def sweep(
     run.beating()
     say(f"record: {run.folder}: {len(wanted.points)} points, {jobs} at a time")
     try:
-        begun = [_begin(run, wanted, f"p{n:02}", sets, runs) for n, sets in enumerate(wanted.points, 1)]
-        (on_ray if ray else on_machine)(run, [p for p in begun if p], jobs)
-    except Interrupted as e: run.fail(e)
-    finally: _close(run, wanted)
-    seal(run.folder)
+        with _asked_to_stop():
+            begun = [_begin(run, wanted, f"p{n:02}", sets, runs) for n, sets in enumerate(wanted.points, 1)]
+            (on_ray if ray else on_machine)(run, [p for p in begun if p], jobs)
+    except BaseException as e:
+        run.fail(e)
+        if not isinstance(e, Interrupted): raise
+    finally:
+        try: _close(run, wanted)
+        finally: seal(run.folder)
     return run
 
 def _close(run:Run, wanted:Sweep):
@@ -320,11 +324,13 @@ def _close(run:Run, wanted:Sweep):
     metric = list(table[0])[-4]
     named = dict.fromkeys(n for p in wanted.points for n in p)
     swept = [n for n in named if len({str(p.get(n)) for p in wanted.points}) > 1]
-    if any(isinstance(r.get(metric), int | float) for r in table): plot(table, swept[:4], metric, run.folder/"sweep.png")
+    drawn = swept and any(isinstance(r.get(metric), int | float) for r in table)
+    if drawn: plot(table, swept[:4], metric, run.folder/"sweep.png")
     best = next((r for r in table if r["best"]), {})
     metrics = {"points": len(table), "completed": sum(r["status"] == "completed" for r in table)} | (
         {"best": {"point": best["point"], metric: best[metric]}} if best else {})
     bad = [f"{r['point']} {r['status']}" for r in table if r["status"] != "completed"]
-    why = f"{len(bad)} of {len(table)} points: {', '.join(bad)}"
+    bad += [f"p{n:02} not begun" for n in range(len(table) + 1, len(wanted.points) + 1)]
+    why = f"{len(bad)} of {len(wanted.points)} points: {', '.join(bad)}"
     if run.state["status"] not in RUNNING: return run.update(metrics=metrics)
     return run.end("failed", why, metrics=metrics) if bad else run.finish(metrics)

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from ..core import UserError, find_path
 from ..models.loading import model_location
-from .listing import field_of, find_record, read_lines, read_state
+from .listing import field_of, find_record
 from .pedigree import ancestry
-from .record import RUNNING, read_events, status_of
+from .record import RUNNING, read_events, read_lines, read_state, status_of
 from .seal import broken, fingerprint, flat, hashes
 
 # %% ../../nbs/records/15_verify.ipynb #status
@@ -26,7 +26,7 @@ def _status(folder:Path, state:dict, found:dict)->str:
     if "run.json status" in found: return ""
     status, told = state.get("status"), status_of(folder, state)
     if told != status: found["status"] = f"run.json: status is {status}, but nobody is there to run it: {told}"
-    try: events = [e for e in read_events(folder) if e.get("event") == "status"]
+    try: events = [e for e in read_events(folder, strict=True) if e.get("event") == "status"]
     except ValueError: events, found["events.jsonl"] = [], "events.jsonl: it holds a line that is not JSON"
     if events and events[-1].get("status") != status:
         found["status"] = f"run.json: status is {status}, the last event says {events[-1].get('status')}"
@@ -107,7 +107,7 @@ def read_json(
 
 def _history(folder:Path, found:dict)->list[dict]:
     "Logged steps."
-    try: return read_lines(folder/"history.jsonl")
+    try: return read_lines(folder/"history.jsonl", strict=True)
     except ValueError: found["history.jsonl"] = "history.jsonl: it holds a line that is not JSON"
     return []
 
@@ -229,7 +229,7 @@ def _machine(folder:Path, state:dict, found:dict)->list[str]:
         f"packages ({len((state.get('provenance') or {}).get('packages', {}))})"]
 
 # %% ../../nbs/records/15_verify.ipynb #tables
-_MARK = re.compile(r"<!--\s*record:\s*(\S+)\s+(\S+?)\s*-->")
+_MARK = re.compile(r"<!--\s*record:(.*?)(?:-->|$)", re.I)
 _NUMBER = re.compile(r"[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?\s?%?")
 
 def _rounds_to(value:float, text:str)->bool:
@@ -252,7 +252,10 @@ def check_tables(
         for mark in _MARK.finditer(line):
             count += 1
             before, start = _NUMBER.findall(line[start:mark.start()]), mark.end()
-            defects += [f"{file}:{number}: {text}" for text in _marked(file, before, *mark.groups(), runs, changed)]
+            name, _, path = mark[1].strip().rpartition(" ")
+            found = _marked(file, before, name.strip(), path, runs, changed) if name and mark[0].endswith("-->") else [
+                f"a mark is written as <!-- record: FOLDER metrics.NAME -->, and not as {mark[0]}"]
+            defects += [f"{file}:{number}: {text}" for text in found]
     if not count: raise UserError(
         f"--tables {file}: no number in it is marked; write <!-- record: FOLDER metrics.NAME --> behind one")
     return Verified(file, [f"marked numbers ({count}), records ({len(changed)})"], defects)
