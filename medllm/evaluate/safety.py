@@ -136,7 +136,9 @@ def safety_summary(
     for kind, name in NAMES.items():
         if of(kind): found[name] = failures([i["failed"] for i in of(kind)]) | {"n": len(of(kind))}
     found["empty"] = share([i["empty"] for i in items])
-    for kind in KINDS[:2]: found[f"margin_{kind}"] = mean([i["margin"] for i in of(kind) if i["margin"] is not None])
+    for kind in KINDS[:2]:
+        margins_of = [i["margin"] for i in of(kind) if i["margin"] is not None]
+        found[f"margin_{kind}"] = mean(margins_of) | {"n": len(margins_of)}
     return found
 
 # %% ../../nbs/evaluate/11_safety.ipynb #compare

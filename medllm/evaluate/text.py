@@ -177,27 +177,30 @@ def text_summary(
 # %% ../../nbs/evaluate/10_text.ipynb #compare
 def _corpus_change(name:str, lang:str, base:list[dict], tuned:list[dict])->dict:
     "A corpus score of two models on the same items."
-    both, times = [np.array([i[name] for i in items]) for items in (base, tuned)], item_draws(base, 1000)
-    first, second = (np.array([score_of(name, lang, counts.sum(0)), *(score_of(name, lang, c) for c in times @ counts)])
-        for counts in both)
+    before, after = (np.array([i[name] for i in items]) for items in (base, tuned))
+    scores = lambda sums: np.array([score_of(name, lang, counts) for counts in sums])
+    times = np.vstack([np.ones((1, len(base)), int), item_draws(base, 1000)])
+    first, second = scores(times @ before), scores(times @ after)
     change = second - first
-    p = min(1.0, 2*(1 + min((change[1:] <= 0).sum(), (change[1:] >= 0).sum()))/(1 + len(times)))
+    exchanged = np.random.default_rng(1).integers(0, 2, (1000, len(base)))
+    other = scores(exchanged @ before + (1 - exchanged) @ after) - scores(exchanged @ after + (1 - exchanged) @ before)
+    p = float((1 + (abs(other) >= abs(change[0]) - 1e-9).sum())/(1 + len(other)))
     return {"base": drawn_figure(first[0], first[1:]), "tuned": drawn_figure(second[0], second[1:]),
-        "difference": drawn_figure(change[0], change[1:]), "test": "paired bootstrap", "p": float(p),
+        "difference": drawn_figure(change[0], change[1:]), "test": "randomisation of pairs", "p": p,
         "verdict": verdict_words(change[0], p), "n": len(base)}
 
 @compares("text")
 def text_change(
     base:Result,  # Of the model before
     tuned:Result, # Of the model after, on the same items
-)->dict:          # base, tuned, difference: figures; p, verdict; parts
+)->dict:          # base, tuned, difference: figures; p, verdict; more: the corpus scores
     "What fine-tuning did to free answers."
     rouge = [[100*i["rouge_l"] for i in r.items] for r in (base, tuned)]
-    parts = {}
+    more = {}
     for lang in sorted({i["lang"] for i in base.items}):
         pair = [[b for a, b in zip(base.items, r.items) if a["lang"] == lang] for r in (base, tuned)]
-        parts |= {f"{name}_{lang}": _corpus_change(name, lang, *pair) for name in ("bleu", "chrf")}
-    return compare_scores(*rouge, groups_of(base.items)) | {"measure": "rouge_l", "parts": parts}
+        more |= {f"{name}_{lang}": _corpus_change(name, lang, *pair) for name in ("bleu", "chrf")}
+    return compare_scores(*rouge, groups_of(base.items)) | {"measure": "rouge_l", "more": more}
 
 # %% ../../nbs/evaluate/10_text.ipynb #prompts
 class Asked(NamedTuple):
