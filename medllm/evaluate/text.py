@@ -290,7 +290,9 @@ def said_to(
 # %% ../../nbs/evaluate/10_text.ipynb #measure
 def _predicted(file:str, asked:Sequence[Asked])->tuple[list[Said], str, dict]:
     "Answers of a file that `medllm predict` wrote, found by file and line. Raises `UserError` when one is missing."
-    with open(file, encoding="utf-8") as f: rows = {r["where"]: r for r in map(json.loads, f) if r["answer"] is not None}
+    with open(file, encoding="utf-8") as f: said = [r for r in map(json.loads, f) if r["answer"] is not None]
+    rows = {r["where"]: r for r in said}
+    if len(rows) < len(said): raise UserError(f"{file} has answers to several files of one name; predict one dataset at a time")
     place = lambda a: Path(a.example.where).name if ", line " in Path(a.example.where).name else a.example.where
     lost = [a.id for a in asked if place(a) not in rows]
     if lost: raise UserError(f"{file} has no answer to {len(lost)} of {len(asked)} questions, the first is {lost[0]}; "
