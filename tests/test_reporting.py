@@ -61,12 +61,14 @@ socket.socket.connect = connect
 
 
 def test_several_programs_and_an_unknown_one(monkeypatch, tmp_path):
-    "A list as one word, as a notebook gives it; a misspelt name is a sentence, not a traceback behind the preparation of the rows."
+    "A list as one word, as a notebook gives it; a misspelt name is a sentence, not a traceback."
     from medllm.core import UserError
     from medllm.train import reporting
     from medllm.train.arguments import parse
-    monkeypatch.setattr(reporting.importlib.util, "find_spec", lambda name: True)
     args = parse(dict(model_name_or_path="tiny", dataset="mm", output_dir=str(tmp_path), report_to="tensorboard, mlflow"))
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec",
+        lambda name, *more: True if name in ("tensorboard", "mlflow") else real(name, *more))
     assert reporting.reporters(args) == ["tensorboard", "mlflow"] == args.training.report_to
     args.training.report_to = ["tensorbord"]
     with pytest.raises(UserError, match="did you mean 'tensorboard'"): reporting.reporters(args)
