@@ -51,6 +51,8 @@ def _mlflow(folder:Path):
     "A run of MLflow in a database in the record, with nobody's name."
     with patch.dict(os.environ, _QUIET):
         import mlflow
+        if {"?", "#"} & set(str(folder.resolve())): raise UserError(
+            f"--report_to mlflow: the folder {folder.resolve()} has a ? or # in its name, which a database's address cannot hold")
         before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
         if not before and "MLFLOW_TRACKING_URI" not in os.environ: mlflow.set_tracking_uri(f"sqlite:///{folder.resolve()}/mlflow.db")
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "medllm")
