@@ -116,8 +116,8 @@ def _evaluate(args)->int:
     if args.names: given["dataset"] = ",".join(args.names)
     wanted = EvaluateRun(**run_parameters(EvaluateRun, given))
     with tempfile.TemporaryDirectory() as d: found = evaluate(wanted, Path(args.output or d))
-    parts = as_markdown(found["tuned"]), markdown_table(comparison_rows(found["comparisons"])), markdown_table(verdict_rows(found))
-    print("\n\n".join(filter(None, parts)))
+    tables = comparison_rows(found["comparisons"]), verdict_rows(found)
+    print("\n\n".join(filter(None, (as_markdown(found["tuned"]), *map(markdown_table, tables)))))
     if args.output: print(f"\nitems and figures: {args.output}")
     return 0
 

@@ -136,6 +136,7 @@ def verdict_rows(
     for name, s in found["tuned"].items():
         drawn = {reason: n for reason, n in s.get("skipped", {}).items() if reason not in _WANTED}
         add(f"{name}: items left out", "none", ", ".join(f"{n} {reason}" for reason, n in drawn.items()) or "none", not drawn)
+        if s.get("cut"): add(f"{name}: prompts cut to the model's length", "none", s["cut"], False)
         if "accuracy" in s: add(f"{name}: accuracy", f"above {shown(s['majority_baseline']['value'], 'share')} "
             f"({s['majority_baseline']['method']}), by the lower end", f"{shown(s['accuracy']['value'], 'share')} "
             f"({shown(s['accuracy']['low'], 'share')} to {shown(s['accuracy']['high'], 'share')})",
