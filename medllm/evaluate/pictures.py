@@ -35,12 +35,13 @@ def _span(figure:dict)->str:
 def group_rows(
     summaries:dict[str, dict], # By name of the set
 )->list[dict]:
-    "Accuracy of each group and source of each set."
+    "Accuracy in each language, group and source of a set, parts with fewer than ten items taken together."
     rows = []
     for name, found in summaries.items():
-        for what in ("by_group", "by_source"):
+        for what in ("by_lang", "by_group", "by_source"):
             if what == "by_source" and found.get("by_source") == found.get("by_group"): continue
-            rows += [{"set": name, "part": part, "accuracy": _span(figure)} for part, figure in found.get(what, {}).items()]
+            rows += [{"set": name, "part": f"{what[3:]} {part}", "items": f["n"], "accuracy": _span(f)}
+                for part, f in found.get(what, {}).items()]
     return rows
 
 def order_rows(
@@ -79,7 +80,8 @@ def plot_accuracy(
     for role, colour, shift in (("tuned", "#14532d", 0.0), ("base", "#6b7280", 0.22)):
         parts = [(y, found[role][name]["accuracy"]) for y, name in enumerate(sets) if name in found[role]]
         for y, f in parts: axes.errorbar(100*f["value"], y + shift, xerr=[[max(0, 100*(f["value"] - f["low"]))],
-            [max(0, 100*(f["high"] - f["value"]))]], fmt="o", color=colour, capsize=4, label=role if y == parts[0][0] else None)
+            [max(0, 100*(f["high"] - f["value"]))]], fmt="o", color=colour, capsize=4,
+            label=(role if found["base"] else "model") if y == parts[0][0] else None)
     for y, s in enumerate(sets.values()): axes.plot(100*s["majority_baseline"]["value"], y, "|", color="#c2410c", markersize=18,
         markeredgewidth=2, label="most frequent answer" if y == 0 else None)
     axes.set(yticks=range(len(sets)), yticklabels=[f"{name} ({s['n']})" for name, s in sets.items()], xlim=(0, 100),

@@ -145,7 +145,7 @@ def notebook_html(
 # %% ../../nbs/records/18_page.ipynb #words
 KINDS = {"pt": "Pre-training", "sft": "Supervised fine-tuning", "rm": "Reward model", "dpo": "Preference optimisation (DPO)",
     "kto": "Preference optimisation (KTO)", "ppo": "Reinforcement learning (PPO)", "grpo": "Reinforcement learning (GRPO)",
-    "data": "Check of data", "pipeline": "Pipeline of stages", "sweep": "Sweep over parameters"}
+    "data": "Check of data", "evaluate": "Evaluation", "pipeline": "Pipeline of stages", "sweep": "Sweep over parameters"}
 
 def as_said(
     value, # Anything of a record
