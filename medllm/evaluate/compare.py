@@ -94,7 +94,8 @@ def plot_differences(
     axes.axvline(0, color="#6b7280", linewidth=1)
     for y, (name, c) in enumerate(sets.items()):
         value, low, high = (100*c["difference"][k] for k in ("value", "low", "high"))
-        axes.errorbar(value, y, xerr=[[max(value - low, 0)], [max(high - value, 0)]], fmt="o", color=_COLOURS[c["verdict"]], capsize=4)
+        axes.errorbar(value, y, xerr=[[max(value - low, 0)], [max(high - value, 0)]], fmt="o", capsize=4,
+            color=_COLOURS[c["verdict"]])
         axes.annotate(c["verdict"], (value, y), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8)
     axes.set(yticks=range(len(sets)), yticklabels=list(sets), ylim=(-0.6, len(sets) - 0.2),
         xlabel="tuned minus base [percentage points]")

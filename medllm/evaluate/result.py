@@ -166,6 +166,11 @@ def shown(
     if value is None: return "–"
     return f"{value:.1%}" if unit == "share" else f"{value:.4g}"
 
+_WORDS = {"ece": "calibration error (ECE)", "ece_equal_count": "calibration error, bins of equal count", "brier": "Brier score",
+    "log_loss": "log-loss [nat]", "order_accuracy": "accuracy, mean over orders", "flipped": "pick changes with the order",
+    "all_orders_right": "right in every order", "vote_accuracy": "accuracy of the vote over orders",
+    "recall_deviation": "deviation of the letters' recall", "macro_f1": "macro-F1", "unread": "answers that cannot be read"}
+
 def figure_rows(
     summaries:dict[str, dict], # By name of the set
 )->list[dict]:
@@ -177,7 +182,7 @@ def figure_rows(
             if not isinstance(f, dict) or not {"value", "method"} <= f.keys(): continue
             unit = f.get("unit", "")
             interval = f"{shown(f['low'], unit)} to {shown(f['high'], unit)}" if f.get("low") is not None else ""
-            rows.append({"set": name, "measure": what.replace("_", " "), "value": shown(f["value"], unit),
+            rows.append({"set": name, "measure": _WORDS.get(what, what.replace("_", " ")), "value": shown(f["value"], unit),
                 "95% interval": interval, "by": f["method"], "items": found["n"], "skipped": skipped})
     return rows
 
