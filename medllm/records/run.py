@@ -32,8 +32,7 @@ from ..use.predict import pace_line
 from ..use.runs import PredictRun
 
 # %% ../../nbs/records/11_run.ipynb #notebook
-RUNS = STAGE_RUNS | {"data": DataRun, "predict": PredictRun, "pipeline": PipelineRun}
-RUNS = STAGE_RUNS | {"data": DataRun, "evaluate": EvaluateRun, "pipeline": PipelineRun}
+RUNS = STAGE_RUNS | {"data": DataRun, "evaluate": EvaluateRun, "predict": PredictRun, "pipeline": PipelineRun}
 
 def find_notebook(
     name:str, # A stage, or a path to a copy of its notebook
