@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from .core import Interrupted, UserError, say
 from .records.commands import add_verbs, report
+from .use.runs import add_predict
 
 # %% ../nbs/99_cli.ipynb #commands
 def _train(args)->int:
@@ -306,29 +307,6 @@ def _serve_words(p):
     p.add_argument("--grace", type=float, default=30.0, help="time that running answers have on SIGTERM [s] (default 30)")
     p.add_argument("--patience", type=float, default=30.0, help="longest time for sending a request [s] (default 30)")
 
-# %% ../nbs/99_cli.ipynb #predict
-def _predict(args)->int:
-    from medllm.train.runs import run_parameters
-    from medllm.use.runs import PredictRun, answer_all, read_asked
-    given = {name: value for name, value in vars(args).items() if name in PredictRun.__dataclass_fields__}
-    wanted = PredictRun(**run_parameters(PredictRun, given))
-    if not wanted.output: raise UserError("--output is missing: name the file that the answers go to")
-    wanted.preflight()
-    n = answer_all(wanted, read_asked(wanted), wanted.output)
-    skipped = "".join(f", {count} not asked ({reason})" for reason, count in n["skipped"].items())
-    say(f"{n['answered']} of {n['rows']} rows answered{skipped}; {n['answered'] - n['ended']} answers were cut off")
-    print(wanted.output)
-    return 0
-
-def _predict_words(p):
-    "medllm predict --dataset FILE --output FILE, with a flag for each parameter."
-    from medllm.use.runs import PredictRun
-    for f in PredictRun.__dataclass_fields__.values():
-        if f.name in ("output_dir", "runs_dir", "tag", "note", "reveal"): continue
-        kind = dict(nargs="?", const="true") if f.type is bool else {}
-        p.add_argument(f"--{f.name}", default=argparse.SUPPRESS, metavar="VALUE",
-            help=f.metadata["help"] + ("" if f.default in (None, "") else f" (default {f.default})"), **kind)
-
 # %% ../nbs/99_cli.ipynb #parser
 class _Parser(argparse.ArgumentParser):
     def error(self, message): raise UserError(f"{message}; see {self.prog} --help")
@@ -356,7 +334,7 @@ def parser()->argparse.ArgumentParser:
         help="show the notebook's parameters with defaults and meaning")
     _sweep_words(command("sweep", _sweep, "Run a notebook over a grid of parameters; a table of what came of it"))
     add_verbs(command("runs", None, "Look at records, check, repeat, resume, free and keep them"))
-    _predict_words(command("predict", _predict, "Answer a file of questions into a file of answers; goes on after a kill"))
+    add_predict(command("predict", None, "Answer a file of questions into a file of answers; goes on after a kill"))
     _chat_words(command("chat", _chat, "Talk to a model in the terminal"))
     _serve_words(command("serve", _serve, "Serve a model to OpenAI clients and to browsers (extra serve)"))
     p = command("tiny", _tiny, "Write the small random model that tests and demos use")
