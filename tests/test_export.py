@@ -409,8 +409,15 @@ def test_a_record_gives_the_card(tmp_path):
     done = run("medllm", "run", "sft", "-p", "max_steps", "2", "-p", "finetuning_type", "lora", "--runs", tmp_path/"runs")
     folder = next((tmp_path/"runs/sft").iterdir())
     assert done.returncode == 0, done.stderr
-    assert main(["export", "--model_name_or_path", str(folder), "--output", str(tmp_path/"model"), "--answers", "2"]) == 0
+    words = ["--model_name_or_path", str(folder)]
+    assert main(["evaluate", *words, "--limit", "8", "--output", str(tmp_path/"measured")]) == 0
+    words += ["--evaluation", str(tmp_path/"measured"), "--answers", "2"]
+    assert main(["export", *words, "--output", str(tmp_path/"model")]) == 0
     card, state = (tmp_path/"model/README.md").read_text(), json.loads((folder/"run.json").read_text())
     metric = state["metrics"]["eval_loss"]
     assert f"{metric:.4g}"[:5] in card and "| mm |" in card and "| merged | equivalent |" in card
     assert next(iter(state["weights"].values())) in card and str(tmp_path) not in card
+    assert "## Evaluation" in card and "| mm_mcq | accuracy |" in card and "not distinguishable" in card
+    other = adapter(tmp_path/"other")
+    assert main(["export", "--adapter_name_or_path", other, *words[2:], "--output", str(tmp_path/"no")]) == 2
+    assert not (tmp_path/"no").exists()

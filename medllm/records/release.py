@@ -13,8 +13,8 @@ from pathlib import Path
 
 from ..core import UserError, find_path, say
 from .crate import card_text
-from .verdict import as_markdown
-from ..use.export import ExportPlan, equivalence_text, export, plain_card
+from ..use.export import ExportPlan, equivalence_text, export, facts_of, plain_card
+from ..use.merge import stored_dtype
 
 # %% ../../nbs/records/24_release.ipynb #record
 def record_beside(
@@ -30,32 +30,35 @@ def record_beside(
     return folder if found else None
 
 # %% ../../nbs/records/24_release.ipynb #results
-def _figures(summary:dict, above:str = "")->list[tuple[str, dict]]:
-    "The figures of a summary, each with its name."
-    out = []
-    for name, value in summary.items():
-        if not isinstance(value, dict): continue
-        full = f"{above} {name}".strip().replace("_", " ")
-        out += [(full, value)] if "value" in value else _figures(value, full)
-    return out
+def _ours(facts:dict, made:dict)->bool:
+    "Whether a result's model is the exported one, as far as both name their weights."
+    asked = set((facts.get("weights") or {}).values())
+    there = {h for part in (made["base"], *made["adapters"]) for h in part["weights"].values()}
+    last = set((made["adapters"] or [made["base"]])[-1]["weights"].values())
+    return not asked or not last or bool(asked & last) and asked <= there
 
 def measured(
     folders:Sequence[str], # With results of evaluations
+    made:dict,             # From `medllm.use.export.facts_of`
 )->str:                    # Markdown; "" for none
-    "The figures of evaluations. Raises `UserError` for a folder without a result."
-    rows, as_text = [], lambda v: "" if v is None else f"{v:.4g}"
-    for folder in folders:
-        where, before = find_path(folder), len(rows)
-        for file in sorted(where.rglob("*.items.jsonl")) if where.is_dir() else ():
-            result = file.with_name(file.name.replace(".items.jsonl", ".json"))
-            try: told = json.loads(result.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as e: raise UserError(f"{result} cannot be read ({type(e).__name__})") from None
-            summary = told.get("summary") or {}
-            rows += [{"evaluation": told.get("name") or result.stem, "items": summary.get("n", ""), "figure": name,
-                "value": as_text(f["value"]), "95% interval": f"{as_text(f.get('low'))} – {as_text(f.get('high'))}",
-                "method": f.get("method", "")} for name, f in _figures(summary)]
-        if len(rows) == before: raise UserError(f"--evaluation {folder}: there is no result of an evaluation in it")
-    return as_markdown(rows) if rows else ""
+    "Figures of evaluations. Raises `UserError` for a folder without a result, or with results of another model."
+    from medllm.evaluate.compare import comparison_rows
+    from medllm.evaluate.result import as_markdown, markdown_table, read_result, summary
+    tables = []
+    for named in folders:
+        where, found = find_path(named), {}
+        where = where/"tuned" if (where/"tuned").is_dir() else where
+        for file in sorted(where.glob("*.items.jsonl")):
+            result = read_result(where, file.name.removesuffix(".items.jsonl"))
+            if not _ours(result.facts, made): raise UserError(
+                f"--evaluation {named}: {result.name} was measured on other weights than those that are exported")
+            found[result.name] = summary(result)
+        if not found: raise UserError(f"--evaluation {named}: there is no result of an evaluation in it")
+        tables.append(as_markdown(found))
+        beside = where.parent/"evaluation.json"
+        compared = json.loads(beside.read_text(encoding="utf-8")).get("comparisons") if beside.exists() else None
+        if compared: tables.append("Against the base model:\n\n" + markdown_table(comparison_rows(compared)))
+    return "\n\n".join(tables)
 
 # %% ../../nbs/records/24_release.ipynb #release
 def _card(report:dict, record:Path|None, figures:str)->str:
@@ -65,6 +68,8 @@ def _card(report:dict, record:Path|None, figures:str)->str:
     if record: return card_text(record, report["name"], "transformers", extra, "medllm export")
     return plain_card(report) + (f"\n## Evaluation\n\n{figures}\n" if figures else "")
 
+def _made(plan:ExportPlan)->dict: return facts_of(plan, stored_dtype(plan.choice.resolved().model_name_or_path, plan.dtype))
+
 def release(
     plan:ExportPlan,               # What, where, and within which limits
     record:str = "",               # Folder of the record; "" looks beside the model
@@ -72,6 +77,7 @@ def release(
     told:Callable = say,           # Where progress is said
 )->dict:                           # The report of `medllm.use.export`
     "Export a model with a card from its record. Raises `UserError` for what cannot be exported, or a record that is none."
-    found, figures = record_beside(plan, record), measured(evaluations)
+    found = record_beside(plan, record)
+    figures = measured(evaluations, _made(plan)) if evaluations else ""
     if found: card_text(found)                                  # says what is wrong with it before anything is made
     return export(plan, partial(_card, record=found, figures=figures), told)
