@@ -175,11 +175,12 @@ def _export_words(p):
     p.add_argument("--adapter_name_or_path", metavar="DIR[,DIR…]", help="adapters, merged in this order")
     p.add_argument("--output", required=True, metavar="DIR", help="new folder; it appears when everything is made and checked")
     p.add_argument("--template", default="auto", help="chat template (default the one that the tokenizer brings)")
-    p.add_argument("--default_system", default="", metavar="TEXT", help="system text that is written into the template")
+    p.add_argument("--default_system", default="", metavar="TEXT", help="system text that is written into the template "
+        "(default the one of training, if a record says so)")
     p.add_argument("--enable_thinking", type=lambda text: _choose(text, {"true": True, "false": False}), metavar="true|false",
         help="switch for thinking that is written into the template")
     p.add_argument("--quantization_bit", type=int, choices=(4, 8), help="it was trained on a base quantised like this: report "
-        "how far the merge is from that")
+        "how far the merge is from that (default what the record says)")
     p.add_argument("--dtype", default="auto", help="of the written weights: float32, bfloat16, float16 (default as the base)")
     p.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="largest weight file (default 5GB)")
     p.add_argument("--bits", type=int, nargs="+", default=[], metavar="N", help="also quantised with bitsandbytes: 8 4")
