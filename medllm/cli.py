@@ -181,6 +181,12 @@ def _export_words(p):
         help="switch for thinking that is written into the template")
     p.add_argument("--quantization_bit", type=int, choices=(4, 8), help="it was trained on a base quantised like this: report "
         "how far the merge is from that")
+    p.add_argument("--default_system", default="", metavar="TEXT", help="system text that is written into the template "
+        "(default the one of training, if a record says so)")
+    p.add_argument("--enable_thinking", type=lambda text: _choose(text, {"true": True, "false": False}), metavar="true|false",
+        help="switch for thinking that is written into the template")
+    p.add_argument("--quantization_bit", type=int, choices=(4, 8), help="it was trained on a base quantised like this: report "
+        "how far the merge is from that (default what the record says)")
     p.add_argument("--dtype", default="auto", help="of the written weights: float32, bfloat16, float16 (default as the base)")
     p.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="largest weight file (default 5GB)")
     p.add_argument("--bits", type=int, nargs="+", default=[], metavar="N", help="also quantised with bitsandbytes: 8 4")
@@ -341,6 +347,7 @@ def parser()->argparse.ArgumentParser:
     p.add_argument("folder", help="new folder")
     _export_words(command("export", _export, "Merge, quantise, convert a trained model for other programs, and check the result"))
     _evaluate_words(command("evaluate", _evaluate, "Measure a model on multiple-choice sets, and against its base model"))
+    _export_words(command("export", _export, "Merge, quantise, convert a trained model for other programs, and check the result"))
     _data_commands(command("data", _data, "List the registered datasets, look at one, or check one"))
     return top
 
