@@ -33,15 +33,23 @@ class Conversation:
         grounding = None,    # Puts passages into prompts: `medllm.use.cite.Grounding`
     ):
         self.chat, self.how, self.system, self.seed, self.grounding = chat, how, system, seed, grounding
-        self.queue, self.turns, self.cited = AnswerQueue(chat, rows=1, waiting=0), [], []
+        self.queue, self.turns = AnswerQueue(chat, rows=1, waiting=0), []
+        self.sources = ""                      # what the last answer cites, as text
 
     def say(self,
         text:str, # The question
     )->Iterator[str]:
         "The answer, in pieces. Raises `UserError` when the conversation leaves no room for it, or the model failed."
         turns, passages = [*self.turns, Turn("user", text.strip())], []
-        asked = turns
-        if self.grounding: asked, passages = self.grounding.turns(turns)
+        asked, self.sources = turns, ""
+        room = self.chat.longest - min(self.how.max_new_tokens, self.chat.longest//4)
+        fits = lambda turns: len(self.chat.prompt(turns, self.system)) <= room
+        if self.grounding: asked, passages = self.grounding.turns(turns, fits)
+        if self.grounding and not passages:                     # nothing was found, so the model is not asked
+            said = self.grounding.nothing(turns)
+            self.turns = [*turns, Turn("assistant", said)]
+            yield said
+            return
         prompt = self.chat.prompt(asked, self.system)
         if len(prompt) >= self.chat.longest: raise UserError(
             f"the conversation has {len(prompt)} tokens and the model reads {self.chat.longest}: go back with /undo, or /new")
@@ -53,7 +61,8 @@ class Conversation:
                 if reason == "error": raise UserError("the model failed on this question; out of memory is the usual reason")
                 if piece.text and not self.grounding: yield piece.text
             if self.grounding:
-                said, self.cited = self.grounding.checked(said, passages)
+                said, told = self.grounding.checked(said, passages)
+                self.sources = self.grounding.sources(told, passages)
                 yield said
         finally:
             if said.strip() and reason != "error": self.turns = [*turns, _answer(said)]
@@ -159,6 +168,7 @@ def _print_answer(talk:Conversation, question:str):
     answer = talk.say(question)
     try:
         for piece in answer: print(piece, end="", flush=True)
+        print(talk.sources, end="")
     except KeyboardInterrupt:
         answer.close()
         print(" …", end="")
@@ -227,6 +237,7 @@ class ChatWidget:
             for piece in self.asking:
                 self.said.value += piece
                 if self.halted: break
+            self.said.value += self.talk.sources
         except UserError as e: self.note.value = str(e)
         finally:
             self.asking.close()

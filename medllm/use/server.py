@@ -23,7 +23,7 @@ from ..models.chat import ChatModel
 from .disclaimer import disclaimer
 from .guard import Guard, Keys, log_line, refusal
 from .protocol import Limits, Refused, Reply, Wanted, event, read_body, read_request
-from .queue import AnswerQueue, Full, Question
+from .queue import AnswerQueue, Full, Piece, Question
 
 # %% ../../nbs/use/09_server.ipynb #page
 @cache
@@ -66,7 +66,9 @@ class Service:
         turns, passages = list(wanted.turns), []
         try:
             if wanted.kind == "chat":
-                if self.grounding: turns, passages = self.grounding.turns(turns)
+                answer = wanted.how.max_new_tokens if wanted.given else 1
+                fits = lambda turns: len(self.chat.prompt(turns, wanted.system)) + answer <= self.chat.longest
+                if self.grounding: turns, passages = self.grounding.turns(turns, fits)
                 prompts = [self.chat.prompt(turns, wanted.system)]
             else: prompts = [self.chat.renderer.encode([Example((t,))])[0][0][:-1] for t in turns]   # without the EOS behind
         except UserError as e: raise Refused(400, str(e), "cannot_render", "messages") from None
@@ -123,10 +125,16 @@ class _Answers:
         "Render and ask. Rendering goes to a thread of its own: a long text must not keep the others waiting."
         prompts, self.passages = await self.loop.run_in_executor(self.service.pen, self.service.prompts, self.wanted)
         put = lambda at, piece: self.loop.call_soon_threadsafe(self.inbox.put_nowait, (at, piece))
-        self.prompt = seen["prompt"] = sum(map(len, prompts))
-        self.asked = self.service.ask(self.wanted, prompts, put)
-        n = len(self.asked)
+        self.prompt, n = sum(map(len, prompts)), len(prompts)*self.wanted.n
         self.texts, self.reasons, self.counts, self.seen = [""]*n, [""]*n, [0]*n, seen
+        seen["prompt"] = self.prompt
+        if self.grounded and not self.passages:              # nothing was found, so the model is not asked
+            text = self.service.grounding.nothing(self.wanted.turns)
+            for at in range(n): self.inbox.put_nowait((at, Piece(text, 0, "stop")))
+        else: self.asked = self.service.ask(self.wanted, prompts, put)
+
+    @property
+    def grounded(self)->bool: return bool(self.service.grounding) and self.wanted.kind == "chat"
 
     @property
     def over(self)->bool: return all(self.reasons)
@@ -137,14 +145,19 @@ class _Answers:
         self.texts[at], self.counts[at], self.reasons[at] = self.texts[at] + piece.text, piece.tokens, piece.reason
         self.seen["answer"] = sum(self.counts)
         if piece.reason in ("error", "cancelled"): raise Refused(500, "the model failed on this request", "model_error")
-        if piece.reason: self.check(at)
+        if piece.reason: await self.check(at)
         return at, piece
 
-    def check(self, at:int):
-        "Citations of a whole answer."
-        if self.service.grounding and self.wanted.kind == "chat":
-            self.texts[at], cited = self.service.grounding.checked(self.texts[at], self.passages)
-            self.cited.setdefault("citations", [[] for _ in self.asked])[at] = cited
+    async def check(self, at:int):
+        "Keep the citations of a whole answer that hold, and name their sources."
+        if not self.grounded: return
+        self.texts[at], told = await self.loop.run_in_executor(
+            self.service.pen, self.service.grounding.checked, self.texts[at], self.passages)
+        where = {}
+        for c in told:
+            if c.state != "removed": where.setdefault(c.number, []).append(c.sentence)
+        self.cited.setdefault("citations", [[] for _ in self.texts])[at] = [{"number": n, "title": p.title, "place": p.place,
+            "text": p.text, "sentences": where[n]} for n, p in enumerate(self.passages, 1) if n in where]
 
     async def rest(self):
         "All that is still to come."
@@ -156,7 +169,7 @@ class _Answers:
 # %% ../../nbs/use/09_server.ipynb #stream
 async def _events(answers:_Answers, reply:Reply, first:tuple):
     "The events of a stream."
-    begun, held, item = set(), bool(answers.service.grounding), first
+    begun, held, item = set(), answers.grounded, first
     try:
         while True:
             at, (text, _, reason) = item
