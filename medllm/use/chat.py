@@ -204,7 +204,7 @@ class ChatWidget:
     ):
         try: import ipywidgets as w
         except ImportError: raise UserError("the chat widget needs ipywidgets: pip install ipywidgets") from None
-        self.talk, self.asking = talk, None
+        self.talk, self.asking, self.halted = talk, None, False
         wide = w.Layout(width="100%")
         self.said = w.Textarea(disabled=True, layout=w.Layout(width="100%", height="22em"))
         self.question = w.Textarea(placeholder="Ask something · 请输入问题", layout=wide, rows=3)
@@ -223,8 +223,7 @@ class ChatWidget:
 
     def ask(self)->threading.Thread|None:
         "Ask what stands in the field, in a thread, so that Stop can be pressed."
-        text = self.question.value.strip()
-        if not text or self.asking: return None
+        if not (text := self.question.value.strip()) or self.asking: return None
         self.question.value, self.note.value, self.send.disabled, self.stop.disabled = "", "", True, False
         self.said.value += f"{'—'*8}\n{text}\n\n"
         self.asking = self.talk.say(text)
@@ -243,8 +242,6 @@ class ChatWidget:
             self.asking.close()
             self.said.value += "\n\n"
             self.asking, self.halted, self.send.disabled, self.stop.disabled = None, False, False, True
-
-    halted = False
 
     def halt(self):
         "Stop the answer at its next piece."

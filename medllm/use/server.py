@@ -115,6 +115,7 @@ async def _unless_gone(request, waiting):
     finally:
         for task in both: task.cancel()
 
+# %% ../../nbs/use/09_server.ipynb #answers
 class _Answers:
     "The answers to a request, as their pieces come in."
     def __init__(self, service:Service, wanted:Wanted):
