@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from fastcore.basics import patch
+
 from ..core import UserError, nearest, write_json
 from ..data.formats import Rejected, Turn, answer_turn
 from ..models.chat import ChatModel
@@ -71,12 +73,6 @@ class Conversation:
         "Take the last question and its answer back."
         self.turns = self.turns[:-2]
 
-    def as_messages(self)->list[dict]: # In OpenAI's form
-        "The conversation, ready for a file or a request."
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        said = lambda t: f"<think>{t.thought}</think>{t.text}" if t.thought else t.text
-        return system + [{"role": t.role, "content": said(t)} for t in self.turns]
-
     def close(self):
         "Let the model's thread end."
         self.queue.close()
@@ -85,6 +81,14 @@ def _answer(text:str)->Turn:
     "An answer as a turn, its thoughts taken out."
     try: return answer_turn(text.strip())
     except Rejected: return Turn("assistant", text.strip())     # a thought that was cut off
+
+# %% ../../nbs/use/06_chat.ipynb #messages
+@patch
+def as_messages(self:Conversation)->list[dict]: # In OpenAI's form
+    "The conversation, ready for a file or a request."
+    system = [{"role": "system", "content": self.system}] if self.system else []
+    said = lambda t: f"<think>{t.thought}</think>{t.text}" if t.thought else t.text
+    return system + [{"role": t.role, "content": said(t)} for t in self.turns]
 
 # %% ../../nbs/use/06_chat.ipynb #words
 HELP = """/new            begin again

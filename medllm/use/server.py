@@ -79,24 +79,24 @@ class Service:
             "context_length_exceeded", "messages" if wanted.kind == "chat" else "prompt")
         return prompts, passages
 
-    def busy(self,
-        wanted:Wanted, # A request
+    def hold(self,
+        answers:int, # Answers that a request wants
     ):
-        "Raise `Refused` when it cannot be taken now."
+        "Take places in the queue. Raises `Refused` when there are none."
         if self.stopping: raise Refused(503, "the server is stopping", "stopping")
-        answers = wanted.n*(len(wanted.turns) if wanted.kind == "text" else 1)
-        if self.queue.full(answers): raise Refused(429, "too many requests wait", "queue_full", str(self.queue.retry_after))
+        if not self.queue.alive: raise Refused(503, "the model has stopped; see the server's log", "model_stopped")
+        try: self.queue.hold(answers)
+        except Full: raise Refused(429, "too many requests wait", "queue_full", str(self.queue.retry_after)) from None
 
     def ask(self,
         wanted:Wanted,            # A request
         prompts:list[np.ndarray], # From `prompts`
         put:Callable,             # Takes (which answer, piece), in the queue's thread
     )->list[Question]:
-        "Put a request into the queue. Raises `Refused`."
+        "Put a request into the places that were taken for it."
         asked = [Question(p, wanted.how, wanted.seed + i, wanted.stops, lambda piece, at=j*wanted.n + i: put(at, piece))
             for j, p in enumerate(prompts) for i in range(wanted.n)]
-        try: self.queue.ask(asked)
-        except Full: raise Refused(429, "too many requests wait", "queue_full", str(self.queue.retry_after)) from None
+        self.queue.ask(asked, held=True)
         return asked
 
 # %% ../../nbs/use/09_server.ipynb #whole
@@ -124,15 +124,19 @@ class _Answers:
 
     async def start(self, seen:dict):
         "Render and ask. Rendering goes to a thread of its own: a long text must not keep the others waiting."
-        prompts, self.passages = await self.loop.run_in_executor(self.service.pen, self.service.prompts, self.wanted)
-        put = lambda at, piece: self.loop.call_soon_threadsafe(self.inbox.put_nowait, (at, piece))
-        self.prompt, n = sum(map(len, prompts)), len(prompts)*self.wanted.n
+        n = self.wanted.n*(len(self.wanted.turns) if self.wanted.kind == "text" else 1)
         self.texts, self.reasons, self.counts, self.seen = [""]*n, [""]*n, [0]*n, seen
-        seen["prompt"] = self.prompt
-        if self.grounded and not self.passages:              # nothing was found, so the model is not asked
-            text = self.service.grounding.nothing(self.wanted.turns)
-            for at in range(n): self.inbox.put_nowait((at, Piece(text, 0, "stop")))
-        else: self.asked = self.service.ask(self.wanted, prompts, put)
+        self.service.hold(n)
+        try:
+            prompts, self.passages = await self.loop.run_in_executor(self.service.pen, self.service.prompts, self.wanted)
+            self.prompt = seen["prompt"] = sum(map(len, prompts))
+            put = lambda at, piece: self.loop.call_soon_threadsafe(self.inbox.put_nowait, (at, piece))
+            if not self.grounded or self.passages: self.asked = self.service.ask(self.wanted, prompts, put)
+        finally:
+            if not self.asked: self.service.queue.hold(-n)
+        if self.asked: return
+        text = self.service.grounding.nothing(self.wanted.turns)                 # nothing was found: the model is not asked
+        for at in range(n): self.inbox.put_nowait((at, Piece(text, 0, "stop")))
 
     @property
     def grounded(self)->bool: return bool(self.service.grounding) and self.wanted.kind == "chat"
@@ -192,8 +196,8 @@ async def respond(
     from starlette.responses import JSONResponse, Response, StreamingResponse
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise Refused(415, "the body must be sent as application/json", "wrong_content_type")
+    if service.queue.full(): service.hold(1)                 # not a byte is read of what cannot be taken
     wanted = read_request(read_body(await _body(request, service.limits.body)), kind, [service.name], service.limits)
-    service.busy(wanted)
     answers, reply = _Answers(service, wanted), Reply(wanted, service.name, {"disclaimer": service.line} if service.line else {})
     class Stream(StreamingResponse):
         async def __call__(self, scope, receive, send):

@@ -12,6 +12,7 @@ import ipaddress
 import logging
 import os
 import socket
+import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,6 +177,7 @@ def serve(
     shown = f"[{address}]" if ":" in address else address
     say(f"{service.name} answers at http://{shown}:{port}/v1; the chat page is http://{shown}:{port}/")
     if not local: say("requests and keys travel unencrypted: put a proxy with TLS in front of this server")
+    sys.setswitchinterval(5e-4)                    # a refusal must not wait for the model's thread to let go
     asyncio.run(server.serve(sockets=[door]))
     service.queue.close()
     if server.cut: say(f"{server.cut} answers were cut off: they were not whole within {choice.grace:g} s")
