@@ -35,8 +35,8 @@ from ..data.words import HAN, words
 from .knowledge import LONGEST, Passage, find_knowledge, read_passages
 
 # %% ../../nbs/use/21_retrieve.ipynb #terms
-ASKING = frozenset("""doctor dr hi hello hey dear please thank thanks help tell know think want need could would might may must also
-    get got getting go going come make makes made use used using take taking give suggest recommend explain
+ASKING = frozenset("""doctor dr hi hello hey dear please thank thanks help tell know think want need could would might
+    may must also get got getting go going come make makes made use used using take taking give suggest recommend explain
     describe write list mention name experience experiencing experienced feel feeling felt notice noticed noticing
     seem seems like really lot lately recently currently day days week weeks month months year years time while
     ago since today always sometimes often keep keeps kept keeping wrong problem problems issue issues matter
@@ -44,8 +44,9 @@ ASKING = frozenset("""doctor dr hi hello hey dear please thank thanks help tell 
     possibly best good well many much bothering suffer suffering suffered worried worrying concerned concern case
     people person someone trouble able way ways kind type question answer mean means one patient diagnosed advice
     sure shall let say said else another still yet okay yes""".split())
-_function = re.compile("为什么|怎么回事|怎么办|是不是|有没有|想知道|什么|怎么|怎样|如何|"
-    "哪些|哪个|哪里|多少|是否|可以|应该|需要|请问|医生|大夫|您好|你好|谢谢|帮助|感觉|觉得|一直|最近|现在|情况|问题|一下|可能|希望|朋友|我们|他们|她们|[的了吗呢吧啊呀嘛我你您他她它们这那哪是]")
+_function = re.compile("为什么|怎么回事|怎么办|是不是|有没有|想知道|什么|怎么|怎样|如何|哪些|"
+    "哪个|哪里|多少|是否|可以|应该|需要|"
+    "请问|医生|大夫|您好|你好|谢谢|帮助|感觉|觉得|一直|最近|现在|情况|问题|一下|可能|希望|朋友|我们|他们|她们|[的了吗呢吧啊呀嘛我你您他她它们这那哪是]")
 _chunk = re.compile(rf"[{HAN}]+|[^\s{HAN}]+")
 _own = threading.local() # a stemmer must not be used by two threads at once
 
@@ -89,6 +90,7 @@ def terms(
     "The words that count, as they are compared."
     return [term for term, _, _ in placed_terms(unicodedata.normalize("NFKC", text), asking)]
 
+# %% ../../nbs/use/21_retrieve.ipynb #places
 def places(
     placed:Iterable[tuple[str, int, int]], # From `placed_terms`
 )->dict[tuple, set[str]]:                  # A word or a Chinese character -> the terms it is part of
