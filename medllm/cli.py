@@ -95,6 +95,41 @@ def _preview(args)->int:
     if hide: say("letters are hidden because the dataset is private; --reveal shows them")
     return 0
 
+# %% ../nbs/99_cli.ipynb #evaluate
+_EVALUATE = {"model_name_or_path": "model folder, hub id, or a folder that training wrote (default tiny)",
+    "adapter_name_or_path": "adapter folders, comma list", "template": "chat template (default the tokenizer's own)",
+    "base_model": "model to compare with; none for no comparison (default the adapter's base)",
+    "scorer": "letter, text or generate (default letter)", "limit": "items of each set, drawn (default all)",
+    "dataset_dir": "folder with dataset_info.json (default data)"}
+
+def _evaluate(args)->int:
+    import tempfile
+    from pathlib import Path
+    from medllm.evaluate.benchmarks import verdict_rows
+    from medllm.evaluate.compare import comparison_rows
+    from medllm.evaluate.result import as_markdown, markdown_table
+    from medllm.evaluate.runs import EvaluateRun, evaluate
+    from medllm.train.runs import run_parameters
+    from medllm.yaml_file import read_yaml
+    given = (read_yaml(args.file) if args.file else {}) | dict(args.parameter)
+    given |= {name: value for name in _EVALUATE if (value := getattr(args, name)) is not None}
+    if args.names: given["dataset"] = ",".join(args.names)
+    wanted = EvaluateRun(**run_parameters(EvaluateRun, given))
+    with tempfile.TemporaryDirectory() as d: found = evaluate(wanted, Path(args.output or d))
+    parts = as_markdown(found["tuned"]), markdown_table(comparison_rows(found["comparisons"])), markdown_table(verdict_rows(found))
+    print("\n\n".join(filter(None, parts)))
+    if args.output: print(f"\nitems and figures: {args.output}")
+    return 0
+
+def _evaluate_words(p):
+    "medllm evaluate NAME…"
+    p.add_argument("names", nargs="*", metavar="NAME", help="multiple-choice sets: registered names or files (default mm_mcq)")
+    for name, text in _EVALUATE.items(): p.add_argument(f"--{name}", help=text)
+    p.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
+        help="any other parameter (medllm run evaluate --list-parameters)")
+    p.add_argument("-f", "--file", help="YAML file with parameters")
+    p.add_argument("--output", metavar="DIR", help="keep a line for each item, and all figures, there")
+
 # %% ../nbs/99_cli.ipynb #gate
 def _check(args)->int:
     from medllm.data.card import card_text, thresholds_text, write_card
@@ -222,7 +257,7 @@ def parser()->argparse.ArgumentParser:
     p = command("train", _train, "Train by flags or a YAML file; 'medllm train --help' lists every flag")
     p.add_argument("words", nargs=argparse.REMAINDER, metavar="FILE.yaml | --flag value | flag=value")
     p = command("run", _run, "Execute a run notebook with papermill and keep it as a record")
-    p.add_argument("notebook", help="pt, sft, rm, dpo, kto, ppo, grpo, pipeline or data; or the path of a run notebook")
+    p.add_argument("notebook", help="pt, sft, rm, dpo, kto, ppo, grpo, evaluate, pipeline or data; or the path of a run notebook")
     p.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
         help="set a parameter; may be repeated")
     p.add_argument("-f", "--file", help="YAML file with parameters")
@@ -236,6 +271,7 @@ def parser()->argparse.ArgumentParser:
     _serve_words(command("serve", _serve, "Serve a model to OpenAI clients and to browsers (extra serve)"))
     p = command("tiny", _tiny, "Write the small random model that tests and demos use")
     p.add_argument("folder", help="new folder")
+    _evaluate_words(command("evaluate", _evaluate, "Measure a model on multiple-choice sets, and against its base model"))
     _data_commands(command("data", _data, "List the registered datasets, look at one, or check one"))
     return top
 

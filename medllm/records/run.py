@@ -19,6 +19,7 @@ import nbformat
 
 from ..core import UserError, bundled, nearest, say, write_bytes
 from ..data.check import DataRun
+from ..evaluate.runs import EvaluateRun
 from .parameters import check_value, declared
 from .plan import PipelineRun
 from .record import ENDED, RUNNING, Run, new_folder, now, status_of
@@ -26,7 +27,7 @@ from ..secrets import scrub_values
 from ..train.runs import STAGE_RUNS, run_parameters
 
 # %% ../../nbs/records/11_run.ipynb #notebook
-RUNS = STAGE_RUNS | {"data": DataRun, "pipeline": PipelineRun}
+RUNS = STAGE_RUNS | {"data": DataRun, "evaluate": EvaluateRun, "pipeline": PipelineRun}
 
 def find_notebook(
     name:str, # A stage, or a path to a copy of its notebook
