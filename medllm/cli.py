@@ -269,22 +269,24 @@ def _fields_of(kind, args):
     "The dataclass that the flags make."
     return kind(**{name: getattr(args, name) for name in kind.__dataclass_fields__ if hasattr(args, name)})
 
+def _grounding(files:list):
+    "What puts passages of files into prompts; None without files."
+    if not files: return None
+    from medllm.use.cite import Grounding
+    return Grounding(files)
+
 def _chat(args)->int:
     from medllm.models.chat import ModelChoice, load_chat_model
     from medllm.models.sampling import Sampling
     from medllm.use.chat import Conversation, chat_in_terminal
     from medllm.use.disclaimer import disclaimer
-    line, how = disclaimer(args.disclaimer), _fields_of(Sampling, args)
-    grounding = None
-    if args.knowledge:
-        from medllm.use.cite import Grounding
-        grounding = Grounding(args.knowledge)
+    line, how, grounding = disclaimer(args.disclaimer), _fields_of(Sampling, args), _grounding(args.knowledge)
     return chat_in_terminal(Conversation(load_chat_model(_fields_of(ModelChoice, args)), how, "", args.seed, grounding), line)
 
 def _serve(args)->int:
     from medllm.models.chat import ModelChoice
     from medllm.use.serving import ServeChoice, serve
-    return serve(_fields_of(ModelChoice, args), _fields_of(ServeChoice, args))
+    return serve(_fields_of(ModelChoice, args), _fields_of(ServeChoice, args), _grounding(args.knowledge))
 
 # %% ../nbs/99_cli.ipynb #chat-words
 def _chat_words(p):
