@@ -176,11 +176,6 @@ def _export_words(p):
     p.add_argument("--adapter_name_or_path", metavar="DIR[,DIR…]", help="adapters, merged in this order")
     p.add_argument("--output", required=True, metavar="DIR", help="new folder; it appears when everything is made and checked")
     p.add_argument("--template", default="auto", help="chat template (default the one that the tokenizer brings)")
-    p.add_argument("--default_system", default="", metavar="TEXT", help="system text that is written into the template")
-    p.add_argument("--enable_thinking", type=lambda text: _choose(text, {"true": True, "false": False}), metavar="true|false",
-        help="switch for thinking that is written into the template")
-    p.add_argument("--quantization_bit", type=int, choices=(4, 8), help="it was trained on a base quantised like this: report "
-        "how far the merge is from that")
     p.add_argument("--default_system", default="", metavar="TEXT", help="system text that is written into the template "
         "(default the one of training, if a record says so)")
     p.add_argument("--enable_thinking", type=lambda text: _choose(text, {"true": True, "false": False}), metavar="true|false",
@@ -331,8 +326,8 @@ def parser()->argparse.ArgumentParser:
     p = command("train", _train, "Train by flags or a YAML file; 'medllm train --help' lists every flag")
     p.add_argument("words", nargs=argparse.REMAINDER, metavar="FILE.yaml | --flag value | flag=value")
     p = command("run", _run, "Execute a run notebook with papermill and keep it as a record")
-    p.add_argument("notebook", help="pt, sft, rm, dpo, kto, ppo, grpo, predict, pipeline or data; or the path of a run notebook")
-    p.add_argument("notebook", help="pt, sft, rm, dpo, kto, ppo, grpo, evaluate, pipeline or data; or the path of a run notebook")
+    p.add_argument("notebook", help="pt, sft, rm, dpo, kto, ppo, grpo, pipeline, data, evaluate or predict; or the path of a run "
+        "notebook")
     p.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
         help="set a parameter; may be repeated")
     p.add_argument("-f", "--file", help="YAML file with parameters")
@@ -347,7 +342,6 @@ def parser()->argparse.ArgumentParser:
     _serve_words(command("serve", _serve, "Serve a model to OpenAI clients and to browsers (extra serve)"))
     p = command("tiny", _tiny, "Write the small random model that tests and demos use")
     p.add_argument("folder", help="new folder")
-    _export_words(command("export", _export, "Merge, quantise, convert a trained model for other programs, and check the result"))
     _evaluate_words(command("evaluate", _evaluate, "Measure a model on multiple-choice sets, and against its base model"))
     _export_words(command("export", _export, "Merge, quantise, convert a trained model for other programs, and check the result"))
     _data_commands(command("data", _data, "List the registered datasets, look at one, or check one"))
