@@ -283,6 +283,40 @@ def test_the_harness_picks_the_same(shared, harness, chat, layout):
     assert np.isclose(right, theirs["acc"])
 
 
+HARNESS_TASK = """
+task: own_exam
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "Question: {{{{question}}}}\\n{{% for k, v in options.items() %}}{{{{k}}}}. {{{{v}}}}\\n{{% endfor %}}Answer:"
+doc_to_choice: [A, B, C, D]
+doc_to_target: answer
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+@pytest.mark.slow
+def test_a_task_of_the_harness_beside_our_own(tmp_path):
+    "The same twenty questions as our task in the layout plain, and as a task file of the harness: as many right."
+    place = Path(os.environ.get("MEDLLM_LM_EVAL", ROOT/".lm_eval"))
+    if not (place/"lm_eval").is_dir(): pytest.skip("lm-evaluation-harness is not here: make lm_eval")
+    rows = [r for r in json.loads((ROOT/"data/mm_mcq.json").read_text(encoding="utf-8"))
+        if len(r["options"]) == 4 and r["language"] == "en"][:20]
+    (tmp_path/"own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path/"tasks").mkdir()
+    (tmp_path/"tasks/own_exam.yaml").write_text(HARNESS_TASK.format(file=tmp_path/"own.jsonl"))
+    (tmp_path/"run.yaml").write_text(json.dumps({"dataset": str(tmp_path/"own.jsonl"), "layout": "plain", "orders": "own",
+        "base_model": "tiny", "tasks": {"own_exam": {"kind": "harness", "include_path": str(tmp_path/"tasks")}}}))
+    done = run("medllm", "evaluate", "-f", tmp_path/"run.yaml", "--output", tmp_path/"out", HF_HUB_OFFLINE="1",
+        HF_HOME=str(tmp_path/"hub"), PYTHONPATH=os.pathsep.join([str(ROOT), str(place)]))
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path/"out/evaluation.json").read_text())
+    ours, theirs = found["tuned"]["own"]["accuracy"], found["tuned"]["own_exam"]["accuracy_by_harness"]
+    assert ours == theirs and found["tuned"]["own_exam"]["n"] == 20
+    assert [c["verdict"] for c in found["comparisons"].values()] == ["not distinguishable"]*2
+
+
 # --- base against tuned ----------------------------------------------------------------------------------------------
 
 
@@ -340,7 +374,8 @@ def test_the_record_is_read_without_code(tmp_path):
 
 def test_mistakes_cost_one_sentence(tmp_path, capsys):
     for words, said in ((["nothing.json"], "nothing.json does not exist"),
-            (["mm_mcq", "--scorer", "leter"], "did you mean 'letter'?"), (["mm_mcq", "-p", "ordrs", "all"], "did you mean 'orders'?"), (["mm"], "no multiple-choice format"),
+            (["mm_mcq", "--scorer", "leter"], "did you mean 'letter'?"),
+            (["mm_mcq", "-p", "ordrs", "all"], "did you mean 'orders'?"), (["mm"], "no multiple-choice format"),
             (["mm_mcq", "--base_model", str(tmp_path/"no")], "no")):
         assert main(["evaluate", *words]) == 2
         told = capsys.readouterr().err.strip()
