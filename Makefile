@@ -8,8 +8,9 @@ STAMP := $(VENV)/.installed
 
 TRL := .trl/.trl-1.16.0-1.12.0
 S3 := .s3/.moto-5.2.5
+LM_EVAL := .lm_eval/.lm-eval-0.4.13
 
-.PHONY: demo test test-slow trl s3 browser lint notebooks export requirements clean
+.PHONY: demo test test-slow trl s3 lm_eval browser lint notebooks export requirements clean
 
 $(STAMP): requirements.txt settings.ini setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "medllm needs Python 3.11: set PYTHON=/path/to/python3.11"; exit 1; }
@@ -40,6 +41,14 @@ $(S3): $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target .s3 'moto[s3]==5.2.5' flask flask-cors
 	touch $@
 
+# lm-evaluation-harness, which picks are compared with: its code alone, so that nothing of ours changes its version
+lm_eval: $(LM_EVAL)
+
+$(LM_EVAL): $(STAMP)
+	rm -rf .lm_eval
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .lm_eval lm-eval==0.4.13 sacrebleu more-itertools
+	touch $@
+
 # the browser that exported pages are tested in; where it cannot be installed, those tests skip and say so
 browser:
 	@{ command -v chromium && command -v chromedriver; } > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null \
@@ -57,7 +66,7 @@ notebooks: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check medllm tests
 
-test-slow: $(STAMP)
+test-slow: $(STAMP) $(LM_EVAL)
 	$(BIN)/python -m pytest tests -m slow
 
 export: $(STAMP)
@@ -73,4 +82,4 @@ requirements:
 	rm -rf .venv-pins
 
 clean:
-	rm -rf $(VENV) .trl .s3 .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) .trl .s3 .lm_eval .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -96,6 +96,41 @@ def _preview(args)->int:
     if hide: say("letters are hidden because the dataset is private; --reveal shows them")
     return 0
 
+# %% ../nbs/99_cli.ipynb #evaluate
+_EVALUATE = {"model_name_or_path": "model folder, hub id, or a folder that training wrote (default tiny)",
+    "adapter_name_or_path": "adapter folders, comma list", "template": "chat template (default the tokenizer's own)",
+    "base_model": "model to compare with; none for no comparison (default the adapter's base)",
+    "scorer": "letter, text or generate (default letter)", "limit": "items of each set, drawn (default all)",
+    "dataset_dir": "folder with dataset_info.json (default data)"}
+
+def _evaluate(args)->int:
+    import tempfile
+    from pathlib import Path
+    from medllm.evaluate.benchmarks import verdict_rows
+    from medllm.evaluate.compare import comparison_rows
+    from medllm.evaluate.result import as_markdown, markdown_table
+    from medllm.evaluate.runs import EvaluateRun, evaluate
+    from medllm.train.runs import run_parameters
+    from medllm.yaml_file import read_yaml
+    given = (read_yaml(args.file) if args.file else {}) | dict(args.parameter)
+    given |= {name: value for name in _EVALUATE if (value := getattr(args, name)) is not None}
+    if args.names: given["dataset"] = ",".join(args.names)
+    wanted = EvaluateRun(**run_parameters(EvaluateRun, given))
+    with tempfile.TemporaryDirectory() as d: found = evaluate(wanted, Path(args.output or d))
+    tables = comparison_rows(found["comparisons"]), verdict_rows(found)
+    print("\n\n".join(filter(None, (as_markdown(found["tuned"]), *map(markdown_table, tables)))))
+    if args.output: print(f"\nitems and figures: {args.output}")
+    return 0
+
+def _evaluate_words(p):
+    "medllm evaluate NAME…"
+    p.add_argument("names", nargs="*", metavar="NAME", help="multiple-choice sets: registered names or files (default mm_mcq)")
+    for name, text in _EVALUATE.items(): p.add_argument(f"--{name}", help=text)
+    p.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
+        help="any other parameter (medllm run evaluate --list-parameters)")
+    p.add_argument("-f", "--file", help="YAML file with parameters")
+    p.add_argument("--output", metavar="DIR", help="keep a line for each item, and all figures, there")
+
 # %% ../nbs/99_cli.ipynb #export-command
 _EXPORT_HELP = """examples
   medllm export --model_name_or_path runs/sft/20261122-a --output my-model
@@ -141,11 +176,12 @@ def _export_words(p):
     p.add_argument("--adapter_name_or_path", metavar="DIR[,DIR…]", help="adapters, merged in this order")
     p.add_argument("--output", required=True, metavar="DIR", help="new folder; it appears when everything is made and checked")
     p.add_argument("--template", default="auto", help="chat template (default the one that the tokenizer brings)")
-    p.add_argument("--default_system", default="", metavar="TEXT", help="system text that is written into the template")
+    p.add_argument("--default_system", default="", metavar="TEXT", help="system text that is written into the template "
+        "(default the one of training, if a record says so)")
     p.add_argument("--enable_thinking", type=lambda text: _choose(text, {"true": True, "false": False}), metavar="true|false",
         help="switch for thinking that is written into the template")
     p.add_argument("--quantization_bit", type=int, choices=(4, 8), help="it was trained on a base quantised like this: report "
-        "how far the merge is from that")
+        "how far the merge is from that (default what the record says)")
     p.add_argument("--dtype", default="auto", help="of the written weights: float32, bfloat16, float16 (default as the base)")
     p.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="largest weight file (default 5GB)")
     p.add_argument("--bits", type=int, nargs="+", default=[], metavar="N", help="also quantised with bitsandbytes: 8 4")
@@ -228,22 +264,24 @@ def _fields_of(kind, args):
     "The dataclass that the flags make."
     return kind(**{name: getattr(args, name) for name in kind.__dataclass_fields__ if hasattr(args, name)})
 
+def _grounding(files:list):
+    "What puts passages of files into prompts; None without files."
+    if not files: return None
+    from medllm.use.cite import Grounding
+    return Grounding(files)
+
 def _chat(args)->int:
     from medllm.models.chat import ModelChoice, load_chat_model
     from medllm.models.sampling import Sampling
     from medllm.use.chat import Conversation, chat_in_terminal
     from medllm.use.disclaimer import disclaimer
-    line, how = disclaimer(args.disclaimer), _fields_of(Sampling, args)
-    grounding = None
-    if args.knowledge:
-        from medllm.use.cite import Grounding
-        grounding = Grounding(args.knowledge)
+    line, how, grounding = disclaimer(args.disclaimer), _fields_of(Sampling, args), _grounding(args.knowledge)
     return chat_in_terminal(Conversation(load_chat_model(_fields_of(ModelChoice, args)), how, "", args.seed, grounding), line)
 
 def _serve(args)->int:
     from medllm.models.chat import ModelChoice
     from medllm.use.serving import ServeChoice, serve
-    return serve(_fields_of(ModelChoice, args), _fields_of(ServeChoice, args))
+    return serve(_fields_of(ModelChoice, args), _fields_of(ServeChoice, args), _grounding(args.knowledge))
 
 # %% ../nbs/99_cli.ipynb #chat-words
 def _chat_words(p):
@@ -288,7 +326,8 @@ def parser()->argparse.ArgumentParser:
     p = command("train", _train, "Train by flags or a YAML file; 'medllm train --help' lists every flag")
     p.add_argument("words", nargs=argparse.REMAINDER, metavar="FILE.yaml | --flag value | flag=value")
     p = command("run", _run, "Execute a run notebook with papermill and keep it as a record")
-    p.add_argument("notebook", help="pt, sft, rm, dpo, kto, ppo, grpo, predict, pipeline or data; or the path of a run notebook")
+    p.add_argument("notebook", help="pt, sft, rm, dpo, kto, ppo, grpo, pipeline, data, evaluate or predict; or the path of a run "
+        "notebook")
     p.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
         help="set a parameter; may be repeated")
     p.add_argument("-f", "--file", help="YAML file with parameters")
@@ -303,6 +342,7 @@ def parser()->argparse.ArgumentParser:
     _serve_words(command("serve", _serve, "Serve a model to OpenAI clients and to browsers (extra serve)"))
     p = command("tiny", _tiny, "Write the small random model that tests and demos use")
     p.add_argument("folder", help="new folder")
+    _evaluate_words(command("evaluate", _evaluate, "Measure a model on multiple-choice sets, and against its base model"))
     _export_words(command("export", _export, "Merge, quantise, convert a trained model for other programs, and check the result"))
     _data_commands(command("data", _data, "List the registered datasets, look at one, or check one"))
     return top

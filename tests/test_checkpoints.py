@@ -239,6 +239,15 @@ def test_c9_other_base_weights_and_exit_code(copy, tmp_path):
     assert "model was" in said.getvalue() and "is of another run" in said.getvalue()
 
 
+def test_c9_another_tokenizer(copy, tmp_path):
+    from medllm.models.tiny import write_tiny
+    file = Path(write_tiny(tmp_path/"base"))/"tokenizer.json"
+    told = json.loads(file.read_text())
+    file.write_text(json.dumps(told | {"normalizer": {"type": "Lowercase"}}))
+    with pytest.raises(UserError, match="tokenizer was"):
+        whole_run(copy, resume_from_checkpoint="true", model_name_or_path=str(file.parent))
+
+
 @pytest.mark.parametrize("changed, name", [
     (dict(learning_rate=5e-4), "lr"), (dict(seed=1), "seed"), (dict(per_device_train_batch_size=2), "batch")])
 def test_c10_other_flags_need_a_word(copy, changed, name):

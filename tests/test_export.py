@@ -25,8 +25,8 @@ from medllm.use.merge import merge, stored_dtype, write_model
 from medllm.use.ollama import modelfile
 
 QUIET = lambda text: None
-NASTY = ("12345678 mg/dL, 3.5×10⁹/L", "  two  blanks\n\n\tand a tab ", "高血压患者平时应该注意什么？100毫克", "naïve café — “quoted”", "مرحبا ١٢٣",
-    "don't we'll I'VE", "👩‍⚕️🩺 e\u0301", "a" * 40, "<|im_end|>", "x<s>y")
+NASTY = ("12345678 mg/dL, 3.5×10⁹/L", "  two  blanks\n\n\tand a tab ", "高血压患者平时应该注意什么？100毫克",
+    "naïve café — “quoted”", "مرحبا ١٢٣", "don't we'll I'VE", "👩‍⚕️🩺 e\u0301", "a" * 40, "<|im_end|>", "x<s>y")
 
 
 def adapter(folder, seed=0, std=0.3, base="tiny", **how):
@@ -56,8 +56,8 @@ def trained(tmp_path_factory):
     from medllm.train.inputs import prepare_data
     from medllm.train.loop import train
     folder = tmp_path_factory.mktemp("trained")/"adapter"
-    args = parse(dict(model_name_or_path="tiny", dataset="mm", finetuning_type="lora", quantization_bit=4, max_samples=48, max_steps=30,
-        learning_rate=5e-3, output_dir=str(folder), per_device_train_batch_size=8, cutoff_len=192, logging_steps=10))
+    args = parse(dict(model_name_or_path="tiny", dataset="mm", finetuning_type="lora", quantization_bit=4, max_samples=48,
+        max_steps=30, learning_rate=5e-3, output_dir=str(folder), per_device_train_batch_size=8, cutoff_len=192))
     train(args, prepare_data(args))
     return folder
 
@@ -66,8 +66,8 @@ def trained(tmp_path_factory):
 def exported(trained, tmp_path_factory):
     "Everything that can be made of it, as the command makes it."
     folder = tmp_path_factory.mktemp("exported")/"model"
-    code = main(["export", "--model_name_or_path", str(trained), "--quantization_bit", "4", "--output", str(folder), "--max_shard_size",
-        "4MB", "--bits", "8", "4", "--gguf", "f16", "q8_0", "--max_new_tokens", "12"])
+    code = main(["export", "--model_name_or_path", str(trained), "--quantization_bit", "4", "--output", str(folder),
+        "--max_shard_size", "4MB", "--bits", "8", "4", "--gguf", "f16", "q8_0", "--max_new_tokens", "12"])
     assert code == 0
     return folder
 
@@ -91,8 +91,8 @@ def test_training_in_4_bit_is_merged_onto_16_bit(trained, exported, tmp_path):
     there = load_chat_model(ModelChoice(str(exported)))
     for (name, a), (other, b) in zip(chat.model.named_parameters(), there.model.named_parameters()):
         assert name == other and torch.equal(a, b)
-    report = export(ExportPlan(tmp_path/"half", ModelChoice(str(trained), quantization_bit=4), "bfloat16", answers=6, max_new_tokens=8),
-        told=QUIET)
+    choice = ModelChoice(str(trained), quantization_bit=4)
+    report = export(ExportPlan(tmp_path/"half", choice, "bfloat16", answers=6, max_new_tokens=8), told=QUIET)
     assert report["passed"] and stored_dtype(str(tmp_path/"half")) == "bfloat16"
     assert verdicts(report)["merged"]["measures"]["kept"] > 0.9
 
@@ -115,7 +115,8 @@ def test_llama_cpp_runs_it(exported):
     llama = llama_cpp.Llama(str(exported/"gguf/model-f16.gguf"), n_ctx=256, verbose=False)
     chat = load_chat_model(ModelChoice(str(exported)))
     for text in (*NASTY, *fixed_questions(20)):
-        assert llama.tokenize(text.encode(), add_bos=False, special=True) == chat.tokenizer(text, add_special_tokens=False).input_ids, text
+        ours = chat.tokenizer(text, add_special_tokens=False).input_ids
+        assert llama.tokenize(text.encode(), add_bos=False, special=True) == ours, text
     for question in fixed_questions(4):
         said = llama.create_chat_completion([{"role": "user", "content": question}], max_tokens=8, temperature=0.0)
         prompt = chat.prompt([Turn("user", question)])
@@ -130,7 +131,8 @@ def test_others_open_the_folder(exported):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(exported), AutoTokenizer.from_pretrained(exported)
     chat = load_chat_model(ModelChoice(str(exported)))
     for question in fixed_questions(3):
-        ids = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt")
+        turns = [{"role": "user", "content": question}]
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt")
         assert ids["input_ids"][0].tolist() == chat.prompt([Turn("user", question)]).tolist()
         out = model.generate(**ids, max_new_tokens=8)[0, ids["input_ids"].shape[1]:].tolist()
         assert out == chat.answers([ids["input_ids"][0].numpy()], Sampling(8, 0.0))[0].tokens
@@ -148,7 +150,8 @@ def test_the_card_says_what_was_found(exported):
     assert str(exported.parent) not in card.content + (exported/"equivalence.json").read_text(), "no folder of this machine"
 
 
-@pytest.mark.parametrize("how", [dict(rslora=True), dict(dora=True), dict(extra="lm_head"), dict(target="q_proj,down_proj", rank=2)], ids=str)
+@pytest.mark.parametrize("how", [dict(rslora=True), dict(dora=True), dict(extra="lm_head"), dict(target="q_proj,down_proj")],
+    ids=str)
 def test_every_kind_of_adapter_is_merged(how, tmp_path):
     choice = ModelChoice("tiny", adapter(tmp_path/"adapter", **how))
     found = verdicts(export(ExportPlan(tmp_path/"model", choice, answers=4, max_new_tokens=8), told=QUIET))
@@ -164,7 +167,8 @@ def test_a_chain_of_adapters_is_merged(tmp_path):
     write_model(base, made_folder(tmp_path/"base"))
     second = adapter(tmp_path/"second", seed=2, base=tmp_path/"base")
     wanted = load_chat_model(ModelChoice(str(tmp_path/"base"), second))
-    report = export(ExportPlan(tmp_path/"model", ModelChoice("tiny", f"{first},{second}"), answers=4, max_new_tokens=8), told=QUIET)
+    chain = ModelChoice("tiny", f"{first},{second}")
+    report = export(ExportPlan(tmp_path/"model", chain, answers=4, max_new_tokens=8), told=QUIET)
     assert report["passed"] and [a["name"] for a in report["made"]["adapters"]] == ["first", "second"]
     said = reference_of(wanted, fixed_questions(4), 8)
     assert distance(said, forward_of(load_model(str(tmp_path/"model"))))["logit"] <= 1e-4
@@ -173,9 +177,11 @@ def test_a_chain_of_adapters_is_merged(tmp_path):
 
 
 def _left_out(model): model.load_state_dict(load_model("tiny").state_dict())
-def _one_layer(model): model.model.layers[2].mlp.up_proj.weight.data.copy_(load_model("tiny").model.layers[2].mlp.up_proj.weight)
+def _up(model): return model.model.layers[2].mlp.up_proj.weight.data
+def _keys(model): return model.model.layers[1].self_attn.k_proj.weight.data
+def _one_layer(model): _up(model).copy_(_up(load_model("tiny")))
 def _scaled(model): model.model.layers[0].self_attn.v_proj.weight.data.mul_(1.02)
-def _swapped(model): model.model.layers[1].self_attn.k_proj.weight.data.copy_(model.model.layers[1].self_attn.k_proj.weight.flip(0))
+def _swapped(model): _keys(model).copy_(_keys(model).flip(0))
 def _shifted(model): model.lm_head.weight.data.copy_(model.lm_head.weight.roll(1, 0))
 
 
@@ -184,8 +190,8 @@ def _shifted(model): model.lm_head.weight.data.copy_(model.lm_head.weight.roll(1
 def test_a_corrupted_merge_fails(dtype, harm, tmp_path, monkeypatch, capsys):
     "Exit code 1, no folder, a report that says which measure broke; the folder that was there stays."
     choice, real = adapter(tmp_path/"adapter", std=0.05 if harm is _left_out else 0.3), merge
-    words = ["export", "--adapter_name_or_path", choice, "--output", str(tmp_path/"model"), "--answers", "3", "--max_new_tokens", "6",
-        "--dtype", dtype]
+    words = ["export", "--adapter_name_or_path", choice, "--output", str(tmp_path/"model"), "--answers", "3",
+        "--max_new_tokens", "6", "--dtype", dtype]
     before = b'{"of": "an earlier export"}'
     (made_folder(tmp_path/"model")/"equivalence.json").write_bytes(before)
 
@@ -207,7 +213,8 @@ def test_a_lost_file_format_fails(tmp_path, monkeypatch):
     "A GGUF file with queries in the wrong order loads and talks; the check says no."
     from medllm.use import gguf
     monkeypatch.setattr(gguf, "_interleaved", lambda rows, heads: rows)
-    plan = ExportPlan(tmp_path/"model", ModelChoice("tiny", adapter(tmp_path/"adapter")), gguf=("f16",), answers=3, max_new_tokens=6)
+    choice = ModelChoice("tiny", adapter(tmp_path/"adapter"))
+    plan = ExportPlan(tmp_path/"model", choice, gguf=("f16",), answers=3, max_new_tokens=6)
     report = export(plan, told=QUIET)
     assert not report["passed"] and verdicts(report)["merged"]["passed"] and verdicts(report)["gguf-f16"]["broken"]
     assert not plan.place.exists()
@@ -271,7 +278,7 @@ def test_without_the_package_gguf(tmp_path, monkeypatch):
 
 def test_help_teaches():
     done = run("medllm", "export", "--help")
-    assert done.returncode == 0 and "examples" in done.stdout and "what is checked" in done.stdout and "ollama create" in done.stdout
+    assert done.returncode == 0 and all(text in done.stdout for text in ("examples", "what is checked", "ollama create"))
 
 
 # Families and tokenizers of GGUF files
@@ -282,7 +289,8 @@ def pieces():
     from transformers import PreTrainedTokenizerFast
     backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     control = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "<|im_start|>", "<|im_end|>"]
     texts = json.loads((ROOT/"data/mm.json").read_text(encoding="utf-8"))
     backend.train_from_iterator([w for t in texts for w in (t["instruction"] + " " + t["output"]).split()], trainers.BpeTrainer(
@@ -315,11 +323,12 @@ def some_model(family, tokenizer):
     "A small random model of a family."
     from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
     sizes = dict(vocab_size=len(tokenizer) + 5, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id,
-        pad_token_id=tokenizer.eos_token_id)
+        num_key_value_heads=2, max_position_embeddings=512, eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.eos_token_id)
     scaled = dict(rope_theta=10000.0, factor=4.0, original_max_position_embeddings=64)
     config = {"llama": LlamaConfig(**sizes, rms_norm_eps=1e-5), "wide": LlamaConfig(**sizes, head_dim=32),
-        "llama3": LlamaConfig(**sizes, rope_parameters=scaled | dict(rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0)),
+        "llama3": LlamaConfig(
+            **sizes, rope_parameters=scaled | dict(rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0)),
         "linear": LlamaConfig(**sizes, rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=4.0)),
         "yarn": Qwen2Config(**sizes, rope_parameters=scaled | dict(rope_type="yarn")),
         "mistral": MistralConfig(**sizes, sliding_window=256),
@@ -333,7 +342,8 @@ def some_model(family, tokenizer):
 
 
 @pytest.mark.parametrize("family,words", [("llama", "pieces"), ("wide", "gpt-2"), ("llama3", "llama-bpe"),
-    ("linear", "llama-bpe"), ("mistral", "pieces"), ("mistral", "tekken"), ("qwen2", "qwen2"), ("yarn", "qwen2"), ("qwen3", "qwen2")])
+    ("linear", "llama-bpe"), ("mistral", "pieces"), ("mistral", "tekken"), ("qwen2", "qwen2"), ("yarn", "qwen2"),
+    ("qwen3", "qwen2")])
 def test_families_of_gguf(family, words, tiny, tmp_path):
     "Weights, positions and tokenizer survive; llama.cpp, where it is installed, agrees."
     tokenizer = tiny if words == "gpt-2" else pieces() if words == "pieces" else words_like(words)
@@ -372,14 +382,15 @@ def test_transformers_serves_it(exported, tmp_path):
         port = s.getsockname()[1]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     with open(tmp_path/"log", "w") as log:
-        server = subprocess.Popen([str(BIN/"transformers"), "serve", str(exported), "--port", str(port)], env=environment, stdout=log,
-            stderr=log)
+        server = subprocess.Popen([str(BIN/"transformers"), "serve", str(exported), "--port", str(port)], env=environment,
+            stdout=log, stderr=log)
     try:
         for _ in range(120):
             try: urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).read()
             except OSError: time.sleep(1)
             else: break
-        ask = {"model": str(exported), "messages": [{"role": "user", "content": "What is asthma?"}], "max_tokens": 8, "temperature": 0}
+        turns = [{"role": "user", "content": "What is asthma?"}]
+        ask = {"model": str(exported), "messages": turns, "max_tokens": 8, "temperature": 0}
         request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(ask).encode(),
             {"Content-Type": "application/json"})
         said = json.loads(urllib.request.urlopen(request, timeout=120).read())
@@ -398,8 +409,15 @@ def test_a_record_gives_the_card(tmp_path):
     done = run("medllm", "run", "sft", "-p", "max_steps", "2", "-p", "finetuning_type", "lora", "--runs", tmp_path/"runs")
     folder = next((tmp_path/"runs/sft").iterdir())
     assert done.returncode == 0, done.stderr
-    assert main(["export", "--model_name_or_path", str(folder), "--output", str(tmp_path/"model"), "--answers", "2"]) == 0
+    words = ["--model_name_or_path", str(folder)]
+    assert main(["evaluate", *words, "--limit", "8", "--output", str(tmp_path/"measured")]) == 0
+    words += ["--evaluation", str(tmp_path/"measured"), "--answers", "2"]
+    assert main(["export", *words, "--output", str(tmp_path/"model")]) == 0
     card, state = (tmp_path/"model/README.md").read_text(), json.loads((folder/"run.json").read_text())
     metric = state["metrics"]["eval_loss"]
     assert f"{metric:.4g}"[:5] in card and "| mm |" in card and "| merged | equivalent |" in card
     assert next(iter(state["weights"].values())) in card and str(tmp_path) not in card
+    assert "## Evaluation" in card and "| mm_mcq | accuracy |" in card and "not distinguishable" in card
+    other = adapter(tmp_path/"other")
+    assert main(["export", "--adapter_name_or_path", other, *words[2:], "--output", str(tmp_path/"no")]) == 2
+    assert not (tmp_path/"no").exists()

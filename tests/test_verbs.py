@@ -288,6 +288,17 @@ def test_a_pipeline_is_compared_stage_by_stage_and_nothing_is_taken_over(tmp_pat
         with pytest.raises(UserError, match="the same medllm sweep command"): verb(sweep)
 
 
+def test_a_spoilt_stage_is_named_by_its_pipeline(tmp_path):
+    stage = fake(tmp_path, "stage", loss=1)
+    whole = fake(tmp_path, "whole", stage="pipeline", stages=[{"name": "first", "folder": str(stage), "status": "completed"}])
+    code, said = named(whole)
+    assert code == 0 and "records of stages (1)" in said[0]
+    edit(stage, "loss", 0)
+    assert named(whole) == (1, ["first: run.json: loss was changed since the record was sealed"])
+    shutil.rmtree(stage)
+    assert named(whole) == (1, [f"first: its record {stage} is not here"])
+
+
 # torn records
 
 @pytest.mark.parametrize("text", [b'{"stage": "sf', b'{"stage": "\xff', b"[1]",

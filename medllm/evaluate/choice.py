@@ -24,6 +24,7 @@ from medllm.evaluate.scoring import (LAYOUTS, NORMS, SCORERS, LogProbs, ModelSco
     prompt_hash)
 from .statistics import mean, share
 from ..models.chat import ChatModel
+from ..models.loading import model_location
 
 # %% ../../nbs/evaluate/08_choice.ipynb #how
 @dataclass(frozen=True)
@@ -137,10 +138,10 @@ def _calibration(lines:Sequence[dict])->dict:
 
 # %% ../../nbs/evaluate/08_choice.ipynb #whole
 def _by(lines:Sequence[dict], key:str)->dict:
-    "Accuracy of each group or source, when there are 2 to 40."
-    parts = defaultdict(list)
-    for line in lines: parts[line.get(key) or "(none)"].append(line["right"])
-    return {name: share(right) for name, right in sorted(parts.items())} if 2 <= len(parts) <= 40 else {}
+    "Accuracy of each part of a set that has at least ten items; the others together."
+    parts, counts = defaultdict(list), Counter(line.get(key) or "" for line in lines)
+    for line in lines: parts[name if counts[name := line.get(key) or ""] >= 10 and name else "(others)"].append(line["right"])
+    return {name: share(right) | {"n": len(right)} for name, right in sorted(parts.items())} if len(parts) > 1 else {}
 
 @summarises("choice")
 def choice_summary(
@@ -160,7 +161,7 @@ def choice_summary(
         if "scores" in single[0]: out |= _calibration(single)
         out |= order_figures([(x["gold"][0], x["orders"]) for x in single if "orders" in x])
         out["picks"] = dict(sorted(Counter("".join(x["pick"]) or "(unread)" for x in single).items()))
-        out |= {"by_group": _by(single, "group"), "by_source": _by(single, "source")}
+        out |= {f"by_{key}": _by(single, key) for key in ("group", "source", "lang")}
     return out | (_several(several) if several else {})
 
 # %% ../../nbs/evaluate/08_choice.ipynb #facts
@@ -170,10 +171,12 @@ def model_facts(
     chat:ChatModel, # The model that was asked
 )->dict:
     "Which model answered, by name and by content."
-    folders = [find_path(name) for name in (chat.choice.model_name_or_path, *chat.choice.adapters)]
-    weights = {str(f.relative_to(folder)): sha256(f) for folder in folders if folder.is_dir()
-        for f in sorted(folder.glob("*.safetensors"))}
-    return {"model": chat.choice.model_name_or_path, "adapter": chat.choice.adapter_name_or_path or "", "weights": weights,
+    folders = [find_path(name) for name in (model_location(chat.choice.model_name_or_path), *chat.choice.adapters)]
+    files = [f for folder in folders if folder.is_dir() for f in sorted(folder.glob("*.safetensors"))]
+    weights = {f"{f.parent.name}/{f.name}": sha256(f) for f in files}
+    return {"revision": getattr(chat.model.config, "_commit_hash", None) or "",
+        "model": chat.choice.model_name_or_path, "adapter": chat.choice.adapter_name_or_path or "",
+        "weights": weights,
         "template_sha256": _text_hash(chat.renderer.jinja), "quantization_bit": chat.choice.quantization_bit,
         "system_sha256": _text_hash(chat.choice.default_system),
         "dtype": str(chat.model.dtype).removeprefix("torch."), "device": chat.device.type,

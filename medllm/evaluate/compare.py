@@ -71,8 +71,8 @@ def comparison_rows(
     "A table's rows: set, items, base, tuned, difference, what differs, p, verdict."
     rows = []
     for name, c in comparisons.items():
-        d, unit = c["difference"], c["difference"]["unit"]
-        points = lambda v: f"{v*100:+.1f}" if unit == "share" else f"{v:+.4g}"
+        d, unit = c["difference"], c["difference"].get("unit", "")
+        points = lambda v: "–" if v is None else f"{v*100:+.1f}" if unit == "share" else f"{v:+.4g}"
         rows.append({"set": name, "items": c.get("n", ""),
             "base": shown(c["base"]["value"], unit), "tuned": shown(c["tuned"]["value"], unit),
             "difference": f"{points(d['value'])} ({points(d['low'])} to {points(d['high'])})",
@@ -88,13 +88,15 @@ def plot_differences(
     path:str|Path|None = None,   # PNG to write
 ):                               # A picture that a notebook shows
     "Differences of accuracy with their intervals, a line for each set."
-    sets = {name: c for name, c in comparisons.items() if c["difference"]["unit"] == "share"}
+    sets = {name: c for name, c in comparisons.items() if c["difference"].get("unit") == "share"
+        and c["difference"]["low"] is not None}
     image = picture(6.5, 1.2 + 0.4*len(sets))
     axes = image.add_subplot()
     axes.axvline(0, color="#6b7280", linewidth=1)
     for y, (name, c) in enumerate(sets.items()):
         value, low, high = (100*c["difference"][k] for k in ("value", "low", "high"))
-        axes.errorbar(value, y, xerr=[[max(value - low, 0)], [max(high - value, 0)]], fmt="o", color=_COLOURS[c["verdict"]], capsize=4)
+        axes.errorbar(value, y, xerr=[[max(value - low, 0)], [max(high - value, 0)]], fmt="o", capsize=4,
+            color=_COLOURS[c["verdict"]])
         axes.annotate(c["verdict"], (value, y), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8)
     axes.set(yticks=range(len(sets)), yticklabels=list(sets), ylim=(-0.6, len(sets) - 0.2),
         xlabel="tuned minus base [percentage points]")

@@ -62,10 +62,16 @@ def _in_brackets(text:str)->list[tuple[str, str]]:
         found.append((letter, text[at + 3:end if end > 0 else len(text)]))
     return found
 
+def _in_lines(text:str)->list[tuple[str, str]]:
+    "Options of a text with a line for each, a letter and a blank or a mark before it."
+    found = [re.match(r"\s*([A-Z])[\s.、:：)）．]+(\S.*)", line) for line in text.strip().splitlines()]
+    letters = "".join(m[1] if m else " " for m in found)
+    return [(m[1], m[2]) for m in found] if len(found) > 1 and LETTERS.startswith(letters) else []
+
 def _labelled(value)->list[tuple[str, str]]:
     "Labels and texts."
     if isinstance(value, dict): return [(str(label).strip(), text) for label, text in value.items()]
-    if isinstance(value, str): return _in_brackets(value) or list(options_in(value).items())
+    if isinstance(value, str): return _in_brackets(value) or _in_lines(value) or list(options_in(value).items())
     if not isinstance(value, list): return []
     keys = next(((a, b) for a, b in (("key", "value"), ("letter", "content"), ("label", "text"))
         if all(isinstance(o, dict) and {a, b} <= o.keys() for o in value)), None)

@@ -53,6 +53,7 @@ def figure(
 
 # %% ../../nbs/evaluate/00_result.ipynb #kinds
 _KINDS:dict[str, dict[str, Callable]] = {}
+_ELSEWHERE = dict.fromkeys(("retrieval", "grounded"), "medllm.use.retrieval_scores") # they search, and so stand above evaluation
 
 def _register(what:str, kind:str)->Callable:
     def put(function:Callable)->Callable:
@@ -89,6 +90,7 @@ def kind_function(
     what:str, # measure, summary, compare or plot
 )->Callable|None: # None when the kind has no such function
     "What a kind has registered. Raises `UserError` for an unknown kind."
+    if kind in _ELSEWHERE: importlib.import_module(_ELSEWHERE[kind])
     if kind not in _KINDS:
         for module in pkgutil.iter_modules(medllm.evaluate.__path__):
             if not module.name.startswith("_"): importlib.import_module(f"medllm.evaluate.{module.name}")
@@ -166,6 +168,11 @@ def shown(
     if value is None: return "–"
     return f"{value:.1%}" if unit == "share" else f"{value:.4g}"
 
+_WORDS = {"ece": "calibration error (ECE)", "ece_equal_count": "calibration error, bins of equal count", "brier": "Brier score",
+    "log_loss": "log-loss [nat]", "order_accuracy": "accuracy, mean over orders", "flipped": "pick changes with the order",
+    "all_orders_right": "right in every order", "vote_accuracy": "accuracy of the vote over orders",
+    "recall_deviation": "deviation of the letters' recall", "macro_f1": "macro-F1", "unread": "answers that cannot be read"}
+
 def figure_rows(
     summaries:dict[str, dict], # By name of the set
 )->list[dict]:
@@ -177,7 +184,7 @@ def figure_rows(
             if not isinstance(f, dict) or not {"value", "method"} <= f.keys(): continue
             unit = f.get("unit", "")
             interval = f"{shown(f['low'], unit)} to {shown(f['high'], unit)}" if f.get("low") is not None else ""
-            rows.append({"set": name, "measure": what.replace("_", " "), "value": shown(f["value"], unit),
+            rows.append({"set": name, "measure": _WORDS.get(what, what.replace("_", " ")), "value": shown(f["value"], unit),
                 "95% interval": interval, "by": f["method"], "items": f.get("n", found["n"]), "skipped": skipped})
     return rows
 

@@ -144,7 +144,7 @@ def notebook_html(
 # %% ../../nbs/records/18_page.ipynb #words
 KINDS = {"pt": "Pre-training", "sft": "Supervised fine-tuning", "rm": "Reward model", "dpo": "Preference optimisation (DPO)",
     "kto": "Preference optimisation (KTO)", "ppo": "Reinforcement learning (PPO)", "grpo": "Reinforcement learning (GRPO)",
-    "data": "Check of data", "predict": "Answers to a file of questions",
+    "data": "Check of data", "evaluate": "Evaluation", "predict": "Answers to a file of questions",
     "pipeline": "Pipeline of stages", "sweep": "Sweep over parameters"}
 
 def as_said(

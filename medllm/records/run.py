@@ -22,6 +22,7 @@ import nbformat
 
 from ..core import Interrupted, UserError, bundled, nearest, say, write_bytes
 from ..data.check import DataRun
+from ..evaluate.runs import EvaluateRun
 from .parameters import check_value, declared
 from .plan import PipelineRun
 from .record import ENDED, RUNNING, Run, new_folder, now, status_of
@@ -31,7 +32,7 @@ from ..use.predict import pace_line
 from ..use.runs import PredictRun
 
 # %% ../../nbs/records/11_run.ipynb #notebook
-RUNS = STAGE_RUNS | {"data": DataRun, "predict": PredictRun, "pipeline": PipelineRun}
+RUNS = STAGE_RUNS | {"data": DataRun, "evaluate": EvaluateRun, "predict": PredictRun, "pipeline": PipelineRun}
 
 def find_notebook(
     name:str, # A stage, or a path to a copy of its notebook

@@ -20,10 +20,10 @@ from pathlib import Path
 from ..core import Interrupted, UserError, nearest, say, write_bytes, write_json
 from ..data.look import picture
 from .page import result_of
-from .pipeline import find_finished, note, stage_key
+from .pipeline import find_finished, find_unfinished, note, stage_key
 from .plan import Stage
 from .record import ENDED, RUNNING, Run, code_version, new_folder, now, status_of
-from .rerun import newest_checkpoint, resume
+from .rerun import resume
 from .run import execute
 from .seal import seal
 from .verdict import as_markdown
@@ -98,19 +98,6 @@ def run_point(
         return 2
     return int(run.state.get("status") != "completed")
 
-_GOES_ON = ("interrupted", "killed", "lost", "timed_out", "failed")
-
-def _unfinished(key:str, runs:str|Path)->Path|None:
-    "A record of an earlier sweep with this key that can go on from a checkpoint."
-    for file in sorted(Path(runs).glob("sweep/*/run.json"), reverse=True):
-        try: stages = json.loads(file.read_text(encoding="utf-8")).get("stages", [])
-        except ValueError: continue
-        for stage in stages:
-            folder = Path(stage.get("folder") or "")
-            if stage.get("key") != key or not stage.get("folder") or not (folder/"run.json").exists(): continue
-            if status_of(folder) in _GOES_ON and newest_checkpoint(folder): return folder
-    return None
-
 @dataclass
 class Point:
     "A point on its way."
@@ -130,7 +117,7 @@ def _begin(run:Run, wanted:Sweep, name:str, sets:dict, runs:str)->Point|None:
     if done := find_finished(key, runs):
         note(run, name, **told, folder=str(done), status="completed", taken_over=True)
         return None
-    old = _unfinished(key, runs)
+    old = find_unfinished(key, runs)
     folder = old or new_folder(wanted.stage, runs, name).resolve()
     note(run, name, **told, folder=str(folder), status="created", **({"resumed": True} if old else {}))
     file = write_json(run.folder/f"{name}.json", {"stage": wanted.stage, "given": given, "folder": str(folder),

@@ -188,6 +188,15 @@ def _parents(folder:Path, found:dict)->str:
     walk(ancestry(folder))
     return f"ancestors ({len(seen) - 1})" if len(seen) > 1 else ""
 
+def _stages(state:dict, found:dict)->str:
+    "The records of a pipeline's stages, or a sweep's points, that were completed: what they rest on is not in this folder."
+    done = [s for s in state.get("stages") or [] if s.get("status") == "completed"]
+    for s in done:
+        name, place = s.get("name", ""), Path(s.get("folder") or "nowhere")
+        bad = broken(place) if (place/"run.json").exists() else {"": f"its record {place} is not here"}
+        found |= {f"stage {name} {what}": f"{name}: {text}" for what, text in bad.items()}
+    return f"records of stages ({len(done)})" if done else ""
+
 # %% ../../nbs/records/15_verify.ipynb #verify
 @dataclass
 class Verified:
@@ -226,6 +235,7 @@ def _machine(folder:Path, state:dict, found:dict)->list[str]:
     for look in (data_here, models_here, packages_here): found |= look(state, found)
     files = sum(len(d.get("sha256") or {}) for d in (state.get("inputs") or {}).get("data", []))
     return [f"data files ({files})", f"models ({len(state.get('consumed') or [])})", _parents(folder, found),
+        _stages(state, found),
         f"packages ({len((state.get('provenance') or {}).get('packages', {}))})"]
 
 # %% ../../nbs/records/15_verify.ipynb #tables

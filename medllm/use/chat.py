@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from fastcore.basics import patch
+
 from ..core import UserError, nearest, write_json
 from ..data.formats import Rejected, Turn, answer_turn
 from ..models.chat import ChatModel
@@ -33,15 +35,23 @@ class Conversation:
         grounding = None,    # Puts passages into prompts: `medllm.use.cite.Grounding`
     ):
         self.chat, self.how, self.system, self.seed, self.grounding = chat, how, system, seed, grounding
-        self.queue, self.turns, self.cited = AnswerQueue(chat, rows=1, waiting=0), [], []
+        self.queue, self.turns = AnswerQueue(chat, rows=1, waiting=0), []
+        self.sources = ""                      # what the last answer cites, as text
 
     def say(self,
         text:str, # The question
     )->Iterator[str]:
         "The answer, in pieces. Raises `UserError` when the conversation leaves no room for it, or the model failed."
         turns, passages = [*self.turns, Turn("user", text.strip())], []
-        asked = turns
-        if self.grounding: asked, passages = self.grounding.turns(turns)
+        asked, self.sources = turns, ""
+        room = self.chat.longest - min(self.how.max_new_tokens, self.chat.longest//4)
+        fits = lambda turns: len(self.chat.prompt(turns, self.system)) <= room
+        if self.grounding: asked, passages = self.grounding.turns(turns, fits)
+        if self.grounding and not passages:                     # nothing was found, so the model is not asked
+            said = self.grounding.nothing(turns)
+            self.turns = [*turns, Turn("assistant", said)]
+            yield said
+            return
         prompt = self.chat.prompt(asked, self.system)
         if len(prompt) >= self.chat.longest: raise UserError(
             f"the conversation has {len(prompt)} tokens and the model reads {self.chat.longest}: go back with /undo, or /new")
@@ -53,7 +63,8 @@ class Conversation:
                 if reason == "error": raise UserError("the model failed on this question; out of memory is the usual reason")
                 if piece.text and not self.grounding: yield piece.text
             if self.grounding:
-                said, self.cited = self.grounding.checked(said, passages)
+                said, told = self.grounding.checked(said, passages)
+                self.sources = self.grounding.sources(told, passages)
                 yield said
         finally:
             if said.strip() and reason != "error": self.turns = [*turns, _answer(said)]
@@ -61,12 +72,6 @@ class Conversation:
     def undo(self):
         "Take the last question and its answer back."
         self.turns = self.turns[:-2]
-
-    def as_messages(self)->list[dict]: # In OpenAI's form
-        "The conversation, ready for a file or a request."
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        said = lambda t: f"<think>{t.thought}</think>{t.text}" if t.thought else t.text
-        return system + [{"role": t.role, "content": said(t)} for t in self.turns]
 
     def close(self):
         "Let the model's thread end."
@@ -76,6 +81,14 @@ def _answer(text:str)->Turn:
     "An answer as a turn, its thoughts taken out."
     try: return answer_turn(text.strip())
     except Rejected: return Turn("assistant", text.strip())     # a thought that was cut off
+
+# %% ../../nbs/use/06_chat.ipynb #messages
+@patch
+def as_messages(self:Conversation)->list[dict]: # In OpenAI's form
+    "The conversation, ready for a file or a request."
+    system = [{"role": "system", "content": self.system}] if self.system else []
+    said = lambda t: f"<think>{t.thought}</think>{t.text}" if t.thought else t.text
+    return system + [{"role": t.role, "content": said(t)} for t in self.turns]
 
 # %% ../../nbs/use/06_chat.ipynb #words
 HELP = """/new            begin again
@@ -159,6 +172,7 @@ def _print_answer(talk:Conversation, question:str):
     answer = talk.say(question)
     try:
         for piece in answer: print(piece, end="", flush=True)
+        print(talk.sources, end="")
     except KeyboardInterrupt:
         answer.close()
         print(" …", end="")
@@ -194,7 +208,7 @@ class ChatWidget:
     ):
         try: import ipywidgets as w
         except ImportError: raise UserError("the chat widget needs ipywidgets: pip install ipywidgets") from None
-        self.talk, self.asking = talk, None
+        self.talk, self.asking, self.halted = talk, None, False
         wide = w.Layout(width="100%")
         self.said = w.Textarea(disabled=True, layout=w.Layout(width="100%", height="22em"))
         self.question = w.Textarea(placeholder="Ask something · 请输入问题", layout=wide, rows=3)
@@ -213,8 +227,7 @@ class ChatWidget:
 
     def ask(self)->threading.Thread|None:
         "Ask what stands in the field, in a thread, so that Stop can be pressed."
-        text = self.question.value.strip()
-        if not text or self.asking: return None
+        if not (text := self.question.value.strip()) or self.asking: return None
         self.question.value, self.note.value, self.send.disabled, self.stop.disabled = "", "", True, False
         self.said.value += f"{'—'*8}\n{text}\n\n"
         self.asking = self.talk.say(text)
@@ -227,13 +240,12 @@ class ChatWidget:
             for piece in self.asking:
                 self.said.value += piece
                 if self.halted: break
+            self.said.value += self.talk.sources
         except UserError as e: self.note.value = str(e)
         finally:
             self.asking.close()
             self.said.value += "\n\n"
             self.asking, self.halted, self.send.disabled, self.stop.disabled = None, False, False, True
-
-    halted = False
 
     def halt(self):
         "Stop the answer at its next piece."

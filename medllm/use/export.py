@@ -259,6 +259,16 @@ def equivalence_text(
         f"{'All are within their limits.' if report['passed'] else '**Not all are within their limits.**'}\n\n"
         f"{as_table(report['verdicts'])}\n")
 
+def _report_failure(failed:Path, report:dict):
+    "Leave the report where the folder would have been; take an earlier one away when there is nothing to report."
+    if not report["passed"]:
+        failed.mkdir(exist_ok=True)
+        write_json(failed/"equivalence.json", report)
+        write_bytes(failed/"equivalence.md", equivalence_text(report).encode())
+    elif failed.is_dir():
+        for name in ("equivalence.json", "equivalence.md"): (failed/name).unlink(missing_ok=True)
+        if not any(failed.iterdir()): failed.rmdir()
+
 def export(
     plan:ExportPlan,                # What, where, and within which limits
     card:Callable = plain_card,     # Makes the model card of the report
@@ -271,9 +281,5 @@ def export(
         write_json(part/"equivalence.json", report)
         write_bytes(part/"README.md", card(report).encode())
         if report["passed"]: _take_place(part, place)
-        else:
-            failed = place.with_name(f"{place.name}.failed")
-            failed.mkdir(exist_ok=True)
-            write_json(failed/"equivalence.json", report)
-            write_bytes(failed/"equivalence.md", equivalence_text(report).encode())
+        _report_failure(place.with_name(f"{place.name}.failed"), report)
     return report

@@ -252,7 +252,7 @@ def read_gguf(
         if hasattr(own, key): setattr(config, key, getattr(own, key))
     with redirect_stderr(io.StringIO()):                       # a bar for each tensor
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, config=config, dtype="float32")
-    return model.eval(), AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    return model.eval(), AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, config=config)
 
 def llama_cpp(
     file:str|Path,    # A GGUF file
@@ -261,7 +261,10 @@ def llama_cpp(
     "The model in a GGUF file as llama.cpp runs it; None where llama-cpp-python is not installed."
     try: import llama_cpp
     except (ImportError, OSError, RuntimeError): return None
-    return llama_cpp.Llama(str(file), n_ctx=positions, n_batch=positions, logits_all=True, verbose=False)
+    import torch
+    threads = torch.get_num_threads()
+    return llama_cpp.Llama(str(file), n_ctx=positions, n_batch=positions, logits_all=True, verbose=False, n_threads=threads,
+        n_threads_batch=threads)
 
 def forward_of_llama_cpp(
     llama, # From `llama_cpp`

@@ -139,7 +139,10 @@ class AnswerQueue:
         self._thread.start()
 
     @property
-    def healthy(self)->bool: return self._thread.is_alive() and self.faults < 3
+    def alive(self)->bool: return self._thread.is_alive()
+
+    @property
+    def healthy(self)->bool: return self.alive and self.faults < 3
 
     @property
     def retry_after(self)->int: # When there may be room again, from 1 to 60 [s]
@@ -151,30 +154,40 @@ class AnswerQueue:
         "Whether so many more would be too many."
         return self.count + n > self.rows + self.waiting
 
-    def ask(self,
-        questions:Sequence[Question], # Taken together or not at all
-    ):
-        "Put questions in. Raises `Full` when they are too many, `UserError` when one leaves no room for its answer."
-        for q in questions:
-            room = self.chat.longest - len(q.prompt)
-            if room < 1: raise UserError(
-                f"a prompt of {len(q.prompt)} tokens leaves no room for an answer: the model has {self.chat.longest} positions")
-            q.how = replace(q.how, max_new_tokens=min(q.how.max_new_tokens, room))
-            q.uniforms, q.since = uniform_table(1, q.how.max_new_tokens, q.seed)[0], time.monotonic()
-            q.growing = GrowingText(self.chat.tokenizer, self.chat.renderer.stop_ids, q.stops)
-        with self._wake:
-            if self._closed or not self._thread.is_alive(): raise Full
-            if self.full(len(questions)): raise Full
-            self.count += len(questions)
-            self._new.extend(questions)
-            self._wake.notify()
-
     def close(self):
         "End the thread; answers that are not whole are cancelled."
         with self._wake:
             self._closed = True
             self._wake.notify()
         self._thread.join(timeout=60)
+
+# %% ../../nbs/use/05_queue.ipynb #places
+@patch
+def hold(self:AnswerQueue,
+    n:int, # Answers wanted; below 0: places given back
+):
+    "Take places before it is known what is asked. Raises `Full`."
+    with self._wake:
+        if n > 0 and (self._closed or not self.alive or self.full(n)): raise Full
+        self.count += n
+
+@patch
+def ask(self:AnswerQueue,
+    questions:Sequence[Question], # Taken together or not at all
+    held:bool = False,            # Whether they have their places already
+):
+    "Put questions in. Raises `Full` when they are too many, `UserError` when one leaves no room for its answer."
+    for q in questions:
+        room = self.chat.longest - len(q.prompt)
+        if room < 1: raise UserError(
+            f"a prompt of {len(q.prompt)} tokens leaves no room for an answer: the model has {self.chat.longest} positions")
+        q.how = replace(q.how, max_new_tokens=min(q.how.max_new_tokens, room))
+        q.uniforms, q.since = uniform_table(1, q.how.max_new_tokens, q.seed)[0], time.monotonic()
+        q.growing = GrowingText(self.chat.tokenizer, self.chat.renderer.stop_ids, q.stops)
+    if not held: self.hold(len(questions))
+    with self._wake:
+        self._new.extend(questions)
+        self._wake.notify()
 
 # %% ../../nbs/use/05_queue.ipynb #turns
 @patch

@@ -23,7 +23,7 @@ from ..models.chat import ChatModel
 from .disclaimer import disclaimer
 from .guard import Guard, Keys, log_line, refusal
 from .protocol import Limits, Refused, Reply, Wanted, event, read_body, read_request
-from .queue import AnswerQueue, Full, Question
+from .queue import AnswerQueue, Full, Piece, Question
 
 # %% ../../nbs/use/09_server.ipynb #page
 @cache
@@ -66,7 +66,9 @@ class Service:
         turns, passages = list(wanted.turns), []
         try:
             if wanted.kind == "chat":
-                if self.grounding: turns, passages = self.grounding.turns(turns)
+                answer = wanted.how.max_new_tokens if wanted.given else 1
+                fits = lambda turns: len(self.chat.prompt(turns, wanted.system)) + answer <= self.chat.longest
+                if self.grounding: turns, passages = self.grounding.turns(turns, fits)
                 prompts = [self.chat.prompt(turns, wanted.system)]
             else: prompts = [self.chat.renderer.encode([Example((t,))])[0][0][:-1] for t in turns]   # without the EOS behind
         except UserError as e: raise Refused(400, str(e), "cannot_render", "messages") from None
@@ -77,24 +79,24 @@ class Service:
             "context_length_exceeded", "messages" if wanted.kind == "chat" else "prompt")
         return prompts, passages
 
-    def busy(self,
-        wanted:Wanted, # A request
+    def hold(self,
+        answers:int, # Answers that a request wants
     ):
-        "Raise `Refused` when it cannot be taken now."
+        "Take places in the queue. Raises `Refused` when there are none."
         if self.stopping: raise Refused(503, "the server is stopping", "stopping")
-        answers = wanted.n*(len(wanted.turns) if wanted.kind == "text" else 1)
-        if self.queue.full(answers): raise Refused(429, "too many requests wait", "queue_full", str(self.queue.retry_after))
+        if not self.queue.alive: raise Refused(503, "the model has stopped; see the server's log", "model_stopped")
+        try: self.queue.hold(answers)
+        except Full: raise Refused(429, "too many requests wait", "queue_full", str(self.queue.retry_after)) from None
 
     def ask(self,
         wanted:Wanted,            # A request
         prompts:list[np.ndarray], # From `prompts`
         put:Callable,             # Takes (which answer, piece), in the queue's thread
     )->list[Question]:
-        "Put a request into the queue. Raises `Refused`."
+        "Put a request into the places that were taken for it."
         asked = [Question(p, wanted.how, wanted.seed + i, wanted.stops, lambda piece, at=j*wanted.n + i: put(at, piece))
             for j, p in enumerate(prompts) for i in range(wanted.n)]
-        try: self.queue.ask(asked)
-        except Full: raise Refused(429, "too many requests wait", "queue_full", str(self.queue.retry_after)) from None
+        self.queue.ask(asked, held=True)
         return asked
 
 # %% ../../nbs/use/09_server.ipynb #whole
@@ -113,6 +115,7 @@ async def _unless_gone(request, waiting):
     finally:
         for task in both: task.cancel()
 
+# %% ../../nbs/use/09_server.ipynb #answers
 class _Answers:
     "The answers to a request, as their pieces come in."
     def __init__(self, service:Service, wanted:Wanted):
@@ -121,12 +124,22 @@ class _Answers:
 
     async def start(self, seen:dict):
         "Render and ask. Rendering goes to a thread of its own: a long text must not keep the others waiting."
-        prompts, self.passages = await self.loop.run_in_executor(self.service.pen, self.service.prompts, self.wanted)
-        put = lambda at, piece: self.loop.call_soon_threadsafe(self.inbox.put_nowait, (at, piece))
-        self.prompt = seen["prompt"] = sum(map(len, prompts))
-        self.asked = self.service.ask(self.wanted, prompts, put)
-        n = len(self.asked)
+        n = self.wanted.n*(len(self.wanted.turns) if self.wanted.kind == "text" else 1)
         self.texts, self.reasons, self.counts, self.seen = [""]*n, [""]*n, [0]*n, seen
+        self.service.hold(n)
+        try:
+            prompts, self.passages = await self.loop.run_in_executor(self.service.pen, self.service.prompts, self.wanted)
+            self.prompt = seen["prompt"] = sum(map(len, prompts))
+            put = lambda at, piece: self.loop.call_soon_threadsafe(self.inbox.put_nowait, (at, piece))
+            if not self.grounded or self.passages: self.asked = self.service.ask(self.wanted, prompts, put)
+        finally:
+            if not self.asked: self.service.queue.hold(-n)
+        if self.asked: return
+        text = self.service.grounding.nothing(self.wanted.turns)                 # nothing was found: the model is not asked
+        for at in range(n): self.inbox.put_nowait((at, Piece(text, 0, "stop")))
+
+    @property
+    def grounded(self)->bool: return bool(self.service.grounding) and self.wanted.kind == "chat"
 
     @property
     def over(self)->bool: return all(self.reasons)
@@ -137,14 +150,19 @@ class _Answers:
         self.texts[at], self.counts[at], self.reasons[at] = self.texts[at] + piece.text, piece.tokens, piece.reason
         self.seen["answer"] = sum(self.counts)
         if piece.reason in ("error", "cancelled"): raise Refused(500, "the model failed on this request", "model_error")
-        if piece.reason: self.check(at)
+        if piece.reason: await self.check(at)
         return at, piece
 
-    def check(self, at:int):
-        "Citations of a whole answer."
-        if self.service.grounding and self.wanted.kind == "chat":
-            self.texts[at], cited = self.service.grounding.checked(self.texts[at], self.passages)
-            self.cited.setdefault("citations", [[] for _ in self.asked])[at] = cited
+    async def check(self, at:int):
+        "Keep the citations of a whole answer that hold, and name their sources."
+        if not self.grounded: return
+        self.texts[at], told = await self.loop.run_in_executor(
+            self.service.pen, self.service.grounding.checked, self.texts[at], self.passages)
+        where = {}
+        for c in told:
+            if c.state != "removed": where.setdefault(c.number, []).append(c.sentence)
+        self.cited.setdefault("citations", [[] for _ in self.texts])[at] = [{"number": n, "title": p.title, "place": p.place,
+            "text": p.text, "sentences": where[n]} for n, p in enumerate(self.passages, 1) if n in where]
 
     async def rest(self):
         "All that is still to come."
@@ -156,7 +174,7 @@ class _Answers:
 # %% ../../nbs/use/09_server.ipynb #stream
 async def _events(answers:_Answers, reply:Reply, first:tuple):
     "The events of a stream."
-    begun, held, item = set(), bool(answers.service.grounding), first
+    begun, held, item = set(), answers.grounded, first
     try:
         while True:
             at, (text, _, reason) = item
@@ -178,8 +196,8 @@ async def respond(
     from starlette.responses import JSONResponse, Response, StreamingResponse
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise Refused(415, "the body must be sent as application/json", "wrong_content_type")
+    if service.queue.full(): service.hold(1)                 # not a byte is read of what cannot be taken
     wanted = read_request(read_body(await _body(request, service.limits.body)), kind, [service.name], service.limits)
-    service.busy(wanted)
     answers, reply = _Answers(service, wanted), Reply(wanted, service.name, {"disclaimer": service.line} if service.line else {})
     class Stream(StreamingResponse):
         async def __call__(self, scope, receive, send):

@@ -12,6 +12,7 @@ import ipaddress
 import logging
 import os
 import socket
+import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,6 @@ class ServeChoice:
     waiting:int = 64              # Requests that wait behind them, at most
     max_new_tokens:int = 1024     # Longest answer [tokens]
     disclaimer:str = "on"         # on, off, or a line of one's own
-    knowledge:tuple[str, ...] = () # Files whose passages are put into prompts
     patience:float = 30.0         # Longest time for sending a request, or without taking any of an answer [s]
     grace:float = 30.0            # Time that running answers have when the server is stopped [s]
     connections:int = 512         # Open at a time, at most
@@ -154,31 +154,30 @@ def build_server(
 def build_service(
     model:ModelChoice,   # Which model answers
     choice:ServeChoice,  # How the server runs
+    grounding = None,    # Puts passages into prompts: `medllm.use.cite.Grounding`
 )->Service:
     "Load what answers."
     line = disclaimer(choice.disclaimer)
     chat = load_chat_model(model)
     name = choice.served_model_name or Path(model.adapter_name_or_path or model.model_name_or_path).name
-    grounding = None
-    if choice.knowledge:
-        from medllm.use.cite import Grounding
-        grounding = Grounding(choice.knowledge)
     house = AnswerQueue(chat, choice.rows, choice.waiting)
     return Service(chat, house, name, Limits(tokens=choice.max_new_tokens), line, grounding)
 
 def serve(
     model:ModelChoice = ModelChoice(),   # Which model answers
     choice:ServeChoice = ServeChoice(),  # How the server runs
+    grounding = None,                    # For `build_service`
 )->int:                                  # Exit code: 0; 1 when answers were cut off at the end
     "Serve until somebody asks to stop. Raises `UserError`."
     keys = read_keys(choice.api_key_file)
     door, local = listen(choice.host, choice.port, keys)
-    service = build_service(model, choice)
+    service = build_service(model, choice, grounding)
     server = build_server(service, choice, keys, local)
     address, port = door.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address
     say(f"{service.name} answers at http://{shown}:{port}/v1; the chat page is http://{shown}:{port}/")
     if not local: say("requests and keys travel unencrypted: put a proxy with TLS in front of this server")
+    sys.setswitchinterval(5e-4)                    # a refusal must not wait for the model's thread to let go
     asyncio.run(server.serve(sockets=[door]))
     service.queue.close()
     if server.cut: say(f"{server.cut} answers were cut off: they were not whole within {choice.grace:g} s")

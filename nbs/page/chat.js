@@ -48,8 +48,8 @@
   }
 
   function sources(box, cited) {
-    const list = made("ol", "", "sources");
-    for (const c of cited) list.append(made("li", typeof c === "string" ? c : [c.source, c.text].filter(Boolean).join(": ")));
+    const list = made("ul", "", "sources");
+    for (const c of cited) list.append(made("li", `[${c.number}] ${c.title || ""} (${c.place}): ${c.text}`));
     if (cited.length) box.append(made("p", words.sources, "foot"), list);
   }
 
