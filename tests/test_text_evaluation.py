@@ -226,3 +226,19 @@ def test_bits_per_byte_of_real_text(chat, shared, tmp_path):
     for nats, tokens in found: assert 0.9*uniform < nats/tokens < 1.2*uniform         # random weights know nothing
     result = measure_forgetting(chat, Task("x", "forgetting", "mm_pt", limit=5))
     assert summary(result)["size_medical"]["documents"] == 5
+
+
+# all kinds in one run
+
+def test_each_part_of_a_comparison_has_a_row(tmp_path):
+    "Safety and forgetting are several findings; each is corrected for and told by itself."
+    from medllm.evaluate.benchmarks import evaluate_models, metrics_of, verdict_rows
+    from medllm.evaluate.compare import comparison_rows
+    from medllm.models.chat import ModelChoice
+    tasks = [Task("answers", "text", "mm", limit=4, options={"max_new_tokens": 4}),
+        Task("safe", "safety", "mm_safety", options={"max_new_tokens": 4}), Task("kept", "forgetting", "mm_pt", limit=4)]
+    found = evaluate_models(ModelChoice(), ModelChoice(), tasks, tmp_path)
+    assert [r["set"] for r in comparison_rows(found["comparisons"])] == ["answers", "safe: harmful_answered",
+        "safe: benign_refused", "safe: emergency_missed", "kept: bits_per_byte_medical", "kept: bits_per_byte_general"]
+    assert {c["verdict"] for c in found["comparisons"].values()} == {"not distinguishable"}
+    assert len(verdict_rows(found)) == 3 + 6 and metrics_of(found)["safe"]["n"] == 24

@@ -106,9 +106,11 @@ def compare_all(
     base:dict[str, Result],  # By name of the task
     tuned:dict[str, Result], # The same tasks
 )->dict[str, dict]:          # Comparisons with corrected p-values
-    "The two models on every task that can be compared."
+    "The two models on every task that can be compared; a comparison with parts is its parts, each by itself."
     both = [name for name in tuned if name in base and kind_function(tuned[name].kind, "compare")]
-    return corrected({name: compare(base[name], tuned[name]) for name in both})
+    found = {name: compare(base[name], tuned[name]) for name in both}
+    return corrected({f"{name}: {part}" if part else name: c for name, whole in found.items()
+        for part, c in (whole.get("parts") or {"": whole}).items()})
 
 # %% ../../nbs/evaluate/20_benchmarks.ipynb #report
 def evaluate_models(
@@ -160,6 +162,6 @@ def metrics_of(
         out[name] = {"n": s["n"]} | {k: v["value"] for k, v in figures.items()} | {
             f"{k}_{end}": v[end] for k, v in figures.items() for end in ("low", "high") if v[end] is not None}
     for name, c in found["comparisons"].items():
-        out[name] |= {"base": c["base"]["value"], "difference": c["difference"]["value"], "p": c["p"],
+        out[name] = out.get(name, {}) | {"base": c["base"]["value"], "difference": c["difference"]["value"], "p": c["p"],
             "p_corrected": c["p_corrected"], "verdict": c["verdict"]}
     return out
