@@ -62,6 +62,7 @@ def _named_files(rules:str|None)->list[Path]:
     options = [word.partition(":")[2] for word in (rules or "").split(",")]
     return [find_path(option) for option in options if option and find_path(option).is_file()]
 
+# %% ../../nbs/records/12_pipeline.ipynb #earlier
 def _earlier(key:str, runs:str|Path)->Iterator[tuple[dict, Path]]:
     "What earlier pipelines and sweeps noted of stages with this key, and their records; newest first."
     for file in sorted((*Path(runs).glob("pipeline/*/run.json"), *Path(runs).glob("sweep/*/run.json")), reverse=True):
