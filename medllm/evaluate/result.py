@@ -183,7 +183,7 @@ def figure_rows(
             unit = f.get("unit", "")
             interval = f"{shown(f['low'], unit)} to {shown(f['high'], unit)}" if f.get("low") is not None else ""
             rows.append({"set": name, "measure": _WORDS.get(what, what.replace("_", " ")), "value": shown(f["value"], unit),
-                "95% interval": interval, "by": f["method"], "items": found["n"], "skipped": skipped})
+                "95% interval": interval, "by": f["method"], "items": f.get("n", found["n"]), "skipped": skipped})
     return rows
 
 def markdown_table(
