@@ -27,7 +27,7 @@ setup(
     install_requires=cfg["requirements"].split(),
     extras_require={
         name: cfg[f"{name}_requirements"].split() for name in (
-            "dev", "excel", "presidio", "rocrate", "tensorboard", "mlflow", "ray", "lm_eval")},
+            "dev", "excel", "presidio", "rocrate", "tensorboard", "mlflow", "ray", "gguf", "serve", "lm_eval", "text", "knowledge", "dense")},
     entry_points={"console_scripts": cfg["console_scripts"].split(),
                   "papermill.engine": ["medllm=medllm.records.papermill_door:LazyEngine"],
                   "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from .core import Interrupted, UserError, say
 from .records.commands import add_verbs, report
+from .use.runs import add_predict
 
 # %% ../nbs/99_cli.ipynb #commands
 def _train(args)->int:
@@ -130,6 +131,74 @@ def _evaluate_words(p):
     p.add_argument("-f", "--file", help="YAML file with parameters")
     p.add_argument("--output", metavar="DIR", help="keep a line for each item, and all figures, there")
 
+# %% ../nbs/99_cli.ipynb #export-command
+_EXPORT_HELP = """examples
+  medllm export --model_name_or_path runs/sft/20261122-a --output my-model
+      merges the adapter that a run wrote into its base model and checks the result
+  medllm export --model_name_or_path runs/sft/20261122-a --output my-model --bits 8 4 --gguf f16 q8_0
+      the same, and folders quantised with bitsandbytes, GGUF files and a Modelfile for Ollama
+  medllm export --model_name_or_path owner/base --adapter_name_or_path out/pt,out/sft --quantization_bit 4 --output my-model
+      two adapters, trained on 4-bit weights; they are merged onto the 16-bit weights of the base
+
+what is checked
+  The trained model (base with adapter) answers fixed questions. Each artefact is opened again from the disk and asked the same.
+  A float32 merge must give the same logits to four digits and the same answers to the last token; 16-bit and quantised artefacts
+  must stay below limits of KL divergence. --limit moves one: --limit bnb-4bit.kl=0.5. When one is broken, nothing is left
+  but my-model.failed/equivalence.md, and the exit code is 1.
+
+then
+  transformers serve my-model            vllm serve my-model
+  ollama create my-model -f my-model/gguf/Modelfile
+  llama-server -m my-model/gguf/model-q8_0.gguf --jinja"""
+
+def _export(args)->int:
+    from medllm.models.chat import ModelChoice
+    from medllm.records.release import release
+    from medllm.use.equivalence import as_table
+    from medllm.use.export import ExportPlan
+    choice = ModelChoice(args.model_name_or_path, args.adapter_name_or_path, args.template, args.quantization_bit,
+        default_system=args.default_system, enable_thinking=args.enable_thinking)
+    plan = ExportPlan(args.output, choice, args.dtype, args.max_shard_size, tuple(args.bits), tuple(args.gguf), args.prompts,
+        args.answers, args.max_new_tokens, tuple(args.limit), args.overwrite)
+    report = release(plan, args.record, args.evaluation)
+    print(as_table(report["verdicts"]))
+    if not report["passed"]:
+        say(f"not exported: an artefact does not answer as the trained model; see {plan.place}.failed/equivalence.md")
+        return 1
+    print(f"model: {plan.place}")
+    return 0
+
+# %% ../nbs/99_cli.ipynb #export-words
+def _export_words(p):
+    "medllm export --output DIR."
+    p.formatter_class, p.epilog = argparse.RawDescriptionHelpFormatter, _EXPORT_HELP
+    p.add_argument("--model_name_or_path", default="tiny", help="model, or a folder that training wrote (default tiny)")
+    p.add_argument("--adapter_name_or_path", metavar="DIR[,DIR…]", help="adapters, merged in this order")
+    p.add_argument("--output", required=True, metavar="DIR", help="new folder; it appears when everything is made and checked")
+    p.add_argument("--template", default="auto", help="chat template (default the one that the tokenizer brings)")
+    p.add_argument("--default_system", default="", metavar="TEXT", help="system text that is written into the template "
+        "(default the one of training, if a record says so)")
+    p.add_argument("--enable_thinking", type=lambda text: _choose(text, {"true": True, "false": False}), metavar="true|false",
+        help="switch for thinking that is written into the template")
+    p.add_argument("--quantization_bit", type=int, choices=(4, 8), help="it was trained on a base quantised like this: report "
+        "how far the merge is from that (default what the record says)")
+    p.add_argument("--dtype", default="auto", help="of the written weights: float32, bfloat16, float16 (default as the base)")
+    p.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="largest weight file (default 5GB)")
+    p.add_argument("--bits", type=int, nargs="+", default=[], metavar="N", help="also quantised with bitsandbytes: 8 4")
+    p.add_argument("--gguf", nargs="+", default=[], metavar="KIND", help="also as GGUF, with a Modelfile: f16 q8_0 (extra gguf)")
+    p.add_argument("--prompts", default="", metavar="FILE", help="text file with a question on each line (default sample data)")
+    p.add_argument("--answers", type=_number, default=50, metavar="N", help="questions that are compared (default 50)")
+    p.add_argument("--max_new_tokens", type=_number, default=32, metavar="N", help="longest answer compared (default 32)")
+    p.add_argument("--limit", action="append", default=[], metavar="ARTEFACT.MEASURE=NUMBER",
+        help="move a limit; may be repeated")
+    p.add_argument("--record", default="", metavar="DIR", help="record the model card is made from (default beside the model)")
+    p.add_argument("--evaluation", nargs="+", default=[], metavar="DIR", help="results of evaluations, for the card")
+    p.add_argument("--overwrite", action="store_true", help="replace a folder that an earlier export wrote")
+
+def _choose(text:str, known:dict):
+    if text not in known: raise argparse.ArgumentTypeError(f"'{text}' must be one of {', '.join(known)}")
+    return known[text]
+
 # %% ../nbs/99_cli.ipynb #gate
 def _check(args)->int:
     from medllm.data.card import card_text, thresholds_text, write_card
@@ -176,6 +245,71 @@ def _sweep_words(p):
     p.add_argument("--runs", default="runs", help="folder of records, or an address such as s3://… (default runs)")
     p.add_argument("--tag", default="", help="word at the end of the sweep's name")
 
+# %% ../nbs/99_cli.ipynb #chat-commands
+def _model_words(p):
+    "Flags that say which model answers."
+    p.add_argument("--model_name_or_path", default="tiny", help="model folder, hub id, or what training wrote (default tiny)")
+    p.add_argument("--adapter_name_or_path", help="adapter folders, with commas; those before the last are merged")
+    p.add_argument("--template", default="auto", help="chat template (default the tokenizer's own)")
+    p.add_argument("--quantization_bit", type=int, choices=(4, 8), help="load the linear layers in 4 or 8 bit")
+    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="format of the weights")
+    p.add_argument("--default_system", default="", metavar="TEXT", help="system text of conversations that have none")
+    p.add_argument("--enable_thinking", type=_truth, metavar="true|false", help="passed to the template")
+
+def _truth(text:str)->bool:
+    if text.lower() not in ("true", "false"): raise argparse.ArgumentTypeError(f"'{text}' must be true or false")
+    return text.lower() == "true"
+
+def _fields_of(kind, args):
+    "The dataclass that the flags make."
+    return kind(**{name: getattr(args, name) for name in kind.__dataclass_fields__ if hasattr(args, name)})
+
+def _grounding(files:list):
+    "What puts passages of files into prompts; None without files."
+    if not files: return None
+    from medllm.use.cite import Grounding
+    return Grounding(files)
+
+def _chat(args)->int:
+    from medllm.models.chat import ModelChoice, load_chat_model
+    from medllm.models.sampling import Sampling
+    from medllm.use.chat import Conversation, chat_in_terminal
+    from medllm.use.disclaimer import disclaimer
+    line, how, grounding = disclaimer(args.disclaimer), _fields_of(Sampling, args), _grounding(args.knowledge)
+    return chat_in_terminal(Conversation(load_chat_model(_fields_of(ModelChoice, args)), how, "", args.seed, grounding), line)
+
+def _serve(args)->int:
+    from medllm.models.chat import ModelChoice
+    from medllm.use.serving import ServeChoice, serve
+    return serve(_fields_of(ModelChoice, args), _fields_of(ServeChoice, args), _grounding(args.knowledge))
+
+# %% ../nbs/99_cli.ipynb #chat-words
+def _chat_words(p):
+    "medllm chat."
+    _model_words(p)
+    p.add_argument("--max_new_tokens", type=int, default=512, help="longest answer [tokens] (default 512)")
+    p.add_argument("--temperature", type=float, default=0.7, help="0: the most probable token (default 0.7)")
+    p.add_argument("--top_p", type=float, default=1.0, help="only the most probable tokens up to this mass (default 1)")
+    p.add_argument("--top_k", type=int, default=0, help="only the k most probable tokens (default 0: all)")
+    p.add_argument("--seed", type=int, help="the same answers each time")
+    p.add_argument("--disclaimer", default="on", help="on, off, or a line of your own (default on)")
+    p.add_argument("--knowledge", nargs="+", default=[], metavar="FILE", help="files whose passages answers lean on and cite")
+
+def _serve_words(p):
+    "medllm serve."
+    _model_words(p)
+    p.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1); another one needs a key")
+    p.add_argument("--port", type=int, default=8000, help="port; 0: any that is free (default 8000)")
+    p.add_argument("--api_key_file", metavar="FILE", help="keys, one a line; or MEDLLM_API_KEY in the environment")
+    p.add_argument("--served_model_name", default="", metavar="NAME", help="what clients call the model")
+    p.add_argument("--rows", type=int, default=16, help="answers drawn at a time, at most (default 16)")
+    p.add_argument("--waiting", type=int, default=64, help="requests that wait behind them; more get 429 (default 64)")
+    p.add_argument("--max_new_tokens", type=int, default=1024, help="longest answer [tokens] (default 1024)")
+    p.add_argument("--disclaimer", default="on", help="on, off, or a line of your own (default on)")
+    p.add_argument("--knowledge", nargs="+", default=[], metavar="FILE", help="files whose passages answers lean on and cite")
+    p.add_argument("--grace", type=float, default=30.0, help="time that running answers have on SIGTERM [s] (default 30)")
+    p.add_argument("--patience", type=float, default=30.0, help="longest time for sending a request [s] (default 30)")
+
 # %% ../nbs/99_cli.ipynb #parser
 class _Parser(argparse.ArgumentParser):
     def error(self, message): raise UserError(f"{message}; see {self.prog} --help")
@@ -192,7 +326,8 @@ def parser()->argparse.ArgumentParser:
     p = command("train", _train, "Train by flags or a YAML file; 'medllm train --help' lists every flag")
     p.add_argument("words", nargs=argparse.REMAINDER, metavar="FILE.yaml | --flag value | flag=value")
     p = command("run", _run, "Execute a run notebook with papermill and keep it as a record")
-    p.add_argument("notebook", help="pt, sft, rm, dpo, kto, ppo, grpo, evaluate, pipeline or data; or the path of a run notebook")
+    p.add_argument("notebook", help="pt, sft, rm, dpo, kto, ppo, grpo, pipeline, data, evaluate or predict; or the path of a run "
+        "notebook")
     p.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
         help="set a parameter; may be repeated")
     p.add_argument("-f", "--file", help="YAML file with parameters")
@@ -202,9 +337,13 @@ def parser()->argparse.ArgumentParser:
         help="show the notebook's parameters with defaults and meaning")
     _sweep_words(command("sweep", _sweep, "Run a notebook over a grid of parameters; a table of what came of it"))
     add_verbs(command("runs", None, "Look at records, check, repeat, resume, free and keep them"))
+    add_predict(command("predict", None, "Answer a file of questions into a file of answers; goes on after a kill"))
+    _chat_words(command("chat", _chat, "Talk to a model in the terminal"))
+    _serve_words(command("serve", _serve, "Serve a model to OpenAI clients and to browsers (extra serve)"))
     p = command("tiny", _tiny, "Write the small random model that tests and demos use")
     p.add_argument("folder", help="new folder")
     _evaluate_words(command("evaluate", _evaluate, "Measure a model on multiple-choice sets, and against its base model"))
+    _export_words(command("export", _export, "Merge, quantise, convert a trained model for other programs, and check the result"))
     _data_commands(command("data", _data, "List the registered datasets, look at one, or check one"))
     return top
 

@@ -121,10 +121,18 @@ def append_event(
 ):
     "Append a line to a run's `events.jsonl`, on the disk at once. Raises `OSError` when it cannot."
     line = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "event": event} | facts
-    with open(Path(folder)/"events.jsonl", "a", encoding="utf-8") as f:
-        f.write(json.dumps(line, ensure_ascii=False) + "\n")
+    with open(Path(folder)/"events.jsonl", "ab+") as f:
+        _whole_lines(f)
+        f.write((json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", errors="replace"))
         f.flush()
         os.fsync(f.fileno())
+
+def _whole_lines(f):
+    "Take away the end of a line that a crash cut off, so that the next line is not glued to it."
+    size = f.seek(0, os.SEEK_END)
+    f.seek(max(0, size - 2**20))
+    tail = f.read()
+    if tail and not tail.endswith(b"\n"): f.truncate(size - len(tail) + tail.rfind(b"\n") + 1)
 
 def boot()->str: # 12 hex digits
     "What tells this start of this machine from any other, and no name of it."
@@ -134,7 +142,7 @@ def boot()->str: # 12 hex digits
     return hashlib.sha256(told.encode()).hexdigest()[:12]
 
 # %% ../nbs/00_core.ipynb #quiet
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+for _part in ("backends.cpu.ops", "autograd._functions"): logging.getLogger(f"bitsandbytes.{_part}").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.* is deprecated")  # peft asks transformers so
 
 def quiet_bars():

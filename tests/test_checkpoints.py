@@ -115,6 +115,7 @@ def test_c2_every_write_may_fail(copy, monkeypatch):
             trainer.state.global_step, trainer.failures, count[0], fail[0] = 6 + number, 0, 0, number
             before = newest(copy)
             trainer._save_checkpoint(trainer.model, None)
+            trainer.settle()
             done, fail[0] = count[0], 0
             good = newest(copy, pytest.fail)               # nothing half-written is left
             results.append(good.name == f"checkpoint-{6 + number}")
@@ -236,6 +237,15 @@ def test_c9_other_base_weights_and_exit_code(copy, tmp_path):
     flags = SHORT | dict(model_name_or_path=str(base), output_dir=str(copy), resume_from_checkpoint="true")
     with contextlib.redirect_stderr(said): assert main([f"--{k}={v}" for k, v in flags.items()]) == 2
     assert "model was" in said.getvalue() and "is of another run" in said.getvalue()
+
+
+def test_c9_another_tokenizer(copy, tmp_path):
+    from medllm.models.tiny import write_tiny
+    file = Path(write_tiny(tmp_path/"base"))/"tokenizer.json"
+    told = json.loads(file.read_text())
+    file.write_text(json.dumps(told | {"normalizer": {"type": "Lowercase"}}))
+    with pytest.raises(UserError, match="tokenizer was"):
+        whole_run(copy, resume_from_checkpoint="true", model_name_or_path=str(file.parent))
 
 
 @pytest.mark.parametrize("changed, name", [

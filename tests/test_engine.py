@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.parse
 from pathlib import Path
@@ -181,6 +182,70 @@ def test_a_second_signal_ends_at_once(tmp_path, number, code):
     nbformat.read(tmp_path/"r/record.ipynb", 4)
 
 
+def test_two_signals_at_once_are_one(tmp_path):
+    "Who stops a service or a job signals every process of it, and a parent passes it on: a child hears it twice."
+    book(tmp_path, waiting(), "2")
+    process = begun(tmp_path, "record")
+    for _ in range(2):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
+    assert process.wait(30) == 75, process.stderr.read()
+    assert (tmp_path/"checkpoint").read_text() == "whole" and Run(tmp_path/"r").state["status"] == "interrupted"
+
+
+def test_a_signal_before_the_notebook_begins(tmp_path):
+    "The record is there, papermill is still being loaded."
+    process = subprocess.Popen([sys.executable, "-c", "import sys; from medllm.cli import main; sys.exit(main())", "run", "data",
+        "-p", "max_samples", "10", "-p", "output_dir", str(tmp_path/"r")], cwd=ROOT, stderr=subprocess.DEVNULL)
+    while not (tmp_path/"r/run.json").exists(): time.sleep(0.01)
+    process.terminate()
+    assert process.wait(60) == 75 and Run(tmp_path/"r").state["status"] == "interrupted"
+
+
+FAMILY = """import subprocess, sys
+child = "import subprocess, time; subprocess.Popen(['sleep', '77.{n}'], start_new_session=True); time.sleep(77)"
+subprocess.Popen([sys.executable, '-c', child])
+time.sleep(1)
+"""
+
+
+def test_a_killed_kernel_leaves_no_process_behind(tmp_path):
+    "Workers of a training in several processes: a session of their own, and no reason to end."
+    mine = FAMILY.replace("{n}", str(os.getpid()))
+    error, nb, cells = ends(tmp_path, "import time\n" + mine + SUICIDE, record=True)
+    assert cells == ["killed"]
+    time.sleep(0.5)
+    import psutil
+    assert not [p for p in psutil.process_iter() if f"77.{os.getpid()}" in " ".join(_words(p))]
+
+
+def _words(process):
+    import psutil
+    try: return process.cmdline()
+    except psutil.Error: return []
+
+
+def test_a_worker_ends_with_its_notebook():
+    "kill -9 of the runner: the kernel goes, and the workers that it had started too."
+    owner = subprocess.Popen(["sleep", "60"])
+    code = ("import time; from medllm.train.__main__ import end_with\n"
+        f"end_with({owner.pid}); print('on', flush=True); time.sleep(60)")
+    worker = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert worker.stdout.readline() == "on\n"
+    owner.kill()
+    assert worker.wait(10) == 1
+    owner.wait()
+
+
+def test_a_long_temporary_folder(tmp_path, monkeypatch):
+    "The address of a socket has at most 107 bytes."
+    place = tmp_path/("x"*90)
+    place.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    error, nb, cells = ends(tmp_path, "1")
+    assert error is None and cells == ["completed"]
+
+
 def test_a_runner_that_is_killed_leaves_a_lost_run(tmp_path):
     book(tmp_path, waiting(), "2")
     process = begun(tmp_path, "record")
@@ -295,6 +360,24 @@ def test_a_full_disk_keeps_what_was_saved(tmp_path):
     assert nb.cells[1].outputs[0].text == "first result\n"
     assert [c["status"] for c in Run(tmp_path/"r").state["cells"]] == ["completed"]*4       # the run went on
     assert "record_not_saved" in [e["event"] for e in read_events(tmp_path/"r")]
+
+
+def test_no_room_for_the_last_word_is_a_sentence(tmp_path, monkeypatch):
+    from medllm.records.run import execute
+    def full(manager): raise OSError(28, "No space left on device")
+    monkeypatch.setattr("medllm.records.engine.conclude", full)
+    with pytest.raises(UserError, match="could not be written .No space left on device"):
+        execute("data", {"max_samples": 10, "near": False, "output_dir": str(tmp_path/"r")})
+    assert Run(tmp_path/"r").state["status"] == "completed"             # said by the notebook; it is only not sealed
+
+
+def test_a_notebook_without_a_record_of_its_own(tmp_path, capsys):
+    from medllm.cli import main
+    notebook = nbformat.read(ROOT/"nbs/runs/data.ipynb", 4)
+    notebook.cells = [c for c in notebook.cells if c.id in ("imports", "parameters")]
+    nbformat.write(notebook, tmp_path/"data.ipynb")
+    assert main(["run", str(tmp_path/"data.ipynb"), "-p", "output_dir", str(tmp_path/"r")]) == 0
+    assert Run(tmp_path/"r").state["status"] == "completed"
 
 
 # ---- R6: parameters

@@ -1,5 +1,8 @@
 """Pipelines: chained records, taking over what is finished, and the way back from a final policy."""
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -26,6 +29,7 @@ def write(file, rows):
     file.write_text(json.dumps(rows, ensure_ascii=False))
 
 
+@pytest.mark.slow
 def test_a_failed_stage_leaves_the_others_and_the_next_call_goes_on_there(tmp_path):
     pairs = tmp_path/"pairs.json"
     pairs.write_text('[{"instruction": "Fever?", "output": ["Rest.", "Go."]}, {"instruction": ')
@@ -63,6 +67,26 @@ def test_adapters_are_handed_on(tmp_path):
     sft, ipo = map(state, record["stages"])
     assert {c["role"]: c["weights"] for c in ipo["consumed"]}["adapter"] == sft["weights"]
     assert ipo["metrics"]["reference"]["policy"] == "start"      # the supervised policy, not the raw base
+
+
+@pytest.mark.slow
+def test_a_stopped_stage_goes_on_from_its_checkpoint(tmp_path):
+    file, runs = tmp_path/"pipeline.yaml", tmp_path/"runs"
+    file.write_text(yaml.safe_dump({"reuse": "any", "stages": {"sft": SHORT | dict(dataset="mm", max_steps=150, save_steps=5)}}))
+    words = ["medllm", "run", "pipeline", "-f", str(file), "--runs", str(runs)]
+    first = subprocess.Popen([sys.executable, "-c", "import sys; from medllm.cli import main; sys.exit(main())", *words[1:]])
+    until = time.monotonic() + 120
+    while not list(runs.glob("sft/*/checkpoint-10/COMMIT.json")) and time.monotonic() < until: time.sleep(0.2)
+    first.terminate()
+    assert first.wait(60) == 75
+    record = json.loads(next(runs.glob("pipeline/*/run.json")).read_text())
+    folder = Path(record["stages"][0]["folder"])
+    assert record["status"] == state(record["stages"][0])["status"] == "interrupted"
+    assert run(*words, OMP_NUM_THREADS="1").returncode == 0
+    record = json.loads(sorted(runs.glob("pipeline/*/run.json"))[-1].read_text())
+    assert record["status"] == "completed" and record["stages"][0]["resumed"] and record["stages"][0]["folder"] == str(folder)
+    steps = [line["step"] for line in map(json.loads, (folder/"history.jsonl").read_text().splitlines()) if "loss" in line]
+    assert steps == sorted(set(steps)) and steps[-1] == 150 and len(list(runs.glob("sft/*"))) == 1
 
 
 def test_a_mistake_in_the_last_stage_is_told_before_the_first_begins(tmp_path):

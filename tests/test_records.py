@@ -2,6 +2,7 @@
 import json
 
 import nbformat
+import pytest
 from conftest import ROOT, losses, run
 
 
@@ -40,6 +41,7 @@ def test_a_killed_kernel_is_not_completed(tmp_path):
     assert state_of(tmp_path/"r")["status"] == "killed"
 
 
+@pytest.mark.slow
 def test_two_processes_from_the_notebook(tmp_path):
     "Children of the kernel train; the curve is that of one process with the same rows a step."
     common = ["-p", "max_steps", 4, "-p", "max_samples", 64, "-p", "logging_steps", 1]
@@ -56,6 +58,7 @@ def test_two_processes_from_the_notebook(tmp_path):
 CANARY = "zebrafish pericardial"
 
 
+@pytest.mark.slow
 def test_private_rows_stay_out_of_the_record(tmp_path):
     "Every row carries a phrase; no file of the record but the weights may hold it, unless asked."
     rows = tmp_path/"rows.json"

@@ -60,6 +60,20 @@ socket.socket.connect = connect
     assert not tags.get("mlflow.user") and user in ("", None) and socket.gethostname() not in json.dumps(tags)
 
 
+def test_several_programs_and_an_unknown_one(monkeypatch, tmp_path):
+    "A list as one word, as a notebook gives it; a misspelt name is a sentence, not a traceback."
+    from medllm.core import UserError
+    from medllm.train import reporting
+    from medllm.train.arguments import parse
+    args = parse(dict(model_name_or_path="tiny", dataset="mm", output_dir=str(tmp_path), report_to="tensorboard, mlflow"))
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec",
+        lambda name, *more: True if name in ("tensorboard", "mlflow") else real(name, *more))
+    assert reporting.reporters(args) == ["tensorboard", "mlflow"] == args.training.report_to
+    args.training.report_to = ["tensorbord"]
+    with pytest.raises(UserError, match="did you mean 'tensorboard'"): reporting.reporters(args)
+
+
 def test_a_missing_package_is_named(tmp_path):
     hidden = "import sys; sys.modules['mlflow'] = None\nimport importlib.util as u\nreal = u.find_spec\n" \
         "u.find_spec = lambda name, *a: None if name == 'mlflow' else real(name, *a)\n"

@@ -54,6 +54,27 @@ def test_a_wrong_point_starts_nothing(tmp_path):
     assert not (tmp_path/"runs").exists()
 
 
+def test_a_point_that_cannot_be_begun_fails_the_sweep(tmp_path, monkeypatch):
+    "Those before it being finished is no success; the record is closed all the same."
+    from medllm.records import sweep as module
+    file = tmp_path/"grid.yaml"
+    file.write_text("grid: {seed: [1, 2]}\n")
+    def begin(run, wanted, name, sets, runs):
+        if name == "p02": raise OSError(5, "Input/output error")
+        (tmp_path/"done").mkdir()
+        (tmp_path/"done/run.json").write_text('{"metrics": {"loss_last": 1.0}}')
+        module.note(run, name, stage="sft", sets=sets, folder=str(tmp_path/"done"), status="completed")
+    monkeypatch.setattr(module, "_begin", begin)
+    with pytest.raises(OSError): sweep("sft", str(file), str(tmp_path/"runs"))
+    state = state_of(newest(tmp_path/"runs"))
+    assert state["status"] == "failed" and verify(newest(tmp_path/"runs"), record_only=True)
+    monkeypatch.setattr(module, "_begin", lambda run, wanted, name, sets, runs: module.note(run, name, stage="sft", sets=sets,
+        folder=str(tmp_path/"done"), status="completed"))
+    file.write_text("grid: {seed: [1]}\n")                                          # one value: nothing to draw
+    time.sleep(1)
+    assert sweep("sft", str(file), str(tmp_path/"runs")).state["status"] == "completed"
+
+
 @pytest.mark.slow
 def test_a_stopped_sweep_stops_its_points_and_goes_on(tmp_path):
     "SIGTERM: exit code 75, no process left; the same command goes on from the checkpoint."

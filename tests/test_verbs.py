@@ -181,6 +181,27 @@ def test_figures_in_a_text(own, tmp_path):
     assert done.returncode == 1 and f"{text}:1: metrics.loss_last is written as {loss - .02:.2f}, and {loss:.6g}" in done.stdout
 
 
+def test_a_mark_that_is_none_is_no_silence(own, tmp_path):
+    "A number whose mark cannot be read has not been compared."
+    shutil.copytree(own[1], tmp_path/"my run")
+    good, text = f"{state_of(own[1])['metrics']['loss_last']:.2f}", tmp_path/"TABLE.md"
+    for mark, code in (("my run metrics.loss_last", 0), ("my run", 1), ("", 1)):
+        text.write_text(f"{good} <!-- record: {own[1]} metrics.loss_last --> and {good} <!-- record: {mark} -->\n")
+        done = medllm("runs", "verify", "--tables", text)
+        assert done.returncode == code, (mark, done.stdout, done.stderr)
+    text.write_text(f"{good} <!-- record: {own[1]} metrics.loss_last --> and 99.9 <!-- record: my run metrics.loss_last -->\n")
+    assert medllm("runs", "verify", "--tables", text).returncode == 1
+
+
+@pytest.mark.parametrize("event", ["freed", "promoted"])
+def test_no_event_explains_away_the_evidence(copy, event):
+    names = ["record.ipynb", "metrics.json", "history.jsonl"]
+    for name in names: (copy/name).unlink()
+    with open(copy/"events.jsonl", "a") as f: f.write(json.dumps({"event": event, "names": names}) + "\n")
+    code, said = named(copy, "--record-only")
+    assert code == 1 and {line.split()[0] for line in said} == set(names), said
+
+
 # acceptance 5 and R13: from one record folder alone
 
 def test_a_reader_runs_it_again(plain, tmp_path):
@@ -224,6 +245,90 @@ def test_moved_data_may_be_named(own, tmp_path):
     try: done = medllm("runs", "rerun", own[1], "-p", "dataset", tmp_path/"moved.json", "--runs", tmp_path/"runs")
     finally: (own[0]/"elsewhere").rename(own[0]/"rows.json")
     assert done.returncode == 0 and "exact as" in done.stdout, done.stderr
+
+
+def test_a_record_of_the_data_gate(tmp_path):
+    "Verified, shown and run again like any other."
+    record = made("data", "-p", "max_samples", 10, "-p", "near", "false", runs=tmp_path)
+    code, said = named(record)
+    assert code == 0 and "data files (1)" in said[0], said
+    assert len(state_of(record)["inputs"]["data"][0]["sha256"]) == 1
+    done = medllm("runs", "verify", record, "--rerun", "--runs", tmp_path)
+    assert done.returncode == 0 and "exact: the metrics are the same" in done.stdout, done.stderr
+    state = state_of(record)
+    state["inputs"]["data"][0]["sha256"] = "ab"*32                # as such records were before
+    write(record/"run.json", state | {"status": "failed"})
+    assert medllm("runs", "show", record).returncode == 0 and named(record)[0] == 1
+    done = medllm("runs", "resume", record)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_pipeline_is_compared_stage_by_stage_and_nothing_is_taken_over(tmp_path, monkeypatch):
+    from medllm.records import rerun as module
+    from medllm.records.rerun import likeness, rerun, resume
+    digest = {"model.safetensors": "ab"*32}
+    for name, weights in (("one", digest), ("same", digest), ("other", {"model.safetensors": "cd"*32})):
+        stage = fake(tmp_path, f"{name}-stage", weights=weights)
+        fake(tmp_path, name, stage="pipeline", metrics={"stages": 1}, parameters={"reuse": "same", "extra": {}},
+            stages=[{"name": "sft", "folder": str(stage), "status": "completed"}])
+    place = lambda name: tmp_path/"pipeline"/name
+    assert likeness(place("one"), place("same")).verdict == "exact"
+    assert likeness(place("one"), place("other")).verdict == "different"
+    assert "taken over" in likeness(place("one"), place("one")).sentence
+    asked = []
+    monkeypatch.setattr(module, "execute", lambda name, given, **more: asked.append(given))
+    rerun(place("one"))
+    change(place("one")/"run.json", '"completed"', '"interrupted"')
+    resume(place("one"))
+    assert asked[0]["reuse"] == "none" and asked[1]["reuse"] == "same"
+    assert not asked[1].get("extra")                              # with another flag each stage would be another one
+    from medllm.core import UserError
+    sweep = fake(tmp_path, "s", stage="sweep", status="interrupted", parameters={})
+    for verb in (rerun, resume):
+        with pytest.raises(UserError, match="the same medllm sweep command"): verb(sweep)
+
+
+def test_a_spoilt_stage_is_named_by_its_pipeline(tmp_path):
+    stage = fake(tmp_path, "stage", loss=1)
+    whole = fake(tmp_path, "whole", stage="pipeline", stages=[{"name": "first", "folder": str(stage), "status": "completed"}])
+    code, said = named(whole)
+    assert code == 0 and "records of stages (1)" in said[0]
+    edit(stage, "loss", 0)
+    assert named(whole) == (1, ["first: run.json: loss was changed since the record was sealed"])
+    shutil.rmtree(stage)
+    assert named(whole) == (1, [f"first: its record {stage} is not here"])
+
+
+# torn records
+
+@pytest.mark.parametrize("text", [b'{"stage": "sf', b'{"stage": "\xff', b"[1]",
+    b'{"stage": "sft", "status": "completed", "metrics": "x"}', b'{"stage": "sft", "status": "completed", "parameters": 3}',
+    b'{"status": "failed", "consumed": [7], "inputs": null}'])
+def test_no_verb_stumbles_over_a_torn_record(tmp_path, capsys, text):
+    from medllm.cli import main
+    fake(tmp_path, "whole")
+    torn = fake(tmp_path, "torn")
+    (torn/"run.json").write_bytes(text)
+    (torn/"history.jsonl").write_bytes(b'{"step": 1, "loss": 2.0}\n{"step": 2, "lo\n\xff\n3\n')
+    (torn/"events.jsonl").write_bytes(b'{"event": "sta\n{"event": "status", "status": "failed"}\n')
+    runs = ["--runs", str(tmp_path)]
+    for words, codes in ((["list", *runs], (0,)), (["show", str(torn)], (0,)), (["verify", str(torn)], (1,)),
+            (["export", *runs, "--output", str(tmp_path/"pages")], (0,)), (["gc", "--failed", "0", *runs], (0,)),
+            (["compare", str(torn), str(torn)], (2,)), (["rerun", str(torn), *runs], (2,)),
+            (["resume", str(torn)], (2,)), (["promote", str(torn), "--to", str(tmp_path/"to")], (2,))):
+        assert main(["runs", *words]) in codes, words
+    assert main(["run", "data", "-p", "output_dir", str(torn)]) == 2
+    assert "already holds a record" in capsys.readouterr().err
+
+
+def test_a_torn_event_is_not_glued_to_the_next(tmp_path):
+    from medllm.core import append_event
+    from medllm.records.record import read_events
+    for name in "ab": append_event(tmp_path, name)
+    file = tmp_path/"events.jsonl"
+    file.write_bytes(file.read_bytes()[:-9])                      # a crash in the middle of a line
+    append_event(tmp_path, "c")
+    assert [e["event"] for e in read_events(tmp_path, strict=True)] == ["a", "c"]
 
 
 # R14: code or data changed, and the rows are made anew
@@ -417,6 +522,16 @@ def test_fifty_crashes_within_gc(tmp_path):
     assert crashed >= 20, crashed
 
 
+def test_the_model_of_a_run_that_prepares_its_rows_stays(tmp_path):
+    "What it consumes is noted when training begins; until then its parameters say it."
+    from medllm.records.keep import waste
+    parent = fake(tmp_path, "a", checkpoints=(2, 4))
+    assert len(waste(tmp_path)) == 1
+    child = fake(tmp_path, "b", "running", sealed=False, parameters={"model_name_or_path": str(parent/"checkpoint-2")})
+    write(child/"heartbeat.json", {"time": time.time(), "pid": 1, "begun": 0, "boot": ""})
+    assert waste(tmp_path) == []
+
+
 def test_a_locked_folder_is_left_alone(tmp_path):
     from filelock import FileLock
     from medllm.records.keep import waste
@@ -441,6 +556,19 @@ def test_a_promoted_record_is_small_and_holds(own, tmp_path):
     assert weights == state_of(own[1])["weights"]["model.safetensors"]
     edit(kept, "metrics.loss_last", 0.1)
     assert named(kept, "--record-only") == (1, ["run.json: metrics.loss_last was changed since the record was sealed"])
+
+
+def test_a_large_notebook_is_promoted_too(copy, tmp_path):
+    "It is the record; weights are not."
+    from medllm.records.seal import seal
+    record = json.loads((copy/"record.ipynb").read_text())
+    next(c for c in record["cells"] if c["id"] == "train")["outputs"] = [
+        {"output_type": "stream", "name": "stdout", "text": "x"*600_000}]
+    write(copy/"record.ipynb", record)
+    seal(copy)
+    assert medllm("runs", "promote", copy, "--to", tmp_path/"kept").returncode == 0
+    kept, = (tmp_path/"kept/sft").iterdir()
+    assert (kept/"record.ipynb").exists() and named(kept, "--record-only")[0] == 0
 
 
 def test_nbdev_passes_promoted_records_by(own, tmp_path):

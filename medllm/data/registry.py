@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['OPENAI_TAGS', 'KEYS', 'Columns', 'Tags', 'Source', 'data_files', 'parse_entry', 'registry_folder', 'unique_keys',
-           'read_registry', 'load_registry', 'missing_files', 'check_file', 'find_sources']
+           'read_registry', 'load_registry', 'missing_files', 'check_file', 'find_sources', 'with_columns']
 
 # %% ../../nbs/data/00_registry.ipynb #imports
 import json
+import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..core import UserError, bundled, find_path, nearest, sha256
@@ -263,3 +264,23 @@ def find_sources(
         found.append(source)
     if not found: raise UserError("no dataset given: name one with --dataset")
     return found
+
+# %% ../../nbs/data/00_registry.ipynb #guessed
+_ASKING = ("prompt", "question", "query", "问题", "问")
+_ANSWERING = ("response", "answer", "completion", "reference", "回答", "答")
+
+def with_columns(
+    source:Source, # From `find_sources`
+    columns:str,   # "prompt=question query=context", or "" to look
+    first:dict,    # The first row of it
+)->Source:
+    "The source with its columns named. Raises `UserError` for a word that names none."
+    named = dict(re.split("[=:]", f"{word}=", maxsplit=2)[:2] for word in columns.replace(",", " ").split())
+    for key, name in named.items():
+        if key not in source.columns.__dataclass_fields__ or not name: raise UserError(
+            f"--columns {columns}: '{key}' is no column{nearest(key, source.columns.__dataclass_fields__)}; "
+            "write column=name, as prompt=question")
+    if not named and not source.formatting and not {source.columns.prompt, "messages", "conversations"} & first.keys():
+        named = {key: name for key, usual in (("prompt", _ASKING), ("response", _ANSWERING)) for name in reversed(usual)
+            if name in first and getattr(source.columns, key) not in first}
+    return replace(source, columns=replace(source.columns, **named), mapped=source.mapped | named.keys()) if named else source

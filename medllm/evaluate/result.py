@@ -53,6 +53,7 @@ def figure(
 
 # %% ../../nbs/evaluate/00_result.ipynb #kinds
 _KINDS:dict[str, dict[str, Callable]] = {}
+_ELSEWHERE = dict.fromkeys(("retrieval", "grounded"), "medllm.use.retrieval_scores") # they search, and so stand above evaluation
 
 def _register(what:str, kind:str)->Callable:
     def put(function:Callable)->Callable:
@@ -89,6 +90,7 @@ def kind_function(
     what:str, # measure, summary, compare or plot
 )->Callable|None: # None when the kind has no such function
     "What a kind has registered. Raises `UserError` for an unknown kind."
+    if kind in _ELSEWHERE: importlib.import_module(_ELSEWHERE[kind])
     if kind not in _KINDS:
         for module in pkgutil.iter_modules(medllm.evaluate.__path__):
             if not module.name.startswith("_"): importlib.import_module(f"medllm.evaluate.{module.name}")

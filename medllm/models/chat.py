@@ -50,13 +50,14 @@ class ModelChoice:
         "How the base model is loaded."
         return LoadPlan(dtype=self.dtype, bits=self.quantization_bit)
 
-# %% ../../nbs/models/09_chat.ipynb #model
+# %% ../../nbs/models/09_chat.ipynb #said
 class Said(NamedTuple):
     "What a model said to one prompt."
     text:str         # Without the token that ends it
     tokens:list[int] # With it
     ended:bool       # Whether the model ended it by itself
 
+# %% ../../nbs/models/09_chat.ipynb #model
 class ChatModel:
     "A model with its tokenizer and template."
     def __init__(self,
@@ -100,14 +101,17 @@ class ChatModel:
     )->list[Said]:                    # One for each prompt
         "Answers to prompts. Raises `UserError` when a prompt leaves no room for an answer."
         if not prompts: return []
-        width = max(map(len, prompts))
+        width, seeds, said = max(map(len, prompts)), list(seeds) or range(len(prompts)), {}
         if width >= self.longest: raise UserError(
             f"a prompt of {width} tokens leaves no room for an answer: the model has {self.longest} positions")
-        how = replace(how, max_new_tokens=min(how.max_new_tokens, self.longest - width))
-        uniforms = torch.cat([uniform_table(1, how.max_new_tokens, seed) for seed in seeds or range(len(prompts))])
-        ids, lengths, _ = sample_answers(self.model, list(prompts), uniforms, how, self.renderer.stop_ids,
-            self.tokenizer.pad_token_id or 0, rows or rows_that_fit(self.model, width + how.max_new_tokens))
-        return [self.read(row[:n].tolist()) for row, n in zip(ids, lengths)]
+        room = [min(how.max_new_tokens, self.longest - len(p)) for p in prompts]   # a long neighbour shortens no answer
+        for most in sorted(set(room)):
+            some = [i for i, r in enumerate(room) if r == most]
+            uniforms = torch.cat([uniform_table(1, most, seeds[i]) for i in some])
+            ids, lengths, _ = sample_answers(self.model, [prompts[i] for i in some], uniforms, replace(how, max_new_tokens=most),
+                self.renderer.stop_ids, self.tokenizer.pad_token_id or 0, rows or rows_that_fit(self.model, width + most))
+            said |= {i: self.read(row[:n].tolist()) for i, row, n in zip(some, ids, lengths)}
+        return [said[i] for i in range(len(prompts))]
 
 # %% ../../nbs/models/09_chat.ipynb #load
 def _tokenizer_beside(folder:str):
@@ -129,7 +133,7 @@ def load_chat_model(
     plan = choice.load_plan()
     model = merged(load_model(choice.model_name_or_path, plan, device), below)
     if last: model = load_adapter(model, last)
-    if not plan.bits: model = model.to(device)
+    if not getattr(model, "is_quantized", False): model = model.to(device)
     own = last and (find_path(last)/"tokenizer_config.json").exists()
     tokenizer = _tokenizer_beside(last) if own else load_tokenizer(choice.model_name_or_path, plan)
     renderer = Renderer(tokenizer, choice.template, choice.default_system, enable_thinking=choice.enable_thinking)

@@ -82,8 +82,8 @@ def report(
     state = run.state
     if state["status"] != "completed":
         say(f"{state['status']}: {state.get('reason', '')}\nrecord: {run.folder}")
-        return EXIT.get(state["status"], 1)
-    m = state["metrics"]
+        return 74 if "in a row could not be written" in state.get("reason", "") else EXIT.get(state["status"], 1)
+    m = state.get("metrics") or {}             # a notebook that keeps no record of its own has none
     if "passed" in m: print(f"the data {'passed' if m['passed'] else 'did not pass'}: {run.folder/'card.md'}")
     if m.get("loss_first"): print(
         f"loss {m['loss_first']:.3f} -> {m['loss_last']:.3f} ({m['loss_last']/m['loss_first'] - 1:+.0%}) "

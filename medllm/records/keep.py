@@ -9,6 +9,7 @@ __all__ = ['FREED', 'records_folder', 'Waste', 'waste', 'collect', 'promote']
 import contextlib
 import json
 import os
+import re
 import shutil
 import time
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from filelock import FileLock, Timeout
 from ..core import UserError, find_path, project_root
 from .listing import read_state, records_in
 from .record import BEAT, ENDED, Run, status_of
+from .rerun import MODELS
+from .seal import EVIDENCE
 from .verify import verify
 
 # %% ../../nbs/records/17_keep.ipynb #never
@@ -42,9 +45,11 @@ def _locked(folder:Path)->bool:
 
 def _named(state:dict)->list[str]:
     "Folders that a record descends from."
-    parent = state.get("parent") or {}
+    parent, given = state.get("parent") or {}, state.get("parameters") or {}
+    given = given | (given.get("extra") if isinstance(given.get("extra"), dict) else {})
+    asked = [place for name in MODELS for place in str(given.get(name) or "").split(",")]     # before training notes what it took
     return [c.get("place", "") for c in state.get("consumed") or []] + [str(p) for p in parent.values()] + [
-        s.get("folder", "") for s in state.get("stages") or []]
+        s.get("folder", "") for s in state.get("stages") or []] + [str(find_path(place)) for place in asked if place]
 
 def _parents(states:dict[Path, dict])->set[Path]:
     "Records that others descend from."
@@ -165,6 +170,7 @@ _TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "added_
 
 def _left_out(file:Path, folder:Path)->bool:
     "Whether a file of a record is part of the model, or too large for a repository."
+    if file.parent == folder and (file.name in EVIDENCE or re.fullmatch(r"record\.\d+\.ipynb", file.name)): return False
     return (file.relative_to(folder).parts[0].startswith("checkpoint-") or file.suffix in _MODEL or file.name in _TOKENIZER
         or file.stat().st_size > _LARGE)
 

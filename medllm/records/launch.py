@@ -58,7 +58,8 @@ def launch(
 )->dict:           # The metrics
     "Train in several processes. Raises `UserError` with the children's reason when they fail."
     file = write_json(folder/"args.json", scrub_values(flags)[0])
-    log, environment = folder/"train.log", os.environ | launch_environment(flags.get("profile"))
+    log, environment = folder/"train.log", os.environ | launch_environment(flags.get("profile")) | {
+        "MEDLLM_WITH": str(os.getpid())}                    # they end when this process does
     with open(log, "w", encoding="utf-8") as out:
         child = subprocess.Popen(_command(file, processes), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             errors="replace", env=environment)

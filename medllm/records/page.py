@@ -19,9 +19,8 @@ from pathlib import Path
 
 from ..core import UserError, bundled
 from .pedigree import ancestry, as_tree
-from .record import Run, read_events, status_of
+from .record import read_events, read_lines, read_state, status_of
 from .run import RUNS
-from ..train.loop import read_history
 
 # %% ../../nbs/records/18_page.ipynb #curves
 _NOT_CURVES = ("step", "eval_tokens", "epoch", "progress", "total_flos", "train_loss")
@@ -42,8 +41,8 @@ def curves_of(
     most:int = 600,  # Points of a curve, about
 )->dict[str, list]:  # Name -> [[step, value], …]
     "What a run logged, as curves."
-    file, curves = Path(folder)/"history.jsonl", {}
-    for line in read_history(file) if file.exists() else []:
+    curves = {}
+    for line in (h for h in read_lines(Path(folder)/"history.jsonl") if isinstance(h.get("step"), int | float)):
         for name, value in line.items():
             if name in _NOT_CURVES or name.endswith(("_runtime", "_per_second")) and name != "tokens_per_second": continue
             if not isinstance(value, bool) and isinstance(value, int | float) and abs(value) < float("inf"):
@@ -145,7 +144,8 @@ def notebook_html(
 # %% ../../nbs/records/18_page.ipynb #words
 KINDS = {"pt": "Pre-training", "sft": "Supervised fine-tuning", "rm": "Reward model", "dpo": "Preference optimisation (DPO)",
     "kto": "Preference optimisation (KTO)", "ppo": "Reinforcement learning (PPO)", "grpo": "Reinforcement learning (GRPO)",
-    "data": "Check of data", "evaluate": "Evaluation", "pipeline": "Pipeline of stages", "sweep": "Sweep over parameters"}
+    "data": "Check of data", "evaluate": "Evaluation", "predict": "Answers to a file of questions",
+    "pipeline": "Pipeline of stages", "sweep": "Sweep over parameters"}
 
 def as_said(
     value, # Anything of a record
@@ -273,9 +273,7 @@ def view(
 )->dict:             # What the template shows
     "Everything that a page says of a run."
     folder = Path(folder)
-    try: state = Run(folder).state
-    except (ValueError, OSError): state = {"reason": "run.json cannot be read: the record was torn"}
-    state = state if isinstance(state, dict) else {}
+    state = read_state(folder) or {"reason": "run.json cannot be read: the record was torn"}
     m, (sealed, defects) = state.get("metrics") or {}, _sealed(folder)
     metrics = {k: v for k, v in m.items() if k not in ("rows", "data", "parameters")}
     size = {k: v for k, v in (m.get("parameters") or {}).items() if k in ("trainable", "total")}

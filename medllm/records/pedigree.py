@@ -6,14 +6,13 @@
 __all__ = ['weights', 'consumed', 'Ancestor', 'ancestry', 'as_tree']
 
 # %% ../../nbs/records/02_pedigree.ipynb #imports
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..core import UserError, find_path, sha256
 from ..models.adapters import names
 from ..models.loading import model_location
-from .record import Run
+from .record import read_state
 from ..train.arguments import Arguments
 
 # %% ../../nbs/records/02_pedigree.ipynb #consumed
@@ -59,8 +58,7 @@ class Ancestor:
 
 def _record_of(place:str)->dict:
     "run.json beside a model, if a run made it; a torn one is said to be so."
-    try: return Run(place).state if Path(place).is_dir() else {}
-    except json.JSONDecodeError: return {"status": "torn"}
+    return read_state(place) or ({"status": "torn"} if (Path(place)/"run.json").exists() else {})
 
 def _note(then:dict, now:dict, place:str)->str:
     "How weights differ from what they were."

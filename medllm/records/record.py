@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'RUNNING', 'ENDED', 'BEAT', 'code_version', 'provenance', 'describe_inputs', 'new_folder', 'now',
-           'reason_of', 'Run', 'read_events', 'status_of', 'start']
+           'reason_of', 'Run', 'read_lines', 'read_events', 'read_state', 'status_of', 'start']
 
 # %% ../../nbs/records/00_record.ipynb #imports
 import contextlib
@@ -182,13 +182,46 @@ class Run:
     def __repr__(self): return f"Run({self.folder}, {self.state.get('status')})"
 
 # %% ../../nbs/records/00_record.ipynb #read-events
+def read_lines(
+    file:str|Path,     # One JSON object a line
+    strict:bool=False, # Raise `ValueError` for a broken line; else it is left out
+)->list[dict]:         # Empty when there is no such file
+    "A log of objects; a last line cut off by a crash is left out."
+    file, out = Path(file), []
+    for line in file.read_bytes().split(b"\n")[:-1] if file.exists() else ():
+        try: value = json.loads(line) if line.strip() else None
+        except ValueError:
+            if strict: raise
+            continue
+        if isinstance(value, dict): out.append(value)
+        elif strict and value is not None: raise ValueError("a line is no object")
+    return out
+
 def read_events(
+    folder:str|Path,   # Of a record
+    strict:bool=False, # Raise `ValueError` for a broken line
+)->list[dict]:         # In the order in which they happened
+    "What happened in a run."
+    return read_lines(Path(folder)/"events.jsonl", strict)
+
+_KINDS = dict.fromkeys(("parameters", "provenance", "inputs", "arguments", "metrics", "contract", "weights", "effective",
+    "parent", "privacy"), dict) | dict.fromkeys(("consumed", "verdict", "cells", "attempts", "stages"), list) | dict.fromkeys(
+    ("status", "stage", "started", "reason"), str) | {"duration_s": (int, float)}
+
+def read_state(
     folder:str|Path, # Of a record
-)->list[dict]:       # In the order in which they happened
-    "What happened in a run; a last line cut off by a crash is left out."
-    file = Path(folder)/"events.jsonl"
-    lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
-    return [json.loads(line) for line in lines if line]
+)->dict:             # Empty when it is torn, or a part of it is of another kind than it should be
+    "run.json as it is."
+    try: state = json.loads((Path(folder)/"run.json").read_bytes())
+    except (OSError, ValueError): return {}
+    if not isinstance(state, dict): return {}
+    state = {name: value for name, value in state.items() if value is not None}
+    if any(not isinstance(state[name], kind) for name, kind in _KINDS.items() if name in state): return {}
+    for name in ("consumed", "verdict", "cells", "attempts", "stages"):
+        if any(not isinstance(part, dict) for part in state.get(name, [])): return {}
+    for d in (state.get("inputs") or {}).get("data") or []:
+        if isinstance(d.get("sha256"), str): d["sha256"] = {}       # one hash of several files, in data records of 2026
+    return state
 
 # %% ../../nbs/records/00_record.ipynb #beat
 BEAT = 10.0   # between two heartbeats [s]

@@ -6,9 +6,12 @@
 __all__ = ['RUNS', 'find_notebook', 'Progress', 'read_source', 'execute']
 
 # %% ../../nbs/records/11_run.ipynb #imports
+import contextlib
+import errno
 import json
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -17,7 +20,7 @@ from pathlib import Path
 
 import nbformat
 
-from ..core import UserError, bundled, nearest, say, write_bytes
+from ..core import Interrupted, UserError, bundled, nearest, say, write_bytes
 from ..data.check import DataRun
 from ..evaluate.runs import EvaluateRun
 from .parameters import check_value, declared
@@ -25,9 +28,11 @@ from .plan import PipelineRun
 from .record import ENDED, RUNNING, Run, new_folder, now, status_of
 from ..secrets import scrub_values
 from ..train.runs import STAGE_RUNS, run_parameters
+from ..use.predict import pace_line
+from ..use.runs import PredictRun
 
 # %% ../../nbs/records/11_run.ipynb #notebook
-RUNS = STAGE_RUNS | {"data": DataRun, "evaluate": EvaluateRun, "pipeline": PipelineRun}
+RUNS = STAGE_RUNS | {"data": DataRun, "evaluate": EvaluateRun, "predict": PredictRun, "pipeline": PipelineRun}
 
 def find_notebook(
     name:str, # A stage, or a path to a copy of its notebook
@@ -65,8 +70,9 @@ class Progress:
         "The newest logged step of a history."
         if not file.exists(): return ""
         steps = [json.loads(s) for s in file.read_text(encoding="utf-8").split("\n")[:-1]]
-        logged = [h for h in steps if "loss" in h]
+        logged = [h for h in steps if "loss" in h or "rows" in h]
         if not logged: return ""
+        if "rows" in logged[-1]: return pace_line(logged[-1])
         h, share = logged[-1], logged[-1].get("progress", 0)
         left = (time.monotonic() - self.began)*(1 - share)/share if share else 0
         return (f"step {h['step']} ({share:.0%}), loss {h['loss']:.3f}, "
@@ -130,11 +136,10 @@ def _go_on(folder:Path)->Run:
 def _new(folder:Path)->Run:
     "A record that does not exist yet. Raises `UserError` when it does."
     folder.mkdir(parents=True, exist_ok=True)
-    run = Run(folder)
-    if run.state: raise UserError(f"{folder} already holds a record; name another folder")
-    return run
+    if (folder/"run.json").exists(): raise UserError(f"{folder} already holds a record; name another folder")
+    return Run(folder)
 
-# %% ../../nbs/records/11_run.ipynb #execute
+# %% ../../nbs/records/11_run.ipynb #papermill
 def _papermill(source:Path, run:Run, parameters:dict, **options):
     "Execute a notebook; papermill's own chatter and its rewritten traceback stay out of the terminal."
     from nbclient.exceptions import DeadKernelError
@@ -148,12 +153,23 @@ def _papermill(source:Path, run:Run, parameters:dict, **options):
         kernel_name="python3", progress_bar=False, log_output=False, record=str(run.folder.resolve()), **options)
     except (DeadKernelError, PapermillExecutionError, Ended): pass            # run.json says it better
 
+@contextlib.contextmanager
+def _stoppable():
+    "SIGTERM is an exception until the engine listens; nothing has been trained then."
+    def stop(number, frame): raise Interrupted("asked to stop (SIGTERM) before the notebook began")
+    here = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, stop) if here else None
+    try: yield
+    finally:
+        if here: signal.signal(signal.SIGTERM, before)
+
 def _limits(wanted, time_limit:float|None)->dict:
     "What the engine is told: the longest time [s], and how repeatable the run is to be."
     minutes, extra = getattr(wanted, "time_limit", None), getattr(wanted, "extra", {})
     return {"time_limit": 60*minutes if minutes and not time_limit else time_limit,
         "profile": str(extra.get("profile") or getattr(wanted, "profile", "fast"))}
 
+# %% ../../nbs/records/11_run.ipynb #execute
 def execute(
     name:str,   # A stage, or a path to a copy of its notebook
     given:dict, # Parameters as the user wrote them
@@ -173,13 +189,21 @@ def execute(
     source = read_source(notebook, [*parameters, "output_dir"])
     folder = Path(resume or wanted.output_dir or new_folder(stage, wanted.runs_dir, wanted.tag))
     run = _go_on(folder) if resume else _new(folder)
-    run.update(stage=stage, status="created", started=now(), parameters=asdict(wanted), **({"parent": parent} if parent else {}))
-    run.beat()
-    _write_source(source, folder)
-    say(f"record: {folder}")
-    options = _limits(wanted, time_limit)
+    options, begun = _limits(wanted, time_limit), {"parent": parent} if parent else {}
     try:
-        with Progress(folder): _papermill(folder/"source.ipynb", run, parameters | {"output_dir": str(folder)}, **options)
-    except KeyboardInterrupt as error: run.read().fail(error)
-    run.read()
-    return run if run.state.get("status") in ENDED else run.fail("the notebook was not executed to its end")
+        with _stoppable():
+            run.update(stage=stage, status="created", started=now(), parameters=asdict(wanted), **begun).beat()
+            _write_source(source, folder)
+            say(f"record: {folder}")
+            with Progress(folder): _papermill(folder/"source.ipynb", run, parameters | {"output_dir": str(folder)}, **options)
+        return _ended(run)
+    except (KeyboardInterrupt, Interrupted) as error: return run.read().fail(error)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS): raise
+        raise UserError(f"{folder}: how the run ended could not be written ({error.strerror}): make room; medllm runs list "
+            "shows the run as lost, and medllm runs resume goes on with it") from None
+
+def _ended(run:Run)->Run:
+    "A run whose notebook is not executed any more."
+    ended = run.read().state.get("status") in ENDED
+    return run if ended else run.fail("the notebook was not executed to its end")

@@ -20,10 +20,10 @@ from pathlib import Path
 from ..core import Interrupted, UserError, nearest, say, write_bytes, write_json
 from ..data.look import picture
 from .page import result_of
-from .pipeline import find_finished, note, stage_key
+from .pipeline import find_finished, find_unfinished, note, stage_key
 from .plan import Stage
 from .record import ENDED, RUNNING, Run, code_version, new_folder, now, status_of
-from .rerun import newest_checkpoint, resume
+from .rerun import resume
 from .run import execute
 from .seal import seal
 from .verdict import as_markdown
@@ -98,19 +98,6 @@ def run_point(
         return 2
     return int(run.state.get("status") != "completed")
 
-_GOES_ON = ("interrupted", "killed", "lost", "timed_out", "failed")
-
-def _unfinished(key:str, runs:str|Path)->Path|None:
-    "A record of an earlier sweep with this key that can go on from a checkpoint."
-    for file in sorted(Path(runs).glob("sweep/*/run.json"), reverse=True):
-        try: stages = json.loads(file.read_text(encoding="utf-8")).get("stages", [])
-        except ValueError: continue
-        for stage in stages:
-            folder = Path(stage.get("folder") or "")
-            if stage.get("key") != key or not stage.get("folder") or not (folder/"run.json").exists(): continue
-            if status_of(folder) in _GOES_ON and newest_checkpoint(folder): return folder
-    return None
-
 @dataclass
 class Point:
     "A point on its way."
@@ -130,7 +117,7 @@ def _begin(run:Run, wanted:Sweep, name:str, sets:dict, runs:str)->Point|None:
     if done := find_finished(key, runs):
         note(run, name, **told, folder=str(done), status="completed", taken_over=True)
         return None
-    old = _unfinished(key, runs)
+    old = find_unfinished(key, runs)
     folder = old or new_folder(wanted.stage, runs, name).resolve()
     note(run, name, **told, folder=str(folder), status="created", **({"resumed": True} if old else {}))
     file = write_json(run.folder/f"{name}.json", {"stage": wanted.stage, "given": given, "folder": str(folder),
@@ -305,11 +292,15 @@ def sweep(
     run.beating()
     say(f"record: {run.folder}: {len(wanted.points)} points, {jobs} at a time")
     try:
-        begun = [_begin(run, wanted, f"p{n:02}", sets, runs) for n, sets in enumerate(wanted.points, 1)]
-        (on_ray if ray else on_machine)(run, [p for p in begun if p], jobs)
-    except Interrupted as e: run.fail(e)
-    finally: _close(run, wanted)
-    seal(run.folder)
+        with _asked_to_stop():
+            begun = [_begin(run, wanted, f"p{n:02}", sets, runs) for n, sets in enumerate(wanted.points, 1)]
+            (on_ray if ray else on_machine)(run, [p for p in begun if p], jobs)
+    except BaseException as e:
+        run.fail(e)
+        if not isinstance(e, Interrupted): raise
+    finally:
+        try: _close(run, wanted)
+        finally: seal(run.folder)
     return run
 
 def _close(run:Run, wanted:Sweep):
@@ -320,11 +311,13 @@ def _close(run:Run, wanted:Sweep):
     metric = list(table[0])[-4]
     named = dict.fromkeys(n for p in wanted.points for n in p)
     swept = [n for n in named if len({str(p.get(n)) for p in wanted.points}) > 1]
-    if any(isinstance(r.get(metric), int | float) for r in table): plot(table, swept[:4], metric, run.folder/"sweep.png")
+    drawn = swept and any(isinstance(r.get(metric), int | float) for r in table)
+    if drawn: plot(table, swept[:4], metric, run.folder/"sweep.png")
     best = next((r for r in table if r["best"]), {})
     metrics = {"points": len(table), "completed": sum(r["status"] == "completed" for r in table)} | (
         {"best": {"point": best["point"], metric: best[metric]}} if best else {})
     bad = [f"{r['point']} {r['status']}" for r in table if r["status"] != "completed"]
-    why = f"{len(bad)} of {len(table)} points: {', '.join(bad)}"
+    bad += [f"p{n:02} not begun" for n in range(len(table) + 1, len(wanted.points) + 1)]
+    why = f"{len(bad)} of {len(wanted.points)} points: {', '.join(bad)}"
     if run.state["status"] not in RUNNING: return run.update(metrics=metrics)
     return run.end("failed", why, metrics=metrics) if bad else run.finish(metrics)

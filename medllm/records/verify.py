@@ -15,9 +15,9 @@ from pathlib import Path
 
 from ..core import UserError, find_path
 from ..models.loading import model_location
-from .listing import field_of, find_record, read_lines, read_state
+from .listing import field_of, find_record
 from .pedigree import ancestry
-from .record import RUNNING, read_events, status_of
+from .record import RUNNING, read_events, read_lines, read_state, status_of
 from .seal import broken, fingerprint, flat, hashes
 
 # %% ../../nbs/records/15_verify.ipynb #status
@@ -26,7 +26,7 @@ def _status(folder:Path, state:dict, found:dict)->str:
     if "run.json status" in found: return ""
     status, told = state.get("status"), status_of(folder, state)
     if told != status: found["status"] = f"run.json: status is {status}, but nobody is there to run it: {told}"
-    try: events = [e for e in read_events(folder) if e.get("event") == "status"]
+    try: events = [e for e in read_events(folder, strict=True) if e.get("event") == "status"]
     except ValueError: events, found["events.jsonl"] = [], "events.jsonl: it holds a line that is not JSON"
     if events and events[-1].get("status") != status:
         found["status"] = f"run.json: status is {status}, the last event says {events[-1].get('status')}"
@@ -107,7 +107,7 @@ def read_json(
 
 def _history(folder:Path, found:dict)->list[dict]:
     "Logged steps."
-    try: return read_lines(folder/"history.jsonl")
+    try: return read_lines(folder/"history.jsonl", strict=True)
     except ValueError: found["history.jsonl"] = "history.jsonl: it holds a line that is not JSON"
     return []
 
@@ -188,6 +188,15 @@ def _parents(folder:Path, found:dict)->str:
     walk(ancestry(folder))
     return f"ancestors ({len(seen) - 1})" if len(seen) > 1 else ""
 
+def _stages(state:dict, found:dict)->str:
+    "The records of a pipeline's stages, or a sweep's points, that were completed: what they rest on is not in this folder."
+    done = [s for s in state.get("stages") or [] if s.get("status") == "completed"]
+    for s in done:
+        name, place = s.get("name", ""), Path(s.get("folder") or "nowhere")
+        bad = broken(place) if (place/"run.json").exists() else {"": f"its record {place} is not here"}
+        found |= {f"stage {name} {what}": f"{name}: {text}" for what, text in bad.items()}
+    return f"records of stages ({len(done)})" if done else ""
+
 # %% ../../nbs/records/15_verify.ipynb #verify
 @dataclass
 class Verified:
@@ -226,10 +235,11 @@ def _machine(folder:Path, state:dict, found:dict)->list[str]:
     for look in (data_here, models_here, packages_here): found |= look(state, found)
     files = sum(len(d.get("sha256") or {}) for d in (state.get("inputs") or {}).get("data", []))
     return [f"data files ({files})", f"models ({len(state.get('consumed') or [])})", _parents(folder, found),
+        _stages(state, found),
         f"packages ({len((state.get('provenance') or {}).get('packages', {}))})"]
 
 # %% ../../nbs/records/15_verify.ipynb #tables
-_MARK = re.compile(r"<!--\s*record:\s*(\S+)\s+(\S+?)\s*-->")
+_MARK = re.compile(r"<!--\s*record:(.*?)(?:-->|$)", re.I)
 _NUMBER = re.compile(r"[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?\s?%?")
 
 def _rounds_to(value:float, text:str)->bool:
@@ -252,7 +262,10 @@ def check_tables(
         for mark in _MARK.finditer(line):
             count += 1
             before, start = _NUMBER.findall(line[start:mark.start()]), mark.end()
-            defects += [f"{file}:{number}: {text}" for text in _marked(file, before, *mark.groups(), runs, changed)]
+            name, _, path = mark[1].strip().rpartition(" ")
+            found = _marked(file, before, name.strip(), path, runs, changed) if name and mark[0].endswith("-->") else [
+                f"a mark is written as <!-- record: FOLDER metrics.NAME -->, and not as {mark[0]}"]
+            defects += [f"{file}:{number}: {text}" for text in found]
     if not count: raise UserError(
         f"--tables {file}: no number in it is marked; write <!-- record: FOLDER metrics.NAME --> behind one")
     return Verified(file, [f"marked numbers ({count}), records ({len(changed)})"], defects)

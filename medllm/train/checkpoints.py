@@ -139,9 +139,7 @@ def drop(
 ):
     "Delete a checkpoint; from the first moment on it is none."
     folder = Path(folder)
-    with contextlib.suppress(OSError):
-        (folder/COMMIT).unlink(missing_ok=True)
-        sync_folder(folder)
+    with contextlib.suppress(OSError): (folder/COMMIT).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 def rotate(

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
-from ..core import UserError, is_first_process, say
+from ..core import UserError, is_first_process, nearest, say
 from .arguments import Arguments
 
 # %% ../../nbs/train/10_reporting.ipynb #check
@@ -25,8 +25,11 @@ def reporters(
 )->list[str]:       # Of --report_to, without none
     "Where a run reports to. Raises `UserError` for a program that is not installed."
     said = args.training.report_to
-    wanted = [w for w in ([said] if isinstance(said, str) else said or []) if w != "none"]
+    words = [w.strip() for part in ([said] if isinstance(said, str) else said or []) for w in part.split(",")]
+    wanted = args.training.report_to = [w for w in words if w and w != "none"]
     for name in wanted:
+        from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK as known
+        if name not in known: raise UserError(f"--report_to {name}: unknown{nearest(name, known)}; known are {', '.join(known)}")
         if name not in _OURS: say(f"--report_to {name}: it gets what transformers sends it, wherever that is; "
             "medllm keeps nothing back from it")
         elif importlib.util.find_spec(name) is None: raise UserError(
@@ -48,6 +51,8 @@ def _mlflow(folder:Path):
     "A run of MLflow in a database in the record, with nobody's name."
     with patch.dict(os.environ, _QUIET):
         import mlflow
+        if {"?", "#"} & set(str(folder.resolve())): raise UserError(
+            f"--report_to mlflow: the folder {folder.resolve()} has a ? or # in its name, which a database's address cannot hold")
         before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
         if not before and "MLFLOW_TRACKING_URI" not in os.environ: mlflow.set_tracking_uri(f"sqlite:///{folder.resolve()}/mlflow.db")
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "medllm")

@@ -7,25 +7,24 @@ __all__ = ['LOOK', 'FAILURES', 'ResumableTrainer']
 
 # %% ../../nbs/train/11_resumable.ipynb #imports
 import json
-import pickle
 import signal
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
 from fastcore.basics import patch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 
 from ..core import Interrupted, UserError, append_event, say, write_json
-from ..models.adapters import adapter_tensors
 from medllm.train.checkpoints import (Unwritable, check, checkpoints_in, commit, committed, cut_back, drop, room_for, rotate,
     writing_failed)
 from .interruption import Agreement, Left, leaving, listening, polled, stop
-from .state import random_state, read_state, set_random_state, write_state
+from .state import check_weights, random_state, read_state, readable, set_random_state, write_state
 
 # %% ../../nbs/train/11_resumable.ipynb #class
 LOOK = 3     # optimiser steps after which the device is asked whether all was finite
@@ -43,7 +42,8 @@ class ResumableTrainer(Trainer):
         args.restore_callback_states_from_checkpoint, args.enable_jit_checkpoint = True, False
         super().__init__(model=model, args=args, **more)
         self.contract, self.agree = {}, Agreement(args.world_size)
-        self.saved, self.size, self.failures = -1, 0, 0      # last committed step; bytes of a checkpoint; saves that failed
+        self.saved, self.size, self.failures = -1, 0, 0      # last saved step; bytes of a checkpoint; saves that failed
+        self.waiting, self.writer = None, ThreadPoolExecutor(1) # a save that is being committed; who does it
         self.settled, self.noted_end = True, None            # between two steps; the notes at the end of the last one
         self.resumed, self.loaded, self.over = None, False, False # checkpoint; its numbers are in place; nothing is left to do
         self.earlier = 0.0                                   # sum of the losses before the checkpoint
@@ -122,6 +122,7 @@ def _maybe_log_save_evaluate(self:ResumableTrainer, *args, **kwargs):
     "Log, validate and save as it is time to; then leave if somebody asked to."
     if self.over: return
     self.settled = True
+    self.settle()
     asked = self._look()
     self.noted_end = self._notes(self.control.should_evaluate)
     super(ResumableTrainer, self)._maybe_log_save_evaluate(*args, **kwargs)
@@ -199,7 +200,7 @@ def _expected(self:ResumableTrainer)->int:
 
 @patch
 def _write(self:ResumableTrainer, folder:Path, notes:dict)->str:
-    "Write and commit a checkpoint; empty when it is whole, else why not."
+    "Write a checkpoint and begin with its commit; empty when that went well, else why not."
     main = self.args.should_save
     def prepare():
         if not main: return
@@ -207,25 +208,31 @@ def _write(self:ResumableTrainer, folder:Path, notes:dict)->str:
         if short := room_for(folder.parent, self._expected()): raise OSError(28, short)
         drop(folder)
         folder.mkdir()
-    def finish():
-        if main: self.size = sum(f["bytes"] for f in commit(
-            folder, self.state.global_step, self.contract, self.args.world_size)["files"].values())
-    for part in (prepare, lambda: self._fill(folder, notes), finish):
+    for part in (prepare, lambda: self._fill(folder, notes)):
         if why := self._together(part): return why
+    self.waiting = self.state.global_step, folder, self.writer.submit(self._commit, folder) if main else None
     return ""
 
 @patch
-def _save_checkpoint(self:ResumableTrainer, model, trial, notes:dict|None=None):
-    "Write a checkpoint of the step's end. Raises `Unwritable` when that failed several times in a row."
-    step, folder = self.state.global_step, Path(self.args.output_dir)/f"checkpoint-{self.state.global_step}"
-    if self.saved == step: return
-    why = self._write(folder, notes or self._notes())
-    if not why:
-        self.saved, self.failures = step, 0
-        if self.args.should_save: rotate(
-            folder.parent, self.args.save_total_limit, [folder, self.state.best_model_checkpoint or ""])
-        return
-    self.failures += 1
+def _commit(self:ResumableTrainer, folder:Path)->int:
+    "Commit a checkpoint and take old ones away; its size [bytes]."
+    note = commit(folder, int(folder.name.partition("-")[2]), self.contract, self.args.world_size)
+    rotate(folder.parent, self.args.save_total_limit, [folder, self.state.best_model_checkpoint or ""])
+    return sum(f["bytes"] for f in note["files"].values())
+
+# %% ../../nbs/train/11_resumable.ipynb #settle
+@patch
+def settle(self:ResumableTrainer):
+    "Wait until the last save is committed. Raises `Unwritable` when saving failed several times in a row."
+    if not self.waiting: return
+    (step, folder, written), self.waiting = self.waiting, None
+    if why := self._together(written.result if written else lambda: None): return self._skipped(step, folder, why)
+    self.failures, self.size = 0, written.result() if written else 0
+
+@patch
+def _skipped(self:ResumableTrainer, step:int, folder:Path, why:str):
+    "Note a save that failed."
+    self.saved, self.failures = -1, self.failures + 1
     if self.args.should_save: drop(folder)
     say(f"step {step}: the checkpoint is left out ({why}); training goes on")
     if self.args.should_save:
@@ -233,6 +240,15 @@ def _save_checkpoint(self:ResumableTrainer, model, trial, notes:dict|None=None):
     if self.failures >= FAILURES: raise Unwritable(
         f"{self.failures} checkpoints in a row could not be written to {folder.parent}, the last at step {step} ({why}): "
         "make room")
+
+@patch
+def _save_checkpoint(self:ResumableTrainer, model, trial, notes:dict|None=None):
+    "Write a checkpoint of the step's end. Raises `Unwritable` when that failed several times in a row."
+    self.settle()
+    step, folder = self.state.global_step, Path(self.args.output_dir)/f"checkpoint-{self.state.global_step}"
+    if self.saved == step: return
+    self.saved = step
+    if why := self._write(folder, notes or self._notes()): self._skipped(step, folder, why)
 
 # %% ../../nbs/train/11_resumable.ipynb #leave
 @patch
@@ -244,7 +260,9 @@ def _leave(self:ResumableTrainer):
     asked = f"asked to stop{named} at step {step} of {self.state.max_steps}"
     self.callback_handler.on_train_end(self.args, self.state, self.control)
     if step > begun and self.noted_end:
-        with suppress(Unwritable): self._save_checkpoint(self.model, None, self.noted_end)
+        with suppress(Unwritable):
+            self._save_checkpoint(self.model, None, self.noted_end)
+            self.settle()
     found = committed(where)
     how = f"medllm runs resume {where}" if (where/"run.json").exists() else "the same command with --resume_from_checkpoint true"
     if step <= begun: raise Interrupted(f"{asked}; nothing was trained since, so nothing is lost")
@@ -263,27 +281,21 @@ def train(self:ResumableTrainer, resume_from_checkpoint=None, checked:bool=False
         except RuntimeError:
             if not (stop.asked and self.settled): raise         # loaders that got the signal too, and are gone
             self._leave()
+        finally:
+            if self.waiting and self.waiting[2]: wait([self.waiting[2]])
         if self.agree(stop.asked)[0]: self._leave()
     return result
 
 @patch
 def _finalize_training(self:ResumableTrainer, *args, **kwargs):
     "The end of the loop; old checkpoints are not deleted by date."
+    self.settle()
     if self.resumed: self._load_rng_state(str(self.resumed))
     limit, self.args.save_total_limit, stop.at_once = self.args.save_total_limit, None, False
     try: return super(ResumableTrainer, self)._finalize_training(*args, **kwargs)
     finally: self.args.save_total_limit = limit
 
 # %% ../../nbs/train/11_resumable.ipynb #resume
-@contextmanager
-def _readable(folder, name:str):
-    "Turn what goes wrong with a file into a sentence."
-    try: yield
-    except pickle.UnpicklingError: raise UserError(
-        f"{folder}/{name} holds more than tensors and numbers, which may be code; it was not loaded") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError) as e: raise UserError(
-        f"{folder}/{name} does not fit this run: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from None
-
 @patch
 def _check_complete(self:ResumableTrainer, folder:Path):
     "Raise `UserError` unless a checkpoint holds all that is needed to go on."
@@ -294,19 +306,6 @@ def _check_complete(self:ResumableTrainer, folder:Path):
     for name in needed:
         if not (folder/name).exists(): raise UserError(f"{folder} cannot be gone on from: it has no {name} "
             "(--save_only_model, another number of processes, or another stage); begin a new run from its weights")
-
-@patch
-def _check_weights(self:ResumableTrainer, folder:Path):
-    "Raise `UserError` unless a checkpoint has just the weights that the model has."
-    model = self.accelerator.unwrap_model(self.model)
-    if hasattr(model, "peft_config"): return adapter_tensors(model, folder)
-    have, own = set(), model.state_dict()
-    for file in folder.glob("model*.safetensors"):
-        with safe_open(file, "pt") as f: have |= set(f.keys())
-    shared = {own[name].data_ptr() for name in have & own.keys()}
-    missing = [n for n, t in own.items() if n not in have and not self.saved_elsewhere(n) and t.data_ptr() not in shared]
-    for name in sorted(missing) + sorted(have - own.keys()): raise UserError(
-        f"{folder} is of another model: {name} is {'missing in it' if name in missing else 'not in the model'}")
 
 @patch
 def _begin_from(self:ResumableTrainer, folder:Path, checked:bool):
@@ -334,13 +333,14 @@ def _begin_from(self:ResumableTrainer, folder:Path, checked:bool):
 @patch
 def _load_from_checkpoint(self:ResumableTrainer, resume_from_checkpoint:str, model=None):
     "Load the weights, all of them and no others."
-    if not (self.is_fsdp_enabled or self.is_deepspeed_enabled): self._check_weights(Path(resume_from_checkpoint))
+    if not (self.is_fsdp_enabled or self.is_deepspeed_enabled): check_weights(
+        self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint), self.saved_elsewhere)
     super(ResumableTrainer, self)._load_from_checkpoint(resume_from_checkpoint, model)
 
 @patch
 def _load_optimizer_and_scheduler(self:ResumableTrainer, checkpoint:str|None):
     "Load optimiser, schedule and what the objective carries along."
-    with _readable(checkpoint, "optimizer.pt"): super(ResumableTrainer, self)._load_optimizer_and_scheduler(checkpoint)
+    with readable(checkpoint, "optimizer.pt"): super(ResumableTrainer, self)._load_optimizer_and_scheduler(checkpoint)
     if checkpoint and (Path(checkpoint)/f"{self._own('objective')}.json").exists():
         self.objective.load_state(read_state(Path(checkpoint), self._own("objective")))
 
@@ -349,7 +349,7 @@ def _load_rng_state(self:ResumableTrainer, checkpoint:str|None):
     "Load random numbers and counters, once; then do the validation that was due."
     if checkpoint is None or self.loaded: return
     self.loaded = True
-    with _readable(checkpoint, "rng_state.pth"): super(ResumableTrainer, self)._load_rng_state(checkpoint)
+    with readable(checkpoint, "rng_state.pth"): super(ResumableTrainer, self)._load_rng_state(checkpoint)
     note = json.loads((Path(checkpoint)/"progress.json").read_text(encoding="utf-8"))
     self.take_progress(note["progress"][self.args.process_index])
     self.state.compute_steps(self.args, self.state.max_steps)    # as today's flags say, not the checkpoint's
