@@ -39,7 +39,7 @@ def read_tasks(
         if not isinstance(own, dict): raise UserError(f"task '{name}' must hold options (name: value), not {own!r}")
         kind = str(own.get("kind", "choice"))
         start = common.options if kind == "choice" else {}
-        found.append(replace(common, **({"name": _short(str(name)), "dataset": str(name)} | {
+        found.append(replace(common, **({"name": _short(str(name)), "dataset": str(name) if kind == "choice" else ""} | {
             k: v for k, v in own.items() if k in _OWN} | {"options": start | {k: v for k, v in own.items() if k not in _OWN}})))
     names = [task.name for task in found]
     for name in names:
@@ -54,9 +54,8 @@ def check_tasks(
     for task in tasks:
         if kind_function(task.kind, "measure") is None: raise UserError(
             f"task '{task.name}': kind {task.kind} cannot be measured")
-        if task.kind == "choice":
-            asking(task.options)
-            find_sources([task.dataset], task.dataset_dir)
+        if task.kind == "choice": asking(task.options)
+        if task.dataset and task.kind != "harness": find_sources(task.dataset, task.dataset_dir)
 
 # %% ../../nbs/evaluate/20_benchmarks.ipynb #base
 def base_choice(

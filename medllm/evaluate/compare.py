@@ -77,6 +77,7 @@ def comparison_rows(
             "base": shown(c["base"]["value"], unit), "tuned": shown(c["tuned"]["value"], unit),
             "difference": f"{points(d['value'])} ({points(d['low'])} to {points(d['high'])})",
             "only base right": c.get("only_base", ""), "only tuned right": c.get("only_tuned", ""),
+            "least gain to be seen": points(c["least_gain"]) if c.get("least_gain") else "–",
             "p": f"{c['p']:.2g}", "p, corrected": f"{c.get('p_corrected', c['p']):.2g}", "verdict": c["verdict"]})
     return rows
 
