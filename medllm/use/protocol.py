@@ -207,7 +207,7 @@ class Reply:
     def __init__(self,
         wanted:Wanted,     # The request
         model:str,         # Name of the model
-        beside:dict = {},  # More fields of each object, such as the disclaimer
+        beside:dict = {},  # More fields of each answer, such as the disclaimer
     ):
         self.wanted, self.chat, self.beside = wanted, wanted.kind == "chat", beside
         self.id = f"{'chatcmpl' if self.chat else 'cmpl'}-{secrets.token_hex(12)}"
@@ -244,7 +244,8 @@ class Reply:
         said = {"content": text} if text or first else {}
         delta = {"delta": ({"role": "assistant"} if first else {}) | said} if self.chat else {"text": text}
         return self.head | {"object": "chat.completion.chunk" if self.chat else "text_completion",
-            "choices": [{"index": index, "finish_reason": reason or None, "logprobs": None} | delta]} | self.beside | more
+            "choices": [{"index": index, "finish_reason": reason or None, "logprobs": None} | delta]} | (
+                self.beside if reason else {}) | more
 
     def counted(self,
         usage:dict, # From `usage`

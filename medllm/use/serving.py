@@ -180,7 +180,7 @@ def serve(
     sys.setswitchinterval(5e-4)                    # a refusal must not wait for the model's thread to let go
     asyncio.run(server.serve(sockets=[door]))
     service.queue.close()
-    if server.cut: say(f"{server.cut} answers were cut off: they were not whole within {choice.grace:g} s")
+    if server.cut: say(f"{server.cut} running answers were cut off at the end")
     return int(server.cut > 0)
 
 # %% ../../nbs/use/14_serving.ipynb #running
