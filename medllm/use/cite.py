@@ -23,7 +23,7 @@ from ..data.words import HAN
 from ..models.chat import ChatModel
 from ..models.sampling import Sampling
 from .knowledge import Passage, sentences
-from .retrieve import Index, KnowledgePlan, open_index, placed_terms, places
+from .retrieve import Hit, Index, KnowledgePlan, open_index, placed_terms, places
 
 # %% ../../nbs/use/22_cite.ipynb #prompt
 class Wording(NamedTuple):
@@ -179,14 +179,20 @@ class Grounding:
         if not isinstance(files, (Index, KnowledgePlan)): files = KnowledgePlan(tuple(map(str, files)))
         self.index, self.how = files if isinstance(files, Index) else open_index(files), how
 
+    def fits(self,
+        hit:Hit, # Of a search
+    )->bool:
+        "Whether a passage is about the question; a single word must be more of it, halfway from `least` to all."
+        how = self.how
+        if how.near is not None and hit.near is not None and hit.near >= how.near: return True
+        return hit.share >= (how.least if hit.words > 1 else (1 + how.least)/2)
+
     def find(self,
         question:str, # As it was asked
     )->list[Passage]: # Best first; none when nothing fits
         "The passages for a question."
         hits = self.index.search(question, self.how.passages)
-        fits = any(h.share >= self.how.least or (self.how.near is not None and h.near is not None and h.near >= self.how.near)
-            for h in hits)
-        return [h.passage for h in hits] if fits else []
+        return [h.passage for h in hits] if any(map(self.fits, hits)) else []
 
     def turns(self,
         turns:Sequence[Turn], # A conversation; its last user's turn is the question

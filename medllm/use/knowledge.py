@@ -58,6 +58,8 @@ LONGEST = 1000 # Characters of a passage
 _SHORT = 60    # Columns below are kept together [characters]
 _counts = re.compile(r"(?:idx|id|index|no|num|序号|编号)$", re.IGNORECASE)
 
+_named = lambda column: re.sub(r"(?<=[a-z])(?=[A-Z])|_+", " ", column).strip()  # commonMedications: common Medications
+
 def _said(value)->str:
     "A value as text; a list as its items."
     if isinstance(value, str) and value.strip()[:1] in ("[", "{"):
@@ -89,7 +91,7 @@ def row_passages(
     longest:int = LONGEST, # Characters of a passage
 )->list[Passage]:
     "The passages of a row."
-    cells = [(str(k).strip(), _said(v).strip()) for k, v in row.data.items()]
+    cells = [(_named(str(k).strip()), _said(v).strip()) for k, v in row.data.items()]
     cells = [(k, v) for k, v in cells if v and not (_counts.match(k) and len(v) < 20)]
     if not cells: return []
     title, rest = cells[0][1], cells[1:]

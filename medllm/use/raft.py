@@ -53,7 +53,7 @@ class Asked(NamedTuple):
     licence:str = "" # Of question and answer, where a dataset brought them
 
 _cell = re.compile(r"([^:\n]{1,60}): ([^\n]+)")
-_SHAPES = ("What are the {column} of {title}?", "{title}: which {column} are known?", "Tell me about {title}: {column}.")
+_SHAPES = ("What is known about the {column} of {title}?", "{title}: {column}?", "Tell me about {title}: {column}.")
 _HAN_SHAPES = ("{title}的{column}是什么？", "{title}有哪些{column}？", "请介绍{title}的{column}。")
 
 def _first(text:str, most:int=400)->str:
@@ -71,16 +71,17 @@ def passage_questions(
     "Questions that passages with a title answer."
     for p in passages:
         if not p.title: continue
-        zh, cell = bool(re.search(f"[{HAN}]", p.title)), _cell.fullmatch(p.text)
-        wording = random.Random(f"{seed} {p.whole}").choice(_HAN_SHAPES if zh else _SHAPES)
-        if cell:
-            column, value = cell.groups()
-            answer = f"{p.title}的{column}：{value}" if zh else f"{column} of {p.title}: {_first(value)}"
-            yield Asked(wording.format(title=p.title, column=column if zh else column.lower()), answer, p)
-        elif "\n" not in p.text.strip() or not _cell.match(p.text):
+        zh = bool(re.search(f"[{HAN}]", p.title))
+        cells = [_cell.fullmatch(line) for line in p.text.split("\n")]
+        if all(cells):
+            for cell in cells:
+                column, value = cell.groups()
+                wording = random.Random(f"{seed} {column} {p.whole}").choice(_HAN_SHAPES if zh else _SHAPES)
+                answer = f"{p.title}的{column}：{value}" if zh else f"{column} of {p.title}: {_first(value)}"
+                yield Asked(wording.format(title=p.title, column=column if zh else column.lower()), answer, p)
+        else:
             plain = f"{p.title}：资料怎么说？" if zh else f"What is known about {p.title}?"
-            question = p.title if p.title[-1] in "?？" else plain
-            yield Asked(question, _first(p.text), p)
+            yield Asked(p.title if p.title[-1] in "?？" else plain, _first(p.text), p)
 
 def dataset_questions(
     source:Source, # Questions with answers

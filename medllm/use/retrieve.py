@@ -20,7 +20,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -91,6 +91,11 @@ def terms(
     return [term for term, _, _ in placed_terms(unicodedata.normalize("NFKC", text), asking)]
 
 # %% ../../nbs/use/21_retrieve.ipynb #places
+@lru_cache(100_000)
+def _held(text:str)->frozenset[str]:
+    "The terms of a passage."
+    return frozenset(terms(text))
+
 def places(
     placed:Iterable[tuple[str, int, int]], # From `placed_terms`
 )->dict[tuple, set[str]]:                  # A word or a Chinese character -> the terms it is part of
@@ -107,6 +112,7 @@ class Hit(NamedTuple):
     passage:Passage # What was found
     score:float     # BM25, or reciprocal ranks added when dense vectors take part
     share:float     # Of the question's words that it holds, by weight, 0 to 1
+    words:float     # How many words these are; a Chinese character is half a word
     near:float|None = None # Cosine to the question, with dense vectors
 
 class Index:
@@ -128,12 +134,14 @@ class Index:
     def share(self,
         question:str,    # As it was asked
         passage:Passage, # Where its words are looked for
-    )->float:            # 0 to 1; 0 for a question without terms
-        "Part of a question's words that a passage holds, by weight."
-        there = set(terms(passage.whole))
-        asked = places(placed_terms(unicodedata.normalize("NFKC", question), asking=True)).values()
-        weights = [(min(map(self.weight, of)), bool(of & there)) for of in asked]
-        return sum(w for w, held in weights if held)/sum(w for w, _ in weights) if weights else 0.0
+    )->tuple[float, float]: # Part by weight, 0 to 1, 0 for a question without terms; number of words
+        "How much of a question's words a passage holds."
+        there, total, held, words = _held(passage.whole), 0.0, 0.0, 0.0
+        for place, of in places(placed_terms(unicodedata.normalize("NFKC", question), asking=True)).items():
+            weight = min(map(self.weight, of))
+            total += weight
+            if of & there: held, words = held + weight, words + 1/len(place)
+        return held/total if total else 0.0, words
 
     def search(self,
         question:str, # As it was asked
@@ -146,7 +154,7 @@ class Index:
         near = self.dense.near(question) if self.dense else None
         if near is not None: scores = _fused(scores, near)
         order = np.argsort(-scores, kind="stable")[:k]
-        return [Hit(p, float(scores[i]), self.share(question, p), None if near is None else float(near[i]))
+        return [Hit(p, float(scores[i]), *self.share(question, p), None if near is None else float(near[i]))
             for i in order if scores[i] > 0 for p in (self.passages[i],)]
 
 # %% ../../nbs/use/21_retrieve.ipynb #fuse
@@ -163,7 +171,7 @@ def make_index(
 )->Index:
     "An index over passages, in memory."
     tokens = [terms(p.whole) for p in passages]
-    bm25 = _library("bm25s").BM25(k1=1.5, b=0.75)
+    bm25 = _library("bm25s").BM25(k1=0.9, b=0.4)   # as Anserini has them for passages
     bm25.index(tokens, show_progress=False)
     return Index(passages, bm25, dict(Counter(t for own in tokens for t in set(own))))
 
