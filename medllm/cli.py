@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from .core import Interrupted, UserError, say
-from .model_cli import add_chat, add_evaluate, add_export, add_serve, whole_number
+from .model_cli import add_chat, add_evaluate, add_export, add_knowledge, add_serve, whole_number
 from .records.commands import add_verbs, report
 from .use.runs import add_predict
 
@@ -143,84 +143,6 @@ def _sweep_words(p):
     p.add_argument("--runs", default="runs", help="folder of records, or an address such as s3://… (default runs)")
     p.add_argument("--tag", default="", help="word at the end of the sweep's name")
 
-# %% ../nbs/99_cli.ipynb #knowledge
-def _sources(args):
-    "How the sources of a command are read."
-    from medllm.use.retrieve import KnowledgePlan
-    return KnowledgePlan(tuple(args.files), args.dataset_dir, dense=args.dense)
-
-def _ask(args)->int:
-    from medllm.use.cite import Grounding, GroundingPlan, grounded_answers, words_of
-    grounding = Grounding(_sources(args), GroundingPlan(args.passages, args.least))
-    if not args.model_name_or_path:
-        passages = grounding.find(args.question)
-        for n, p in enumerate(passages, 1): print(f"[{n}] {p.place}\n{p.whole}\n")
-        if not passages: print(words_of(args.question).nothing)
-        return 0
-    from medllm.models.chat import ModelChoice, load_chat_model
-    from medllm.models.sampling import Sampling
-    chat = load_chat_model(ModelChoice(args.model_name_or_path, args.adapter_name_or_path, args.template))
-    answer, = grounded_answers(chat, grounding, [args.question], Sampling(args.max_new_tokens, args.temperature))
-    print(answer.text + grounding.sources(answer.citations, answer.passages))
-    lost = sum(c.state == "removed" for c in answer.citations)
-    if lost: say(f"{lost} citations were removed: the passage does not hold the sentence")
-    return 0
-
-def _measure(args)->int:
-    from medllm.evaluate.result import as_markdown, summary
-    from medllm.use.cite import GroundingPlan
-    from medllm.use.retrieval_scores import list_questions, search_result
-    from medllm.use.retrieve import open_index
-    questions = list_questions(args.files, args.column, args.items, args.seed, args.dataset_dir)
-    found = search_result(open_index(_sources(args)), questions, "retrieval", GroundingPlan(args.passages, args.least))
-    print(as_markdown({"retrieval": summary(found)}))
-    return 0
-
-def _raft(args)->int:
-    from medllm.use.raft import RaftPlan, make_raft
-    plan = RaftPlan(args.distractors, args.without, args.when_without, seed=args.seed, limit=args.limit, licence=args.licence)
-    file, rows, lost = make_raft(_sources(args), plan, args.output, args.dataset, args.name)
-    print(f"{file}: {len(rows)} rows, {sum(not r['golden'] for r in rows)} without the golden passage")
-    for why, n in lost.items(): say(f"left out: {n} ({why})")
-    print(f"train on them with --dataset {args.name} --dataset_dir {args.output}")
-    return 0
-
-# %% ../nbs/99_cli.ipynb #knowledge-words
-def _knowledge_words(p):
-    "medllm knowledge ask | measure | raft."
-    inner = p.add_subparsers(metavar="ask | measure | raft", required=True)
-    def verb(name, function, text):
-        v = inner.add_parser(name, help=text, description=text)
-        v.set_defaults(function=function)
-        v.add_argument("files", nargs="+", metavar="FILE", help="tables (CSV, JSONL …), texts, Markdown, or registered names")
-        v.add_argument("--dataset_dir", default="data", help="folder with dataset_info.json (default data)")
-        v.add_argument("--dense", default="", metavar="DIR", help="local sentence-embedding model beside BM25 (extra dense)")
-        if name == "raft": return v
-        v.add_argument("--passages", type=_number, default=4, help="passages in a prompt, at most (default 4)")
-        v.add_argument("--least", type=float, default=0.5, help="share of the question that a passage must hold (default 0.5)")
-        return v
-    v = verb("ask", _ask, "What the sources hold for a question; with a model its answer, citations checked")
-    v.add_argument("-q", "--question", required=True, help="the question")
-    v.add_argument("--model_name_or_path", help="model that answers, or a folder that training wrote")
-    v.add_argument("--adapter_name_or_path", help="adapter folders, comma list")
-    v.add_argument("--template", default="auto", help="chat template (default the tokenizer's own)")
-    v.add_argument("--max_new_tokens", type=_number, default=256, help="longest answer [tokens] (default 256)")
-    v.add_argument("--temperature", type=float, default=0.0, help="0 takes the most probable token (default 0)")
-    v = verb("measure", _measure, "Recall and mean reciprocal rank of questions made of a table's lists")
-    v.add_argument("--column", required=True, help="column that holds lists, such as Symptom")
-    v.add_argument("--items", type=_number, default=6, help="items of a list in a question (default 6)")
-    v.add_argument("--seed", type=int, default=0, help="of the draw (default 0)")
-    v = verb("raft", _raft, "Training rows: question, right and wrong passages, cited answer")
-    v.add_argument("--output", required=True, metavar="DIR", help="folder for the rows and their dataset_info.json")
-    v.add_argument("--dataset", default="", help="questions with answers (registered name or file); default: made of the sources")
-    v.add_argument("--name", default="raft", help="name of the new dataset (default raft)")
-    v.add_argument("--distractors", type=_number, default=3, help="wrong passages in a row (default 3)")
-    v.add_argument("--without", type=float, default=0.2, help="share of rows without the right passage (default 0.2)")
-    v.add_argument("--when_without", default="abstain", help="what those answer: abstain (default), or answer from memory")
-    v.add_argument("--seed", type=int, default=0, help="of contexts and wording (default 0)")
-    v.add_argument("--limit", type=lambda text: _number(text, 0), default=0, help="rows at most (default 0: all)")
-    v.add_argument("--licence", default="", help="licence of sources that do not bring theirs")
-
 # %% ../nbs/99_cli.ipynb #parser
 class _Parser(argparse.ArgumentParser):
     def error(self, message): raise UserError(f"{message}; see {self.prog} --help")
@@ -239,8 +161,6 @@ def parser()->argparse.ArgumentParser:
     p = command("run", _run, "Execute a run notebook with papermill and keep it as a record")
     p.add_argument("notebook", help="pt, sft, rm, dpo, kto, ppo, grpo, pipeline, data, evaluate or predict; or the path of a run "
         "notebook")
-    p.add_argument("notebook",
-        help="pt, sft, rm, dpo, kto, ppo, grpo, evaluate, pipeline or data; or the path of a run notebook")
     p.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
         help="set a parameter; may be repeated")
     p.add_argument("-f", "--file", help="YAML file with parameters")
@@ -250,16 +170,15 @@ def parser()->argparse.ArgumentParser:
         help="show the notebook's parameters with defaults and meaning")
     _sweep_words(command("sweep", _sweep, "Run a notebook over a grid of parameters; a table of what came of it"))
     add_verbs(command("runs", None, "Look at records, check, repeat, resume, free and keep them"))
+    add_evaluate(command("evaluate", None, "Measure a model on multiple-choice sets, and against its base model"))
     add_predict(command("predict", None, "Answer a file of questions into a file of answers; goes on after a kill"))
+    add_export(command("export", None, "Merge, quantise, convert a trained model for other programs, and check the result"))
     add_chat(command("chat", None, "Talk to a model in the terminal"))
     add_serve(command("serve", None, "Serve a model to OpenAI clients and to browsers (extra serve)"))
+    add_knowledge(command("knowledge", None, "Ask tables and texts, measure how they are searched, make training rows"))
+    _data_commands(command("data", _data, "List the registered datasets, look at one, or check one"))
     p = command("tiny", _tiny, "Write the small random model that tests and demos use")
     p.add_argument("folder", help="new folder")
-    add_evaluate(command("evaluate", None, "Measure a model on multiple-choice sets, and against its base model"))
-    add_export(command("export", None, "Merge, quantise, convert a trained model for other programs, and check the result"))
-    _evaluate_words(command("evaluate", _evaluate, "Measure a model on multiple-choice sets, and against its base model"))
-    _knowledge_words(command("knowledge", None, "Ask tables and texts, measure how they are searched, make training rows"))
-    _data_commands(command("data", _data, "List the registered datasets, look at one, or check one"))
     return top
 
 def _data_commands(p):
