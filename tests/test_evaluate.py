@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from memorised import records, table
 from conftest import ROOT, run
 
 from medllm.cli import main
@@ -323,26 +324,17 @@ def test_a_task_of_the_harness_beside_our_own(tmp_path):
 @pytest.mark.slow
 def test_a_memorised_exam_is_better_and_a_new_one_not_distinguishable(tmp_path):
     "Acceptance: 60 items learnt by heart; the report says better on those, and not distinguishable on the rest."
-    items = json.loads((ROOT/"data/mm_mcq.json").read_text(encoding="utf-8"))
-    random.Random(0).shuffle(items)
-    parts = {"learnt": items[:60], "new": items[60:]}
-    for name, part in parts.items(): (tmp_path/f"{name}.json").write_text(json.dumps(part, ensure_ascii=False))
-    learnt = load_items(str(tmp_path/"learnt.json")).items
-    rows = [{"instruction": letter_asked(i).prompt, "input": "", "output": min(i.gold)} for i in learnt]
-    (tmp_path/"train.json").write_text(json.dumps(rows, ensure_ascii=False))
-    trained = run("medllm", "run", "sft", "-p", "dataset", tmp_path/"train.json", "-p", "num_train_epochs", 60,
-        "-p", "val_size", 0, "-p", "output_dir", tmp_path/"tuned", "-p", "cutoff_len", 1024, "-p", "logging_steps", 50)
-    assert trained.returncode == 0, trained.stderr[-2000:]
-    done = run("medllm", "run", "evaluate", "-p", "model_name_or_path", tmp_path/"tuned", "-p", "base_model", "tiny",
-        "-p", "dataset", f"{tmp_path/'learnt.json'},{tmp_path/'new.json'}", "-p", "output_dir", tmp_path/"report")
-    assert done.returncode == 0, done.stderr[-2000:]
+    _, report = records(tmp_path, run)
+    items = json.loads((tmp_path/"learnt.json").read_text())
     state = json.loads((tmp_path/"report/run.json").read_text())
-    assert {name: state["metrics"][name]["verdict"] for name in parts} == {"learnt": "better", "new": "not distinguishable"}
+    verdicts = [state["metrics"][name]["verdict"] for name in ("learnt", "new")]
+    assert verdicts == ["better", "not distinguishable"]
     assert state["metrics"]["learnt"]["p_corrected"] < 1e-6
     said = (tmp_path/"report/record.ipynb").read_text(encoding="utf-8")
     assert "not distinguishable" in said and "better" in said and items[0]["question"] not in said
     base, tuned = (read_result(tmp_path/"report"/who, "learnt") for who in ("base", "tuned"))
     assert compare(base, tuned)["only_tuned"] > 20
+    assert table(report)[0][4] == "better" and len(table(report)) == 2
 
 
 # --- doors -----------------------------------------------------------------------------------------------------------

@@ -168,6 +168,14 @@ def test_readmes_tell_the_same():
     assert english.count("\n## ") == chinese.count("\n## ")
 
 
+def test_the_memorised_exam_comes_from_its_records():
+    "The READMEs' table of an evaluation is tests/memorised_results.json."
+    for readme in ("README.md", "README_zh.md"):
+        text = (ROOT/readme).read_text(encoding="utf-8")
+        for row in json.loads((ROOT/"tests/memorised_results.json").read_text()):
+            assert f"| {' | '.join(row)} |" in text, f"{readme}: {row}"
+
+
 def test_speed_figures_come_from_the_measurement():
     "Each row of the READMEs' table is a median of tests/bench/sft_results.json."
     measured = json.loads((ROOT/"tests/bench/sft_results.json").read_text())["spreads"]
