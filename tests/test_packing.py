@@ -267,6 +267,7 @@ def test_a_packed_run(tmp_path):
     assert abs(unpacked - metrics["eval_loss"]) < 1e-5         # validation does not depend on the layout
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_same_packs(tmp_path):
     words = lambda **flags: [w for k, v in (FLAGS | flags).items() for w in (f"--{k}", str(v))]
     one = run("python", "-m", "medllm.train", *words(

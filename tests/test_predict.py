@@ -146,6 +146,7 @@ def test_a_full_disk_leaves_whole_batches(tmp_path, chat, monkeypatch):
     assert predict(asked, file, how)["rows"] == 8
 
 
+@pytest.mark.slow
 def test_the_run_notebook_goes_on_in_its_folder(tmp_path):
     "medllm run predict, killed with its kernel, then medllm runs resume: one complete file, two attempts."
     given = dict(max_samples=60, max_new_tokens=40, batch_size=2, output_dir=tmp_path/"r")

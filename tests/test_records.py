@@ -30,6 +30,7 @@ def test_a_failing_run_under_plain_papermill(tmp_path):
     assert state_of(tmp_path/"r")["status"] == "failed"
 
 
+@pytest.mark.slow
 def test_a_killed_kernel_is_not_completed(tmp_path):
     "papermill alone would store that every cell completed."
     notebook = nbformat.read(ROOT/"nbs/runs/sft.ipynb", 4)

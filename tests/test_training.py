@@ -55,6 +55,7 @@ def test_twenty_steps_equal_a_plain_loop(real, tmp_path):
     assert max(abs(a - b) for a, b in zip(ours, plain)) < 1e-5, [a - b for a, b in zip(ours, plain)]
 
 
+@pytest.mark.slow
 def test_real_rows_train(real, tmp_path):
     "512 rows of real questions, one epoch, through the run notebook; none of their text gets into the record."
     done = run(
