@@ -99,7 +99,8 @@ def gold_labels(
     if text.lower() in labels: return frozenset([labels[text.lower()]])
     if len(by_text) == 1: return frozenset(by_text)
     letters = re.sub(r"[\s,;、，()\[\]（）.]|and|和", "", text)
-    if letters.isascii() and letters.isupper() and all(letter.lower() in labels for letter in letters): return frozenset(labels[letter.lower()] for letter in letters)
+    if letters.isascii() and letters.isupper() and all(letter.lower() in labels for letter in letters):
+        return frozenset(labels[letter.lower()] for letter in letters)
     raise Skip("the answer is no option")
 
 # %% ../../nbs/evaluate/01_items.ipynb #adapters
