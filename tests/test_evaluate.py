@@ -16,6 +16,7 @@ from conftest import ROOT, run
 from medllm.cli import main
 from medllm.core import UserError
 from medllm.evaluate.choice import Asking, choice_summary, measure_choice, read_lines, score_lines
+from medllm.evaluate.generated import read_answer
 from medllm.evaluate.items import MCQItem, load_items, read_items, stratified
 from medllm.evaluate.order import order_figures
 from medllm.evaluate.result import Task, compare, read_result, summary, write_result
@@ -372,3 +373,22 @@ def test_mistakes_cost_one_sentence(tmp_path, capsys):
         assert main(["evaluate", *words]) == 2
         told = capsys.readouterr().err.strip()
         assert said in told and len(told.splitlines()) == 1 and told.startswith("error: "), told
+
+
+def test_a_blank_option_moves_no_answer():
+    row = {"question": "q", "opa": "x", "opb": "", "opc": "y", "opd": "z", "cop": 2}
+    whole = row | {"opb": "w", "cop": 0}
+    (one, two), _ = read_items([row, whole])
+    assert (one.gold, two.gold) == ({"C"}, {"A"})
+    assert read_items([row | {"cop": 1}, row | {"cop": 2.7}, whole])[1] == {"the answer is no option": 2}
+    assert read_items([{"question": "q", "choices": ["x", None, "y", "z"], "answer": 2}])[0][0].gold == {"C"}
+    assert [read_answer(one, said) for said in ("The answer is C.", "B", "D")] == [{"C"}, set(), {"D"}]
+    letters, = read_items([{"question": "q", "options": {"a": "x", "b": "y", "c": "z"}, "answer": "AB"}])[0]
+    assert letters.gold == {"a", "b"}
+    assert len(read_items([{"Question": "q", "A": 0, "B": 1, "C": 2, "Answer": "B"}])[0][0].options) == 3
+
+
+@pytest.mark.parametrize("said", ["No doubt, yes.", "No one knows", "Yes/no", "Yes, or maybe", "The answer is no longer known"])
+def test_a_word_that_is_no_answer_yet(said):
+    words = MCQItem("1", "q", tuple((w, w) for w in ("yes", "no", "maybe")), frozenset(["yes"]))
+    assert not read_answer(words, said)

@@ -185,3 +185,13 @@ def test_real_questions(tmp_path, shared, chat):
         asked = read_questions(chat, find_sources(str(shared(path))), columns, max_samples=rows)
         assert len(asked.questions) == rows == sum(q.prompt is not None for q in asked.questions)
     assert predict(asked, tmp_path/"out.jsonl", Sampling(4))["answered"] == 30
+
+
+def test_line_separators_within_a_text(tmp_path, chat):
+    "JSON does not escape U+2028, and Python takes it for the end of a line."
+    file, output = tmp_path/"q.jsonl", tmp_path/"a.jsonl"
+    row = {"id": "a\u2028b\u0085c", "instruction": "What is asthma?", "input": "", "output": ""}
+    file.write_text(json.dumps(row), encoding="utf-8")
+    asked = read_questions(chat, find_sources([str(file)], "data"))
+    assert predict(asked, output, Sampling(4, 0.0))["rows"] == 1
+    assert predict(asked, output, Sampling(4, 0.0))["rows"] == 1       # and again, finished

@@ -568,3 +568,32 @@ def test_s4_a_thousand_clients_that_hang_up(tmp_path):
         gone(800)
         print(f"RSS {before:.1f} -> {resident(server):.1f} MiB")
         assert resident(server) < 1.01*before
+
+
+def test_room_that_comes_between_two_looks_is_not_lost(chat, monkeypatch):
+    with house(chat) as (url, service, _):
+        looks = []
+        real = service.queue.full
+        monkeypatch.setattr(service.queue, "full", lambda n=1: not looks and not looks.append(1) or real(n))
+        port = int(url.rpartition(":")[2])
+        for _ in range(2):
+            c = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+            c.request("POST", "/v1/chat/completions", json.dumps(ASTHMA), JSON)
+            assert c.getresponse().status == 200
+            c.close()
+        assert looks and service.queue.count == 0
+
+
+def test_the_smallest_temperature_is_the_most_probable_token():
+    import torch
+
+    from medllm.models.sampling import draw_tokens
+    logits = torch.randn(3, 50, generator=torch.manual_seed(0))
+    for small in (5e-324, 1e-45, 1e-30): assert draw_tokens(logits, torch.full((3,), .5, dtype=torch.float64),
+        Sampling(4, small)).tolist() == logits.argmax(-1).tolist()
+
+
+def test_a_host_that_cannot_be_a_name():
+    from medllm.core import UserError
+    from medllm.use.serving import listen
+    with pytest.raises(UserError, match="no address"): listen("a..b", 0, Keys())

@@ -35,11 +35,13 @@ def question_turn(
     return Turn("user", "\n".join([*lines, ORDERS[lang][kind].format(", ".join(item.labels))]))
 
 # %% ../../nbs/evaluate/03_generated.ipynb #read
+_unless = r"(?!\s*/|\s*,?\s*(?:or|and)\b|\s+(?:doubt|question|one|idea|longer|problem|wonder|way)\b)"   # no answer yet
+
 def _word(answer:str, labels:Sequence[str])->frozenset:
     "The label that an answer begins with or concludes with; none when these differ."
     places = [said(answer), conclusion(answer)]
     any_of = "|".join(map(re.escape, labels))
-    found = {m[1].lower() for text in places if (m := re.match(rf"\W*({any_of})\b(?!\s+(?:or|and)\b)", text, re.IGNORECASE))}
+    found = {m[1].lower() for text in places if (m := re.match(rf"\W*({any_of})\b{_unless}", text, re.IGNORECASE))}
     return frozenset(label for label in labels if label.lower() in found) if len(found) == 1 else frozenset()
 
 def read_answer(
@@ -48,8 +50,9 @@ def read_answer(
 )->frozenset:     # Labels; empty when nothing can be read
     "The options that an answer chooses: one, unless the question has several right ones."
     if not item.lettered: return _word(answer, item.labels)
-    letters = dict(zip(LETTERS, item.labels))
-    chosen = chosen_letters(answer, dict(zip(LETTERS, item.texts.values())))
+    own = all(label.upper() in LETTERS[:10] for label in item.labels)         # A, C and D are not A, B and C
+    letters = {label.upper(): label for label in item.labels} if own else dict(zip(LETTERS, item.labels))
+    chosen = chosen_letters(answer, {letter: item.texts[label] for letter, label in letters.items()})
     labels = frozenset(letters[letter] for letter in chosen if letter in letters)
     return labels if len(labels) == 1 or len(item.gold) > 1 else frozenset()
 

@@ -99,7 +99,8 @@ def gold_labels(
     if text.lower() in labels: return frozenset([labels[text.lower()]])
     if len(by_text) == 1: return frozenset(by_text)
     letters = re.sub(r"[\s,;、，()\[\]（）.]|and|和", "", text)
-    if letters.isascii() and letters.isupper() and all(letter.lower() in labels for letter in letters): return frozenset(letters)
+    if letters.isascii() and letters.isupper() and all(letter.lower() in labels for letter in letters):
+        return frozenset(labels[letter.lower()] for letter in letters)
     raise Skip("the answer is no option")
 
 # %% ../../nbs/evaluate/01_items.ipynb #adapters
@@ -113,9 +114,10 @@ class Schema(NamedTuple):
 def _at(row:dict, options:tuple, number, base:int)->frozenset:
     "The option that a number names."
     if number is None or str(number).strip() in ("", "-1"): raise Skip("no answer")
-    place = int(number) - base
-    if not 0 <= place < len(options): raise Skip("the answer is no option")
-    return frozenset([options[place][0]])
+    place = float(str(number)) - base                       # a blank option has a number, too
+    found = [label for n, label in enumerate(LETTERS) if n == place and label in dict(options)]
+    if not found: raise Skip("the answer is no option")
+    return frozenset(found)
 
 def _columns(question:str, names:Sequence[str], answer:str)->Callable:
     "A reader of rows with a column for each option, and the number of the right one."
@@ -127,7 +129,7 @@ def _columns(question:str, names:Sequence[str], answer:str)->Callable:
 def _letter_columns(row:dict, base:int):
     "Question and Answer, options in columns A, B, C …"
     low = {key.lower(): value for key, value in row.items() if len(key) > 1}
-    options = option_list({letter: row[letter] for letter in LETTERS if row.get(letter)})
+    options = option_list({letter: row.get(letter) for letter in LETTERS})
     return low["question"], options, gold_labels(low.get("answer"), options)
 
 def _mmlu(row:dict, base:int):

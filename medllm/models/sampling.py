@@ -50,7 +50,7 @@ def draw_tokens(
     how:Sampling,          # Temperature and cuts
 )->torch.Tensor:           # (N,) token ids
     "The token that each number stands for."
-    if how.temperature == 0: return logits.argmax(-1)
+    if how.temperature < 1e-6: return logits.argmax(-1)       # nearer to 0, the quotient is infinite
     mass, order = torch.softmax(logits.float()/how.temperature, -1), None
     if not how.whole: mass, order = mass.topk(min(how.top_k or mass.shape[-1], mass.shape[-1]))
     mass = _running_sum(mass.double())

@@ -198,7 +198,7 @@ def summary_of(
     output:str|Path, # A complete file of answers
 )->dict:
     "Rows, answers, reasons why not, and how answers ended."
-    rows = [json.loads(line) for line in Path(output).read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in Path(output).read_text(encoding="utf-8").split("\n") if line]   # a text may hold U+2028
     said = [r for r in rows if r["answer"] is not None]
     return {"rows": len(rows), "answered": len(said), "skipped": dict(Counter(r["skipped"] for r in rows if "skipped" in r)),
         "ended": sum(r["ended"] for r in said), "empty": sum(not r["answer"] for r in said),

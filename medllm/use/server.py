@@ -196,7 +196,9 @@ async def respond(
     from starlette.responses import JSONResponse, Response, StreamingResponse
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise Refused(415, "the body must be sent as application/json", "wrong_content_type")
-    if service.queue.full(): service.hold(1)                 # not a byte is read of what cannot be taken
+    if service.queue.full():                                 # not a byte is read of what cannot be taken
+        service.hold(1)
+        service.queue.hold(-1)                               # there was room again in the meantime
     wanted = read_request(read_body(await _body(request, service.limits.body)), kind, [service.name], service.limits)
     answers, reply = _Answers(service, wanted), Reply(wanted, service.name, {"disclaimer": service.line} if service.line else {})
     class Stream(StreamingResponse):

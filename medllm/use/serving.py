@@ -67,7 +67,8 @@ def listen(
 )->tuple[socket.socket, bool]: # A listening socket, and whether only this machine can reach it
     "Take the address. Raises `UserError` when it is taken, unknown, or open to others without a key."
     try: family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except OSError: raise UserError(f"--host {host} is no address of this machine; the default is 127.0.0.1") from None
+    except (OSError, UnicodeError):
+        raise UserError(f"--host {host} is no address of this machine; the default is 127.0.0.1") from None
     local = ipaddress.ip_address(address[0].partition("%")[0]).is_loopback
     if not local and not keys: raise UserError(
         f"--host {host} can be reached by others, so a key is needed: put one into a file and name it with --api_key_file")
