@@ -21,7 +21,7 @@ from medllm.evaluate.items import MCQItem, load_items, read_items, stratified
 from medllm.evaluate.order import order_figures
 from medllm.evaluate.result import Task, compare, read_result, summary, write_result
 from medllm.evaluate.runs import EvaluateRun
-from medllm.evaluate.scoring import Asked, ModelScores, Scored, letter_asked, option_scores, picked, text_asked
+from medllm.evaluate.scoring import Asked, ModelScores, Row, Scored, letter_asked, option_scores, picked, text_asked
 from medllm.evaluate.statistics import holm, mean, share
 from medllm.models.chat import Said, load_chat_model
 from medllm.train.runs import parameters_cell
@@ -317,6 +317,14 @@ def test_a_task_of_the_harness_beside_our_own(tmp_path):
     ours, theirs = found["tuned"]["own"]["accuracy"], found["tuned"]["own_exam"]["accuracy_by_harness"]
     assert ours == theirs and found["tuned"]["own_exam"]["n"] == 20
     assert [c["verdict"] for c in found["comparisons"].values()] == ["not distinguishable"]*2
+
+
+def test_a_share_that_rounding_could_move_is_asked_again():
+    "Where several options may be right, the pick turns at an even share, not between the first two."
+    scores = ModelScores(load_chat_model())
+    row, totals = Row(np.arange(3), ((1,), (2,), (3,)), 0), [math.log(p) for p in (1/2, 1/3 + 1e-6, 1/6 - 1e-6)]
+    assert scores._close(Asked("?", ("A", "B", "C"), several=True), row, totals)
+    assert not scores._close(Asked("?", ("A", "B", "C")), row, totals)
 
 
 # --- base against tuned ----------------------------------------------------------------------------------------------

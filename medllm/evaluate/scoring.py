@@ -29,6 +29,7 @@ class Asked(NamedTuple):
     "A prompt, and what might follow it."
     prompt:str
     continuations:tuple[str, ...]
+    several:bool = False # Any number of them may be right: those above an even share are picked
 
 def question_text(
     item:MCQItem,        # A question
@@ -45,13 +46,13 @@ def letter_asked(
     item:MCQItem, # A question
 )->Asked:
     "The question with its options listed; each label may follow."
-    return Asked(question_text(item), item.labels)
+    return Asked(question_text(item), item.labels, len(item.gold) > 1)
 
 def text_asked(
     item:MCQItem, # A question
 )->Asked:
     "The question alone; the text of each option may follow."
-    return Asked(question_text(item, listed=False), tuple(text for _, text in item.options))
+    return Asked(question_text(item, listed=False), tuple(text for _, text in item.options), len(item.gold) > 1)
 
 SCORERS = {"letter": letter_asked, "text": text_asked}
 
@@ -211,9 +212,13 @@ class ModelScores:
         "Whether rounding could change the pick, by any norm."
         margin, least = MARGIN.get(self.chat.model.dtype, 0.1), 1.0
         for norm in NORMS:
-            best = sorted(option_scores(asked, self._scored(row, totals), norm))[-2:]
+            scores = option_scores(asked, self._scored(row, totals), norm)
+            best = sorted(scores)[-2:]
             shortest = 1.0 if norm == "sum" else 1/max(max(map(len, asked.continuations)), 1)
             least = min(least, (best[-1] - best[0])/shortest if len(best) > 1 else least)
+            if asked.several:
+                even = np.logaddexp.reduce(scores) - np.log(len(scores))
+                least = min(least, np.abs(np.asarray(scores) - even).min()/shortest)
         return least < margin
 
     def _batches(self, rows:Sequence[Row])->list[list[int]]:
