@@ -39,6 +39,7 @@ def texts(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_replay_keeps_what_was_known(texts, tmp_path):
     "Perplexity is reported for each set; the general one rises less with replay, the medical one falls all the same."
     again = dict(model_name_or_path=str(texts/"base"), finetuning_type="full", dataset="medical", dataset_dir=str(texts),

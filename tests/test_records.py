@@ -20,6 +20,7 @@ def test_a_failing_run_says_so(tmp_path):
     assert state["status"] == "failed" and "no row is left to train on" in state["reason"]
 
 
+@pytest.mark.slow
 def test_a_failing_run_under_plain_papermill(tmp_path):
     rows = tmp_path/"rows.json"
     rows.write_text(json.dumps([{"instruction": "a", "output": ""}]*3))

@@ -239,6 +239,7 @@ def test_missing_inputs_are_named_by_hash(own, tmp_path, gone, word):
     assert "Traceback" not in done.stderr and not (tmp_path/"runs").exists()
 
 
+@pytest.mark.slow
 def test_moved_data_may_be_named(own, tmp_path):
     shutil.copyfile(own[0]/"rows.json", tmp_path/"moved.json")
     (own[0]/"rows.json").rename(own[0]/"elsewhere")
