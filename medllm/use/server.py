@@ -211,17 +211,6 @@ class _Answers:
         if piece.reason: await self.check(at)
         return at, piece
 
-    async def check(self, at:int):
-        "Keep the citations of a whole answer that hold, and name their sources."
-        if not self.grounded: return
-        self.texts[at], told = await self.loop.run_in_executor(
-            self.service.pens[0], self.service.grounding.checked, self.texts[at], self.passages)
-        where = {}
-        for c in told:
-            if c.state != "removed": where.setdefault(c.number, []).append(c.sentence)
-        self.cited.setdefault("citations", [[] for _ in self.texts])[at] = [{"number": n, "title": p.title, "place": p.place,
-            "text": p.text, "sentences": where[n]} for n, p in enumerate(self.passages, 1) if n in where]
-
     async def rest(self):
         "All that is still to come."
         while not self.over: await self.next()
@@ -230,6 +219,19 @@ class _Answers:
         "Nobody waits for these answers any more."
         self.service.running.discard(self)
         for question in self.asked: question.cancel()
+
+# %% ../../nbs/use/10_server.ipynb #check
+@patch
+async def check(self:_Answers, at:int):
+    "Keep the citations of a whole answer that hold, and name their sources."
+    if not self.grounded: return
+    self.texts[at], told = await self.loop.run_in_executor(
+        self.service.pens[0], self.service.grounding.checked, self.texts[at], self.passages)
+    where = {}
+    for c in told:
+        if c.state != "removed": where.setdefault(c.number, []).append(c.sentence)
+    self.cited.setdefault("citations", [[] for _ in self.texts])[at] = [{"number": n, "title": p.title, "place": p.place,
+        "text": p.text, "sentences": where[n]} for n, p in enumerate(self.passages, 1) if n in where]
 
 # %% ../../nbs/use/10_server.ipynb #stream
 async def _events(answers:_Answers, reply:Reply, first:tuple):
@@ -247,6 +249,7 @@ async def _events(answers:_Answers, reply:Reply, first:tuple):
     except Refused as e: yield event(e.body())
     yield event("[DONE]")
 
+# %% ../../nbs/use/10_server.ipynb #respond
 async def respond(
     service:Service, # Who answers
     request,         # A starlette request
