@@ -50,7 +50,8 @@ def place_fault(
         return "no temporary folder can be written: set TMPDIR to one"
     if error.errno not in _REFUSED: return ""
     helps = "make room" if errno.errorcode[error.errno] in _ROOM else "let it be written, or name another place"
-    return f"{error.filename or 'a file'} cannot be used ({error.strerror}): {helps}"
+    named = re.sub(r"/\.([^/]+)\.\d+\.\d+\.part$", r"/\1", str(error.filename or "a file"))    # while `write_bytes` writes it
+    return f"{named} cannot be used ({error.strerror}): {helps}"
 
 @contextlib.contextmanager
 def placed():

@@ -94,7 +94,6 @@ def join(cls:TokenRows,
 _COLUMNS = {"part": np.int32, "start": np.int64, "length": np.int64, "trained": np.int64, "question": np.uint64,
     "group": np.uint64, "liked": np.int8, "note_start": np.int64, "note_length": np.int64}
 _FLAT = {"ids": np.int32, "trained": bool, "notes": np.uint8}
-ROW_FILES = (*_FLAT, "table") # of a folder of rows
 
 class Mark(NamedTuple):
     "What is known of a row beside its tokens."
@@ -142,6 +141,9 @@ class RowWriter:
         for file in self.files: file.close()
         with open(self.folder/"table", "wb") as f: np.savez(f, **table)
         return open_rows(self.folder)
+
+# %% ../../nbs/data/09_rows.ipynb #open
+ROW_FILES = (*_FLAT, "table") # Of a folder of rows
 
 def open_rows(
     folder:Path, # That a `RowWriter` filled
