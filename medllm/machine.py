@@ -84,7 +84,7 @@ def check_writable(
     "Raise `UserError` when a folder cannot be written into."
     if why := can_write(folder): raise UserError(f"{flag} {folder} cannot be used: {why}; name another folder")
 
-# %% ../nbs/03_machine.ipynb #beside
+# %% ../nbs/03_machine.ipynb #sweep
 def _lock(folder:Path)->int|None: # A file descriptor that holds it; None: somebody else does, or nobody can
     "Lock a folder."
     try:
@@ -114,6 +114,7 @@ def sweep(
         else: shutil.rmtree(left, ignore_errors=True)
         os.close(handle)
 
+# %% ../nbs/03_machine.ipynb #beside
 def _new(place:Path)->tuple[Path, int|None]:
     "A new folder and its lock; one that another process took for a leftover before it was locked is left to it."
     for _ in range(100):
@@ -137,6 +138,7 @@ def beside(
         shutil.rmtree(part, ignore_errors=True)
         if handle is not None: os.close(handle)
 
+# %% ../nbs/03_machine.ipynb #take-place
 def take_place(
     part:Path, # From `beside`, complete
     place:Path,# Where it belongs
