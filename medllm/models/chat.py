@@ -18,7 +18,7 @@ from ..core import UserError, find_path
 from ..data.formats import Example, Turn
 from ..data.tokens import Renderer
 from .adapters import chain_of, check_chain, load_adapter, merged, names
-from .loading import LoadPlan, load_model, load_tokenizer
+from .loading import LoadPlan, check_vocabulary, load_model, load_tokenizer
 from .sampling import Sampling, rows_that_fit, sample_answers, uniform_table
 
 # %% ../../nbs/models/09_chat.ipynb #choice
@@ -136,5 +136,7 @@ def load_chat_model(
     if not getattr(model, "is_quantized", False): model = model.to(device)
     own = last and (find_path(last)/"tokenizer_config.json").exists()
     tokenizer = _tokenizer_beside(last) if own else load_tokenizer(choice.model_name_or_path, plan)
+    check_vocabulary(choice.model_name_or_path, tokenizer, model.get_input_embeddings().weight.shape[0])
     renderer = Renderer(tokenizer, choice.template, choice.default_system, enable_thinking=choice.enable_thinking)
+    renderer.stop_also(getattr(getattr(model, "generation_config", None), "eos_token_id", None))
     return ChatModel(model, renderer, choice)

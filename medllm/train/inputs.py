@@ -42,14 +42,25 @@ class TrainingData:
     @property
     def private(self)->bool: return any(s.private for s in self.sources)
 
+def _for_documents(tokenizer)->str:
+    "The template of a run on documents, which need none; the tokenizer's own, where it can ask the questions afterwards."
+    if tokenizer.eos_token is None: raise UserError(
+        "the tokenizer has no EOS token to put behind a document; name one as eos_token in its tokenizer_config.json")
+    if not tokenizer.chat_template: return "vanilla@2023"
+    try: Renderer(tokenizer)
+    except UserError as e:
+        say(f"the tokenizer's own chat template is not used: {e}")
+        return "vanilla@2023"
+    return "auto"
+
 def load_renderer(
     args:Arguments, # From `parse`
 )->Renderer:
-    "The tokenizer of the run's model with the run's template."
+    "The tokenizer of the run's model with the run's template. Raises `UserError` when the two do not fit."
     d, last_only = args.data, args.finetuning.stage not in ("pt", "sft")     # what is judged is the last answer
     tokenizer = load_tokenizer(args.model.model_name_or_path, args.load_plan())
-    bare = args.finetuning.stage == "pt" and d.template == "auto" and not tokenizer.chat_template
-    return Renderer(tokenizer, "vanilla@2023" if bare else d.template, d.default_system or "",
+    bare = args.finetuning.stage == "pt" and d.template == "auto"
+    return Renderer(tokenizer, _for_documents(tokenizer) if bare else d.template, d.default_system or "",
         d.mask_history or last_only, d.train_on_prompt,
         enable_thinking=d.enable_thinking, thinking=d.thinking)
 
