@@ -31,7 +31,7 @@ def exposure(
 )->tuple[float, bool]:     # [bit], and whether it is extrapolated
     "Exposure of a secret by sampling (arXiv:1802.08232, §4.3)."
     seen = math.log2(len(found)/rank_of(found))
-    if rank_of(found) > 1 or len(found) > space or len(found) < 30 or np.ptp(found[1:]) == 0: return seen, False
+    if rank_of(found) > 1 or len(found) >= space or len(found) < 30 or np.ptp(found[1:]) == 0: return seen, False
     from scipy.stats import skewnorm
     others = -np.asarray(found[1:], float)/math.log(2)
     beyond = float(skewnorm.cdf(-found[0]/math.log(2), *skewnorm.fit(others)))

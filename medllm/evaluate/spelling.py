@@ -52,7 +52,9 @@ def place_of(
     text, size = decoded(tokenizer, ids), lambda some: len(decoded(tokenizer, some))
     before = max(_first(ids, lambda some: size(some) > start) - 1, 0)
     while before and not text[:start].startswith(decoded(tokenizer, ids[:before])): before -= 1   # half a letter
-    return Place(before, _first(ids, lambda some: size(some) >= end), text[size(ids[:before]):start], text[start:end])
+    after = _first(ids, lambda some: size(some) >= end)
+    while after < len(ids) and not decoded(tokenizer, ids[:after]).startswith(text[:end]): after += 1
+    return Place(before, after, text[size(ids[:before]):start], text[start:end])
 
 # %% ../../nbs/evaluate/14_spelling.ipynb #spells
 _SURE = 6 # letters and digits from which a value is not met by chance inside another word
