@@ -73,6 +73,7 @@ class Source:
     eval_only:bool = False               # Refused as training data
     licence:str = ""                     # As its owner names it
     language:str = ""                    # "en", "zh" …
+    made:bool = False                    # Written by the run itself, into its own folder
 
     @property
     def place(self)->str:

@@ -7,6 +7,7 @@ __all__ = ['TokenRows', 'Mark', 'RowWriter', 'open_rows', 'conversations', 'fit'
 
 # %% ../../nbs/data/09_rows.ipynb #imports
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -67,6 +68,13 @@ class TokenRows:
         begin, size = (int(self.table[name][i]) for name in ("note_start", "note_length"))
         return bytes(self.parts[self.table["part"][i]][2][begin:begin + size]).decode("utf-8", "replace")
 
+    def place(self,
+        i:int, # Number of a row
+    )->str:
+        "Where a row stands in its file: \"line 12\", \"row 3\"; empty where nobody said."
+        line = int(self.table["line"][i])
+        return f"line {line}" if line > 0 else f"row {-line}" if line else ""
+
     def __repr__(self): return f"TokenRows({len(self)} rows, {self.tokens} tokens, {self.trained} trained)"
 
 # %% ../../nbs/data/09_rows.ipynb #choose
@@ -91,7 +99,8 @@ def join(cls:TokenRows,
 
 # %% ../../nbs/data/09_rows.ipynb #writer
 _COLUMNS = {"part": np.int32, "start": np.int64, "length": np.int64, "trained": np.int64, "question": np.uint64,
-    "group": np.uint64, "liked": np.int8, "note_start": np.int64, "note_length": np.int64}
+    "group": np.uint64, "liked": np.int8, "line": np.int32, "note_start": np.int64, "note_length": np.int64}
+_MARKED = ("question", "group", "liked", "line") # Columns that a mark tells
 _FLAT = {"ids": np.int32, "trained": bool, "notes": np.uint8}
 
 class Mark(NamedTuple):
@@ -100,6 +109,7 @@ class Mark(NamedTuple):
     group:int = 0    # 64 bits, equal for rows that must not be divided
     liked:int = -1   # Whether its answer is a good one: 0 or 1; -1 where nobody said
     note:str = ""    # What a checkable answer must come to
+    line:int = 0     # Where it stands in its file: line, or minus its number where lines do not tell; 0 where nobody said
 
 class RowWriter:
     "Takes rows as they are made; keeps them in memory, or in the files of a folder."
@@ -125,7 +135,7 @@ class RowWriter:
         counts = np.concatenate([[0], np.cumsum(whole[1], dtype=np.int64)])
         new = {"part": np.zeros(len(ids)), "start": self.start + ends - lengths, "length": lengths,
             "trained": counts[ends] - counts[ends - lengths],
-            **{name: np.array([getattr(m, name) for m in marks], _COLUMNS[name]) for name in ("question", "group", "liked")},
+            **{name: np.array([getattr(m, name) for m in marks], _COLUMNS[name]) for name in _MARKED},
             "note_length": np.array(sizes := [len(n) for n in notes]), "note_start": self.noted + np.cumsum([0, *sizes[:-1]])}
         for name, kind in _COLUMNS.items(): self.columns[name].append(new[name].astype(kind))
         for file, array in zip(self.files, whole): file.write(array.tobytes()) if self.folder else file.append(array)
@@ -209,13 +219,20 @@ def _number(text:str)->int:
     "A text as 64 bits."
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "little")
 
+_place = re.compile(r", (line|row) (\d+)$").search
+
+def _line(where:str)->int:
+    "The line at the end of a place; minus the number of a row that is named by it."
+    found = _place(where)
+    return int(found[2])*(-1 if found[1] == "row" else 1) if found else 0
+
 def mark_of(
     example:Example, # Any
 )->Mark:
     "The question (as it is known, else its words) and the declared group (else the question) as numbers, and the rest."
     question = example.key or _number(" ".join(example.turns[0].text.casefold().split()))
     return Mark(question, _number(example.group) if example.group else question,
-        -1 if example.liked is None else int(example.liked), example.gold)
+        -1 if example.liked is None else int(example.liked), example.gold, _line(example.where))
 
 def _batches(examples:Iterable[Example], size:int)->Iterator[list[Example]]:
     "Stretches of about `size` examples; the examples of one row stay together."

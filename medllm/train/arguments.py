@@ -226,9 +226,9 @@ _STAGES_OF = {   # flags that mean something in some stages only
     **dict.fromkeys((f.name for f in fields(ReinforcementArguments) if f.name.startswith("ppo_")), ("ppo",)),
     **dict.fromkeys("kl_coef kl_limit log_completions".split(), _ONLINE),
     "replay_dataset": ("pt",), "replay_share": ("pt",), "replay_share_end": ("pt",),
-    "train_on_prompt": ("sft",), "mask_history": ("sft",)}
+    "train_on_prompt": ("sft",), "mask_history": ("sft",), "canaries": ("pt", "sft")}
 _LEAST = {"kto_chosen_weight": 0, "kto_rejected_weight": 0, "center_rewards_coefficient": 0, "rm_margin": 0, "pref_beta": 0,
-    "pref_ftx": 0, "kl_coef": 0, "kl_limit": 0}
+    "pref_ftx": 0, "kl_coef": 0, "kl_limit": 0, "canaries": 0}
 
 def _check_given(args:Arguments):
     "Raise `UserError` for a flag that was given and means nothing in the stage, or has a value below the least."
