@@ -226,7 +226,7 @@ _STAGES_OF = {   # flags that mean something in some stages only
     **dict.fromkeys((f.name for f in fields(ReinforcementArguments) if f.name.startswith("ppo_")), ("ppo",)),
     **dict.fromkeys("kl_coef kl_limit log_completions".split(), _ONLINE),
     "replay_dataset": ("pt",), "replay_share": ("pt",), "replay_share_end": ("pt",),
-    "train_on_prompt": ("sft",), "mask_history": ("sft",)}
+    "train_on_prompt": ("sft",), "mask_history": ("sft",), "label_smoothing_factor": ("pt", "sft")}
 _LEAST = {"kto_chosen_weight": 0, "kto_rejected_weight": 0, "center_rewards_coefficient": 0, "rm_margin": 0, "pref_beta": 0,
     "pref_ftx": 0, "kl_coef": 0, "kl_limit": 0}
 
@@ -294,7 +294,10 @@ def _check_together(args:Arguments):
     refuse(d.val_size and d.eval_dataset, "--val_size and --eval_dataset exclude each other")
     refuse(not 0 <= d.val_size < float("inf"), f"--val_size {d.val_size}: must be a share below 1, or a number of rows")
     refuse(d.cutoff_len < 8, f"--cutoff_len {d.cutoff_len}: must be at least 8 tokens")
-    refuse(t.label_smoothing_factor, "--label_smoothing_factor is not supported by the selected loss")
+    refuse(not 0 <= t.label_smoothing_factor < 1,
+        f"--label_smoothing_factor {t.label_smoothing_factor}: must be from 0 to below 1")
+    refuse(f.pure_bf16 and args.model.dtype not in ("auto", "bfloat16"),
+        f"--pure_bf16 and --dtype {args.model.dtype} exclude each other: one says bfloat16, the other does not")
     refuse(d.packing and t.neftune_noise_alpha,
         "--packing and --neftune_noise_alpha exclude each other: the noise would depend on what a row is packed with")
     refuse(d.packing and t.torch_compile,

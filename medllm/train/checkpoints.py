@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'COMMIT', 'digest', 'commit', 'check', 'checkpoints_in', 'committed', 'newest', 'drop', 'rotate',
-           'Unwritable', 'room_for', 'writing_failed', 'cut_back', 'Lines', 'owned']
+           'Unwritable', 'room_for', 'writing_failed', 'cut_back', 'begin_behind', 'Lines', 'owned']
 
 # %% ../../nbs/train/08_checkpoints.ipynb #imports
 import contextlib
@@ -199,6 +199,26 @@ def cut_back(
 def _stays(line:bytes, keep)->bool:
     try: return keep(json.loads(line))
     except ValueError: return False
+
+# %% ../../nbs/train/08_checkpoints.ipynb #behind
+def begin_behind(
+    run_folder:str|Path, # --output_dir
+    folder:Path,         # The checkpoint that is gone on from
+    last:int,            # Last step of the run
+    clean:bool = True,   # Whether this process is the one that takes away
+)->int:                  # The checkpoint's step
+    "Take away what came after a checkpoint: logged lines, later checkpoints. Raises `UserError` when it is past the last step."
+    step = int(folder.name.partition("-")[2])
+    if step > last: raise UserError(f"{folder} is past the last step ({last}), so nothing is left to train: raise --max_steps or "
+        "--num_train_epochs, or go on from an earlier checkpoint")
+    if step == last: say(f"nothing is left to train: {folder.name} is the last step of the run; more of them want a larger "
+        "--max_steps or --num_train_epochs, and --allow steps")
+    if not clean: return step
+    cut_back(Path(run_folder)/"history.jsonl", lambda line: line["step"] <= step and "train_runtime" not in line)
+    cut_back(Path(run_folder)/"rollouts.jsonl", lambda line: line["step"] < step)
+    for later, other in checkpoints_in(run_folder):
+        if later > step and other.resolve().parent == folder.resolve().parent: drop(other)
+    return step
 
 # %% ../../nbs/train/08_checkpoints.ipynb #lines
 class Lines:

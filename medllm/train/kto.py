@@ -15,11 +15,11 @@ from ..models.documents import isolate
 from .arguments import Arguments
 from .flags import PreferenceArguments
 from .inputs import TrainingData
-from .objectives import row_sums
+from .objectives import Objective, row_sums
 from .preference import won
 from .reference import Reference, ReferredCollate, computes_once, make_reference, precompute
 from .start import start_model
-from .trainer import Objective, StageTrainer
+from .trainer import StageTrainer
 from .units import UnitCollate
 
 # %% ../../nbs/train/22_kto.ipynb #loss

@@ -21,7 +21,7 @@ from ..models.adapters import describe, trained_parameters
 from ..secrets import resolve
 from .arguments import Arguments, check_output_dir, parse, preflight, resumes
 from .checkpoints import check, newest, owned
-from .contract import compare, contract_of
+from .contract import as_change, check_changes, compare, contract_of
 from .determinism import apply, in_force
 from .inputs import TrainingData, prepare_data
 from .interruption import listening, polled, stop
@@ -102,7 +102,8 @@ def _agreed(args:Arguments, contract:dict, checkpoint:Path):
     "Compare a checkpoint's contract with the run's, and record what differs. Raises `UserError` for what may not."
     then = json.loads((checkpoint/"contract.json").read_text(encoding="utf-8"))
     found = compare(then, contract, checkpoint.name, args.finetuning.allow)
-    say(f"going on from {checkpoint.name}" + (f"; not as it was: {', '.join(d[0] for d in found)}" if found else ""))
+    check_changes(found, args, checkpoint.name)
+    say(f"going on from {checkpoint.name}" + (f"; not as it was: {', '.join(map(as_change, found))}" if found else ""))
     if is_first_process(): append_event(args.training.output_dir, "resumed", checkpoint=checkpoint.name,
         differences=[dict(zip(("name", "then", "now", "kind"), d)) for d in found])
 

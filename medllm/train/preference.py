@@ -21,10 +21,10 @@ from ..models.documents import branched, isolate
 from .arguments import Arguments
 from .flags import PreferenceArguments
 from .inputs import TrainingData
-from .objectives import row_sums
+from .objectives import Objective, row_sums
 from .reference import ReferredCollate, computes_once, make_reference, precompute
 from .start import start_model
-from .trainer import Objective, StageTrainer
+from .trainer import StageTrainer
 from .units import UnitCollate
 
 # %% ../../nbs/train/21_preference.ipynb #dpo

@@ -16,6 +16,7 @@ from ..data.packing import fill_packs, plan_packs
 from ..data.rows import TokenRows
 from .arguments import Arguments
 from .inputs import TrainingData
+from .objectives import TokenLoss
 from .start import start_model
 
 # %% ../../nbs/train/17_pretrain.ipynb #schedule
@@ -85,8 +86,8 @@ def make_trainer(
     data:TrainingData, # From `prepare_data`
 ):
     "The trainer of a pre-training run, a `StageTrainer`. Raises `UserError` for replay without packing."
-    from medllm.train.trainer import StageTrainer, TokenLoss
-    d, t, rows, objective = args.data, args.training, data.train, TokenLoss()
+    from medllm.train.trainer import StageTrainer
+    d, t, rows, objective = args.data, args.training, data.train, TokenLoss(args.training.label_smoothing_factor)
     if data.replay is not None:
         if not d.packing: raise UserError("--replay_dataset needs --packing: shares are counted in packs")
         if not len(data.replay): raise UserError(f"--replay_dataset {d.replay_dataset} leaves no row to replay")

@@ -16,7 +16,8 @@ from .arguments import Arguments
 from .inputs import TrainingData, shared_questions
 from .report_card import ReportCard, card_table, make_card
 from .start import check_memory, finish_start
-from .trainer import Objective, StageTrainer
+from .objectives import Objective
+from .trainer import StageTrainer
 from .units import Pairs, UnitCollate
 
 # %% ../../nbs/train/19_reward.ipynb #loss

@@ -22,7 +22,8 @@ from ..models.documents import branched
 from ..models.sampling import Sampling, at_rest, rows_that_fit, sample_answers, uniform_table
 from .answers import AnswerLayout, Reward, Rollout, add_rewards, rollout_again
 from .monitor import Monitor, kl_estimate, mean_kl
-from .trainer import Objective, StageTrainer
+from .objectives import Objective
+from .trainer import StageTrainer
 
 # %% ../../nbs/train/25_rollouts.ipynb #batches
 class RolloutBatches(Sampler):
@@ -34,17 +35,24 @@ class RolloutBatches(Sampler):
         seed:int,      # Seed of the run
         rank:int = 0,  # This process, from 0
         world:int = 1, # W, processes
+        drop_last:bool = False, # Leave out a last round that would have to be filled up
+        shuffled:bool = True,   # In an order of their own each epoch; False: as they come
     ):
         self.prompts, self.size, self.repeat, self.seed = prompts, size, repeat, seed
-        self.rank, self.world = rank, world
-        self.batch_size, self.drop_last, self.epoch = size, False, 0
+        self.rank, self.world, self.shuffled = rank, world, shuffled
+        self.batch_size, self.drop_last, self.epoch = size, drop_last, 0
+        if not self.rounds: raise UserError(f"--dataloader_drop_last leaves nothing to train on: {prompts} prompts are fewer "
+            f"than the {size*world} of a rollout")
 
     def set_epoch(self, epoch:int): self.epoch = epoch
     @property
-    def rounds(self)->int: return -(-self.prompts//(self.size*self.world))
+    def rounds(self)->int:
+        whole, rest = divmod(self.prompts, self.size*self.world)
+        return whole + bool(rest and not self.drop_last)
     def __len__(self): return self.rounds*self.repeat
     def __iter__(self):
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.prompts)
+        rng = np.random.default_rng((self.seed, self.epoch))
+        order = rng.permutation(self.prompts) if self.shuffled else np.arange(self.prompts)
         for part in np.resize(order, (self.rounds, self.world, self.size))[:, self.rank].tolist():
             for _ in range(self.repeat): yield part
 
@@ -140,7 +148,8 @@ def get_train_dataloader(self:RolloutTrainer):
     a = self.args
     return self._loader(self.train_dataset, RolloutBatches(
         len(self.train_dataset), self.size, self.rollout_steps*a.gradient_accumulation_steps,
-        a.seed if a.data_seed is None else a.data_seed, a.process_index, a.world_size))
+        a.seed if a.data_seed is None else a.data_seed, a.process_index, a.world_size, a.dataloader_drop_last,
+        a.train_sampling_strategy != "sequential"), stays=True)
 
 @patch
 def get_batch_samples(self:RolloutTrainer, epoch_iterator, num_batches:int, device)->tuple:

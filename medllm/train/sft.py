@@ -8,6 +8,7 @@ __all__ = ['make_trainer']
 # %% ../../nbs/train/16_sft.ipynb #imports
 from .arguments import Arguments
 from .inputs import TrainingData
+from .objectives import TokenLoss
 from .start import start_model
 
 # %% ../../nbs/train/16_sft.ipynb #make
@@ -16,6 +17,7 @@ def make_trainer(
     data:TrainingData, # From `prepare_data`
 ):
     "The trainer of a supervised run, a `StageTrainer`."
-    from medllm.train.trainer import StageTrainer, TokenLoss
-    return StageTrainer(start_model(args, data), args.training, TokenLoss(), data.train, data.eval,
-        data.renderer.tokenizer, args.data.group_by_length, args.data.cutoff_len if args.data.packing else None)
+    from medllm.train.trainer import StageTrainer
+    objective = TokenLoss(args.training.label_smoothing_factor)
+    return StageTrainer(start_model(args, data), args.training, objective, data.train, data.eval, data.renderer.tokenizer,
+        args.data.group_by_length, args.data.cutoff_len if args.data.packing else None)
