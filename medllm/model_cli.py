@@ -81,8 +81,8 @@ _EXPORT_HELP = """examples
 what is checked
   The trained model (base with adapter) answers fixed questions. Each artefact is opened again from the disk and asked the same.
   A float32 merge must give the same logits to four digits and the same answers to the last token; 16-bit and quantised artefacts
-  must stay below limits of KL divergence. --limit moves one: --limit bnb-4bit.kl=0.5. When one is broken, nothing is left
-  but my-model.failed/equivalence.md, and the exit code is 1.
+  must stay below limits of KL divergence, and the table says how many of their answers are still the same. --limit moves a
+  limit: --limit bnb-4bit.kl=0.5. When one is broken, nothing is left but my-model.failed/equivalence.md, and the exit code is 1.
 
 then
   transformers serve my-model            vllm serve my-model
@@ -92,16 +92,16 @@ then
 def _export(args)->int:
     from medllm.models.chat import ModelChoice
     from medllm.records.release import release
-    from medllm.use.equivalence import as_table
+    from medllm.use.equivalence import as_table, not_the_same
     from medllm.use.export import ExportPlan
     choice = ModelChoice(args.model_name_or_path, args.adapter_name_or_path, args.template, args.quantization_bit,
         default_system=args.default_system, enable_thinking=args.enable_thinking)
     plan = ExportPlan(args.output, choice, args.dtype, args.max_shard_size, tuple(args.bits), tuple(args.gguf), args.prompts,
         args.answers, args.max_new_tokens, tuple(args.limit), args.overwrite)
     report = release(plan, args.record, args.evaluation)
-    print(as_table(report["verdicts"]))
+    print(as_table(report["verdicts"]), not_the_same(report["verdicts"]), sep="\n")
     if not report["passed"]:
-        say(f"not exported: an artefact does not answer as the trained model; see {plan.place}.failed/equivalence.md")
+        say(f"not exported: an artefact is not within its limits of the trained model; see {plan.place}.failed/equivalence.md")
         return 1
     print(f"model: {plan.place}")
     return 0

@@ -146,7 +146,8 @@ def test_the_card_says_what_was_found(exported):
     from huggingface_hub import ModelCard
     card = ModelCard.load(exported/"README.md")
     assert card.data.library_name == "transformers" and "no medical advice" in card.text
-    for artefact in ("merged", "bnb-4bit", "gguf-q8_0"): assert f"| {artefact} | equivalent |" in card.text
+    for artefact in ("merged", "bnb-4bit", "gguf-q8_0"): assert f"| {artefact} | within the limit" in card.text
+    assert "equivalent" not in card.text
     assert str(exported.parent) not in card.content + (exported/"equivalence.json").read_text(), "no folder of this machine"
 
 
@@ -206,7 +207,25 @@ def test_a_corrupted_merge_fails(dtype, harm, tmp_path, monkeypatch, capsys):
     assert sorted(p.name for p in (tmp_path/"model.failed").iterdir()) == ["equivalence.json", "equivalence.md"]
     report = json.loads((tmp_path/"model.failed/equivalence.json").read_text())
     assert not report["passed"] and verdicts(report)["merged"]["broken"]
-    assert "does not answer as the trained model" in capsys.readouterr().err
+    assert "is not within its limits of the trained model" in capsys.readouterr().err
+
+
+def test_within_the_limit_is_not_called_the_same(tmp_path, monkeypatch, capsys):
+    "Quantised weights within their limit of KL that choose other words in most answers: limit, figure, share."
+    real = exporting.greedy
+    def other_words(chat, prompts, tokens):
+        said = real(chat, prompts, tokens)
+        return said[:1] + [[7, *answer] for answer in said[1:]] if getattr(chat.model, "is_quantized", False) else said
+    monkeypatch.setattr(exporting, "greedy", other_words)
+    folder = tmp_path/"model"
+    assert main(["export", "--output", str(folder), "--bits", "8", "--answers", "4", "--max_new_tokens", "4"]) == 0
+    terminal, report = capsys.readouterr(), json.loads((folder/"equivalence.json").read_text())
+    kl = verdicts(report)["bnb-8bit"]["measures"]["kl"]
+    assert f"bnb-8bit: within the limit: kl {kl:.2g} (at most 0.05); 25.0% of the answers are the same" in terminal.err
+    for text in (terminal.out, (folder/"README.md").read_text()):
+        assert "| bnb-8bit | within the limit (kl ≤ 0.05) |" in text and "| 25.0% |" in text
+        assert "of the greedy answers, word for word the trained model's are 25% (bnb-8bit)." in text
+        assert "equivalent" not in text + terminal.err
 
 
 def test_a_lost_file_format_fails(tmp_path, monkeypatch):
@@ -415,7 +434,7 @@ def test_a_record_gives_the_card(tmp_path):
     assert main(["export", *words, "--output", str(tmp_path/"model")]) == 0
     card, state = (tmp_path/"model/README.md").read_text(), json.loads((folder/"run.json").read_text())
     metric = state["metrics"]["eval_loss"]
-    assert f"{metric:.4g}"[:5] in card and "| mm |" in card and "| merged | equivalent |" in card
+    assert f"{metric:.4g}"[:5] in card and "| mm |" in card and "| merged | within the limit" in card
     assert next(iter(state["weights"].values())) in card and str(tmp_path) not in card
     assert "## Evaluation" in card and "| mm_mcq | accuracy |" in card and "not distinguishable" in card
     other = adapter(tmp_path/"other")

@@ -8,7 +8,6 @@ __all__ = ['DEFECTS', 'REASONS', 'KINDS', 'Call', 'Turn', 'Example', 'Rejected',
 
 # %% ../../nbs/data/03_formats.ipynb #imports
 import json
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -98,7 +97,10 @@ def _text(row:Row, column:str, required:bool=False)->str:
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str): return value[0].strip()
     raise _wrong(f"column '{column}'", "text", value)
 
-_thinking = re.compile(r"<think>\s*(.*?)\s*</think>\s*(.*)", re.DOTALL).fullmatch
+def _thinking(text:str)->tuple[str, str]|None:
+    "The thought that a text begins with, and the rest."
+    thought, end, rest = text.removeprefix("<think>").partition("</think>")   # an expression would try each blank twice
+    return (thought.strip(), rest.lstrip()) if end else None
 
 def answer_turn(
     text:str,                # What was answered, perhaps with <think>…</think> in front
@@ -109,7 +111,7 @@ def answer_turn(
     "An assistant's turn; thinking at the beginning of the text is taken out of it."
     found = text.startswith("<think>") and not thought and _thinking(text)
     if text.startswith("<think>") and not found and not thought: raise Rejected("unclosed_thought")
-    if found: thought, text = found.groups()
+    if found: thought, text = found
     return Turn("assistant", text, calls, thought, train)
 
 # %% ../../nbs/data/03_formats.ipynb #alpaca

@@ -82,7 +82,7 @@ def measured(
 # %% ../../nbs/records/24_release.ipynb #release
 def _card(report:dict, record:Path|None, figures:str)->str:
     "The card of an exported model."
-    proof = ("Equivalence", equivalence_text(report).partition("\n\n")[2].strip())
+    proof = ("Compared with the trained model", equivalence_text(report).partition("\n\n")[2].strip())
     extra = [("Evaluation", figures), proof]
     if record: return card_text(record, report["name"], "transformers", extra, "medllm export")
     return plain_card(report) + (f"\n## Evaluation\n\n{figures}\n" if figures else "")

@@ -21,8 +21,8 @@ from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 
 from ..core import Interrupted, UserError, append_event, say, write_json
-from medllm.train.checkpoints import (Unwritable, begin_behind, check, commit, committed, drop, room_for, rotate,
-    writing_failed)
+from ..machine import writing_failed
+from .checkpoints import Unwritable, begin_behind, check, commit, committed, drop, room_for, rotate
 from .interruption import Agreement, Left, leaving, listening, polled, stop
 from .state import check_weights, random_state, read_state, readable, set_random_state, write_state
 

@@ -9,10 +9,11 @@ __all__ = ['QUESTIONS', 'Answer', 'answer', 'sample', 'as_table']
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..data.formats import Example, Turn
+from ..data.formats import Turn
 from ..data.tokens import Renderer
-from ..models.chat import saved_chat
+from ..models.chat import ChatModel, saved_chat
 from ..models.loading import LoadPlan
+from ..models.sampling import Sampling
 
 # %% ../../nbs/use/00_generate.ipynb #answer
 @dataclass(frozen=True)
@@ -28,23 +29,10 @@ def answer(
     questions:list[str],     # B questions, each a conversation of its own
     max_new_tokens:int = 64, # Longest answer [tokens]
 )->list[Answer]:             # One for each question
-    "Greedy answers to questions."
-    import torch
-    rows = [ids for ids, _ in renderer.encode([Example((Turn("user", q),)) for q in questions])]
-    width, pad = max(map(len, rows)), renderer.tokenizer.pad_token_id or 0
-    ids = torch.tensor([[pad]*(width - len(r)) + r.tolist() for r in rows], device=model.device)
-    mask = torch.tensor([[0]*(width - len(r)) + [1]*len(r) for r in rows], device=model.device)
-    model.eval()
-    with torch.inference_mode():
-        out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
-            temperature=None, top_p=None, top_k=None, eos_token_id=renderer.stop_ids, pad_token_id=pad)
-    return [_read(q, said, renderer) for q, said in zip(questions, out[:, width:].tolist())]
-
-def _read(question:str, said:list[int], renderer:Renderer)->Answer:
-    "The generated ids as an answer."
-    end = next((i for i, token in enumerate(said) if token in renderer.stop_ids), None)
-    text = renderer.tokenizer.decode(said[:end], clean_up_tokenization_spaces=False)
-    return Answer(question, text.strip(), end is not None)
+    "Greedy answers to questions. Raises `UserError` for a broken model."
+    chat = ChatModel(model, renderer)
+    said = chat.answers([chat.prompt([Turn("user", q)]) for q in questions], Sampling(max_new_tokens, 0.0))
+    return [Answer(q, s.text, s.ended) for q, s in zip(questions, said)]
 
 # %% ../../nbs/use/00_generate.ipynb #sample
 QUESTIONS = ("What are the warning signs of a stroke?", "高血压患者平时应该注意什么？", "How does metformin lower blood sugar?",

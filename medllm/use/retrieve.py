@@ -30,6 +30,7 @@ from filelock import FileLock
 
 from ..core import UserError, find_path, say, sha256, write_bytes, write_json
 from ..data.cache import cache_folder
+from ..machine import cache_home, placed
 from ..data.registry import Source
 from ..data.words import HAN, words
 from .knowledge import LONGEST, Passage, find_knowledge, read_passages
@@ -271,9 +272,9 @@ def open_index(
         f"knowledge must be in local files, and {lost[0]} is not; download it first")
     dense = Dense(plan.dense) if plan.dense else None
     files = source_hashes(sources)
-    keep = cache_folder(Path(os.environ.get("MEDLLM_CACHE", "~/.cache/medllm")).expanduser()/"knowledge")
+    with placed(): keep = cache_folder(cache_home()/"knowledge")
     place = keep/_key(sources, plan, files)
-    with FileLock(f"{place}.lock"):
+    with placed(), FileLock(f"{place}.lock"):
         if index := _read(place, dense): return index
         index = make_index(read_passages(sources, plan.longest))
         if dense:
