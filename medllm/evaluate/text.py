@@ -20,7 +20,7 @@ import numpy as np
 from ..core import UserError
 from ..data.cache import source_files
 from ..data.formats import Example, Rejected, to_examples
-from ..data.gate import LOOP
+from ..data.gate import LOOP, short_place
 from ..data.json_reader import Bad
 from ..data.readers import read_rows
 from ..data.registry import find_sources, with_columns
@@ -296,7 +296,7 @@ def _predicted(file:str, asked:Sequence[Asked])->tuple[list[Said], str, dict]:
     with open(file, encoding="utf-8") as f: said = [r for r in map(json.loads, f) if r["answer"] is not None]
     rows = {r["where"]: r for r in said}
     if len(rows) < len(said): raise UserError(f"{file} has answers to several files of one name; predict one dataset at a time")
-    place = lambda a: Path(a.example.where).name if ", line " in Path(a.example.where).name else a.example.where
+    place = lambda a: short_place(a.example.where)
     lost = [a.id for a in asked if place(a) not in rows]
     if lost: raise UserError(f"{file} has no answer to {len(lost)} of {len(asked)} questions, the first is {lost[0]}; "
         "predict the same dataset again")
