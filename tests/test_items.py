@@ -100,3 +100,52 @@ def test_ids_that_look_like_a_number_of_another_are_told_apart():
     from medllm.evaluate.result import told_apart
     assert len(set(told_apart(["a", "a", "a#2", "a", "a#2", "a#3"]))) == 6
     assert told_apart(["x"]*20000)[-1] == "x#20000"
+
+
+# pictures
+
+
+PICTURES = {
+    "MedXpertQA-MM": {"id": "MM-26", "images": ["MM-26-a.jpeg"]}, "a path": {"image": "x/1.png"},
+    "bytes and path": {"image_1": {"bytes": "iVBOR", "path": "1.png"}}, "VQA-RAD": {"image_name": "synpic1.jpg"},
+    "PMC-VQA": {"Figure_path": "PMC1.jpg"}, "a flag": {"has_image": True}, "Chinese": {"图片": "1.jpg"},
+    "pixels": {"pixel_values": [[0, 1], [1, 0]]}, "a film": {"video": "a.mp4"},
+    "parts": {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://x/y"}}]}]},
+    "a mark": {"question": "<image>\nWhat does this show?"}, "MMMU": {"question": "What does <image 1> show?"},
+    "HTML": {"question": "See <img src='a.png'> here: what is it?"}, "Markdown": {"question": "![](a.png) What is it?"},
+    "its bytes": {"question": "What is data:image/png;base64,iVBORw0KGgo= ?"},
+    "options": {"options": {"A": "a.png", "B": "b.png"}}}
+PLAIN = {"question": "What does this show?", "options": {"A": "a nodule", "B": "a cyst"}, "answer": "A"}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_an_item_that_needs_a_picture_is_left_out_by_name_and_counted(name, tmp_path, chat):
+    from medllm.evaluate.items import load_items
+    rows = [PLAIN | {"id": f"p{n}", "rubrics": [{"criterion": "names it", "points": 1}]} | PICTURES[name] for n in range(3)]
+    (tmp_path/"x.json").write_text(json.dumps(rows + [PLAIN]))
+    loaded = load_items(str(tmp_path/"x.json"))
+    (reason, n), = loaded.skipped.items()
+    assert n == 3 and reason.startswith("need a picture (") and [i.question for i in loaded.items] == [PLAIN["question"]]
+    (tmp_path/"all.json").write_text(json.dumps(rows))
+    file = str(tmp_path/"all.json")
+    for read in (lambda: load_items(file), lambda: read_rubrics(chat, Task("x", "rubric", file)),
+            lambda: read_asked(chat, Task("x", "text", file, options=ASK))):
+        with pytest.raises(UserError, match="3 need a picture"): read()
+
+
+def test_words_about_pictures_are_words(tmp_path):
+    from medllm.evaluate.items import load_items
+    words = [{"images": []}, {"image": None}, {"image": ""}, {"has_image": False}, {"影像": "CT示右肺下叶结节"},
+        {"picture": "The clinical picture is that of sepsis."}, {"question": "Is <img> a tag?"},
+        {"question": "In our forms, what does the mark <image> stand for?"},
+        {"url": "https://a/b.png"}, {"imaging": "chest x-ray.jpg not done"}]
+    (tmp_path/"x.json").write_text(json.dumps([PLAIN | row for row in words]))
+    assert len(load_items(str(tmp_path/"x.json")).items) == len(words)
+
+
+def test_no_text_set_is_taken_for_pictures(shared):
+    from medllm.data.media import media_in
+    from medllm.data.readers import read_file
+    for name in ("apollo_multi/dev.json", "medxpert_mcq/medxpertqa_sampled_text_input.jsonl", "medxpert_mcq/medqa_input.jsonl"):
+        found = [media_in(row.data) for row in read_file(shared(f"data/{name}"))]
+        assert len(found) > 100 and not any(found), name

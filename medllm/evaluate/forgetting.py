@@ -17,12 +17,11 @@ import numpy as np
 
 from ..core import UserError
 from ..data.formats import Rejected, kind_of, to_examples
-from ..data.json_reader import Bad
 from .choice import model_facts
 from .result import Result, Task, compares, measures, summarises, told_apart
 from .scoring import Row, batch_logprobs
 from .statistics import holm, sign_p, verdict_words
-from .text import dataset_rows, drawn_figure, item_draws, some_of
+from .text import dataset_rows, drawn_figure, item_draws, row_data, some_of
 from ..models.chat import ChatModel
 from ..models.sampling import at_rest
 
@@ -35,7 +34,7 @@ class Document(NamedTuple):
 
 def _text_of(row, source)->str:
     "The text of a row. Raises `Rejected`."
-    if isinstance(row, Bad): raise Rejected(row.reason)
+    row_data(row)
     turn = to_examples(row, source, kind_of(row, source))[0].turns[-1]
     if not turn.text: raise Rejected("empty_answer")
     return turn.text

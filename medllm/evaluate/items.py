@@ -19,6 +19,7 @@ from ..core import UserError, find_path
 from ..data.answers import options_in
 from ..data.cache import source_files
 from ..data.json_reader import Bad
+from ..data.media import media_in
 from ..data.readers import read_file, read_rows
 from ..data.registry import find_sources
 from .result import told_apart
@@ -217,6 +218,7 @@ def read_items(
     base = count_base(rows, schema, first_answer) if rows else 0
     for n, row in enumerate(rows, 1):
         try:
+            if shown := media_in(row): raise Skip(f"need a picture ({shown})")
             question, options, gold = schema.read(row, base)
             if question is None or not str(question).strip(): raise Skip("no question")
         except (Skip, KeyError, TypeError, ValueError) as e:

@@ -19,12 +19,11 @@ import numpy as np
 from ..core import UserError
 from ..data.answers import json_in, said
 from ..data.formats import Example, Rejected, Turn
-from ..data.json_reader import Bad
 from .choice import model_facts
 from .compare import compare_scores, groups_of
 from .result import Result, Task, compares, figure, measures, summarises, told_apart
 from .statistics import bootstrap_means, share
-from .text import Asked, asked_facts, dataset_rows, said_to, some_of
+from .text import Asked, asked_facts, dataset_rows, row_data, said_to, some_of
 from ..models.chat import ChatModel, ModelChoice, load_chat_model
 
 # %% ../../nbs/evaluate/12_rubric.ipynb #score
@@ -82,8 +81,8 @@ def read_rubrics(
 
 def _rubric_row(chat:ChatModel, row)->tuple[Asked, list[Criterion]]:
     "A row as a question with criteria."
-    if isinstance(row, Bad): raise Rejected(row.reason)
-    turns, criteria = _turns(row.data.get("prompt", row.data.get("question"))), criteria_of(row.data)
+    data = row_data(row)
+    turns, criteria = _turns(data.get("prompt", data.get("question"))), criteria_of(data)
     system = turns.pop(0).text if turns[0].role == "system" else ""
     try: prompt = chat.prompt(turns, system)
     except UserError: raise Rejected("template_refuses") from None
