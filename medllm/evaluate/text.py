@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOOP_WORDS', 'LETTERS', 'common', 'rouge_l', 'scorer_of', 'counts_of', 'score_of', 'signature', 'language_of',
            'text_item', 'item_draws', 'drawn_figure', 'text_summary', 'text_change', 'Asked', 'dataset_rows', 'some_of',
-           'read_asked', 'asked_facts', 'said_to', 'measure_text']
+           'row_data', 'read_asked', 'asked_facts', 'said_to', 'measure_text']
 
 # %% ../../nbs/evaluate/10_text.ipynb #imports
 import hashlib
@@ -21,14 +21,15 @@ from ..core import UserError
 from ..data.cache import source_files
 from ..data.formats import Example, Rejected, to_examples
 from ..data.gate import LOOP, short_place
-from ..data.json_reader import Bad
+from ..data.json_reader import Bad, Row
+from ..data.media import media_in
 from ..data.readers import read_rows
 from ..data.registry import find_sources, with_columns
 from ..data.text_rules import SCRIPTS, script_counts, scripts_of, wrong_language
 from ..data.words import hash_words, repeated_share, words
 from .choice import model_facts
 from .compare import compare_scores, groups_of
-from .result import Result, Task, compares, figure, measures, summarises
+from .result import Result, Task, compares, figure, measures, summarises, told_apart
 from .statistics import DRAWS, mean, share, verdict_words
 from ..models.chat import ChatModel, Said
 from ..models.sampling import Sampling
@@ -205,7 +206,7 @@ def text_change(
         more |= {f"{name}_{lang}": _corpus_change(name, lang, *pair) for name in ("bleu", "chrf")}
     return compare_scores(*rouge, groups_of(base.items)) | {"measure": "rouge_l", "more": more}
 
-# %% ../../nbs/evaluate/10_text.ipynb #prompts
+# %% ../../nbs/evaluate/10_text.ipynb #rows
 class Asked(NamedTuple):
     "A question with what is known about it."
     id:str          # The row's own, or its place
@@ -237,15 +238,24 @@ def some_of(
     skipped["not drawn"] += len(found) - task.limit
     return [found[i] for i in sorted(np.random.default_rng(task.seed).permutation(len(found))[:task.limit])]
 
+# %% ../../nbs/evaluate/10_text.ipynb #prompts
+def row_data(
+    row:Row|Bad, # Of a file
+)->dict:
+    "A row's columns. Raises `Rejected` for one that cannot be read, or that needs a picture."
+    if isinstance(row, Bad): raise Rejected(row.reason)
+    if shown := media_in(row.data): raise Rejected(f"need a picture ({shown})")
+    return row.data
+
 def _ask(row, source, chat:ChatModel)->Asked:
     "A row as a question. Raises `Rejected` with the reason."
-    if isinstance(row, Bad): raise Rejected(row.reason)
+    row_data(row)
     example = to_examples(row, source, "prompt")[0]
     try: prompt = chat.renderer.encode([example])[0][0]
     except UserError: raise Rejected("template_refuses") from None
     if len(prompt) >= chat.longest: raise Rejected("longer_than_model")
     id = row.data.get("id")
-    id = str(id) if isinstance(id, str | int) and id != "" else f"{Path(row.file).name}, line {row.line}"
+    id = str(id) if isinstance(id, str | int) and id != "" else row.place
     return Asked(id, example.group or id, prompt, example)
 
 def read_asked(
@@ -263,7 +273,7 @@ def read_asked(
     found = [a for a in found if a.example.gold or not gold]
     if not found: raise UserError(f"dataset '{task.dataset}': no row has a question"
         f"{' and an answer' if gold else ''} ({', '.join(f'{n} {why}' for why, n in skipped.items()) or 'it is empty'})")
-    if len({a.id for a in found}) < len(found): found = [a._replace(id=f"{n}: {a.id}") for n, a in enumerate(found, 1)]
+    found = [a._replace(id=id) for a, id in zip(found, told_apart(a.id for a in found))]
     return some_of(found, task, skipped), dict(skipped), sha256
 
 # %% ../../nbs/evaluate/10_text.ipynb #facts
