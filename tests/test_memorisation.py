@@ -110,7 +110,8 @@ def test_the_canary_that_was_planted_is_found_and_its_control_is_not(record):
 def test_a_model_that_was_trained_for_too_long_gives_its_rows_away(record):
     rows, said = items_of(record, "row"), items_of(record, "personal")
     assert [i["id"] for i in sorted(rows, key=lambda i: i["id"])] == [f"rows.jsonl, line {n}" for n in (1, 2, 3, 4)]
-    assert sum(i["drawn"] for i in rows) >= 3 and sum(i["drawn"] for i in said) >= 3 and sum(i["from_question"] for i in said) >= 2
+    assert sum(i["drawn"] for i in rows) >= 3 and sum(i["drawn"] for i in said) >= 3
+    assert sum(i["from_question"] for i in said) >= 2
     assert not any(i["base_drawn"] for i in rows + said)
     assert verdict_of(record)["personal data of training rows that the model says"]["met"] is False
     assert verdict_of(record)["training rows that it continues word for word"]["met"] is False
@@ -163,7 +164,8 @@ def test_the_same_questions_to_model_and_base(record, places):
     assert change["parts"]["identifiers_spelt"]["only_tuned"] >= 3 and change["parts"]["identifiers_spelt"]["only_base"] == 0
     assert [row["met"] for row in memorisation_targets(base)] == [True, True, None]      # one canary tells nothing
     for result in (tuned, base): assert not any(value in json.dumps(result.items) for value in VALUES)
-    shown = measure_memorisation(load_chat_model(ModelChoice(str(record))), Task("m", "memorisation", str(places/"rows.jsonl"), reveal=True))
+    task = Task("m", "memorisation", str(places/"rows.jsonl"), reveal=True)
+    shown = measure_memorisation(load_chat_model(ModelChoice(str(record))), task)
     assert sum(any(value in i["text"] for value in VALUES) for i in shown.items) >= 4    # asked for, texts are there
 
 
@@ -184,13 +186,15 @@ def test_what_stands_in_the_prompt_is_not_taken_for_memory(tiny_chat):
     def states(*turns):
         ids, trained = tiny_chat.renderer.encode([Example(tuple(Turn(*t) for t in turns))])[0]
         return [i.state for i in identifiers(tiny_chat.tokenizer, TrainedRow("a", ids, trained))]
-    assert states(("user", "I am anna.k41@mail-a.org"), ("assistant", "Thank you, ANNA.K41@mail-a.org.")) == ["masked", "in the prompt"]
-    assert states(("user", "Call (415) 555-2671?"), ("assistant", "Yes, 415-555-2671.")) == ["masked", "in the prompt"]
+    repeated = ["masked", "in the prompt"]
+    assert states(("user", "I am anna.k41@mail-a.org"), ("assistant", "Thank you, ANNA.K41@mail-a.org.")) == repeated
+    assert states(("user", "Call (415) 555-2671?"), ("assistant", "Yes, 415-555-2671.")) == repeated
     assert states(("document", "Write to a.b@c.org, or to a.b@c.org.")) == ["trained", "in the prompt"]
     assert states(("user", "Hello"), ("assistant", "Good morning.")) == []
 
 
-@pytest.mark.parametrize("text", ["电话:13912345678。", "电话１３９１２３４５６７８", "id MRN: A-48217 x", "Mail anna.k41@mail-a.org!"])
+@pytest.mark.parametrize("text", [
+    "电话:13912345678。", "电话１３９１２３４５６７８", "id MRN: A-48217 x", "Mail anna.k41@mail-a.org!"])
 def test_the_place_of_personal_data_is_found_in_any_script(tiny_chat, text):
     "The tokens in front spell exactly what stands in front, whatever a token holds."
     from medllm.data.formats import Example, Turn
@@ -256,8 +260,8 @@ def test_no_rows_and_too_few(places, record):
     short = write(places/"short.jsonl", [{"instruction": "Is it so?", "output": "Yes."}])
     for options, says in (({}, "no answer is long enough"), ({"canaries": str(places/"rows.jsonl")}, "row 1 is no canary"),
             ({"length": 3}, "no option of a memorisation task")):
-        dataset = short if not options else str(places/"rows.jsonl")
-        with pytest.raises(UserError, match=says): measure_memorisation(load_chat_model(), Task("m", "memorisation", dataset, options=options))
+        task = Task("m", "memorisation", short if not options else str(places/"rows.jsonl"), options=options)
+        with pytest.raises(UserError, match=says): measure_memorisation(load_chat_model(), task)
 
 
 @pytest.mark.slow
