@@ -131,11 +131,12 @@ def forgetting_change(
 )->dict:          # base, tuned, difference: figures; p, verdict; parts
     "What fine-tuning made easier and harder to predict."
     of = lambda r, about: [b for a, b in zip(base.items, r.items) if a["about"] == about]
-    parts = {f"bits_per_byte_{about}": _change(of(base, about), of(tuned, about)) for about in _about(base.items)}
+    parts = {name: {"measure": name} | _change(of(base, about), of(tuned, about))
+        for about in _about(base.items) for name in [f"bits_per_byte_{about}"]}
     for part, p in zip(parts.values(), holm([part["p"] for part in parts.values()])):
         part |= {"p_corrected": p, "verdict": verdict_words(part["difference"]["value"], p, "lower")}
     front = "bits_per_byte_general" if "bits_per_byte_general" in parts else next(iter(parts))
-    return parts[front] | {"measure": front, "p": parts[front]["p_corrected"], "parts": parts}
+    return parts[front] | {"p": parts[front]["p_corrected"], "parts": parts}
 
 # %% ../../nbs/evaluate/13_forgetting.ipynb #measure
 @measures("forgetting")

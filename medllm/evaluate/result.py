@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['Task', 'Result', 'figure', 'measures', 'summarises', 'compares', 'plots', 'kind_function', 'summary', 'write_result',
-           'read_result', 'compare', 'shown', 'figure_rows', 'markdown_table', 'as_markdown']
+           'read_result', 'compare', 'shown', 'with_interval', 'figures_of', 'measure_words', 'figure_rows',
+           'as_markdown']
 
 # %% ../../nbs/evaluate/00_result.ipynb #imports
 import importlib
 import json
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import medllm.evaluate
 from ..core import UserError, nearest, write_bytes, write_json
+from ..marks import markdown_table
 
 # %% ../../nbs/evaluate/00_result.ipynb #result
 @dataclass(frozen=True)
@@ -168,36 +170,52 @@ def shown(
     if value is None: return "–"
     return f"{value:.1%}" if unit == "share" else f"{value:.4g}"
 
+def _ends(f:dict)->str:
+    "The interval of a figure, or \"\"."
+    return f"{shown(f['low'], f.get('unit', ''))} to {shown(f['high'], f.get('unit', ''))}" if f.get("low") is not None else ""
+
+def with_interval(
+    f:dict, # A figure
+)->str:
+    "A figure with its interval, if it has one."
+    return shown(f["value"], f.get("unit", "")) + (f" ({_ends(f)})" if _ends(f) else "")
+
+def figures_of(
+    found:dict, # A summary
+)->dict[str, dict]: # By name
+    "The figures among the entries of a summary."
+    return {what: f for what, f in found.items() if isinstance(f, dict) and {"value", "method"} <= f.keys()}
+
 _WORDS = {"ece": "calibration error (ECE)", "ece_equal_count": "calibration error, bins of equal count", "brier": "Brier score",
     "log_loss": "log-loss [nat]", "order_accuracy": "accuracy, mean over orders", "flipped": "pick changes with the order",
     "all_orders_right": "right in every order", "vote_accuracy": "accuracy of the vote over orders",
-    "recall_deviation": "deviation of the letters' recall", "macro_f1": "macro-F1", "unread": "answers that cannot be read"}
+    "recall_deviation": "deviation of the letters' recall", "macro_f1": "macro-F1", "unread": "answers that cannot be read",
+    "rouge_l": "ROUGE-L"}
+
+def measure_words(
+    name:str, # Of a figure
+)->str:
+    "A figure's name for a reader."
+    return _WORDS.get(name, name.replace("_", " "))
 
 def figure_rows(
-    summaries:dict[str, dict], # By name of the set
+    summaries:dict[str, dict],      # By name of the set
+    base:dict[str, dict]|None = None, # Of the base model
 )->list[dict]:
-    "What a table says: a row for each figure."
+    "What a table says: a row for each figure, the base model's beside it."
     rows = []
     for name, found in summaries.items():
         skipped = ", ".join(f"{n} {reason}" for reason, n in found.get("skipped", {}).items()) or "none"
-        for what, f in found.items():
-            if not isinstance(f, dict) or not {"value", "method"} <= f.keys(): continue
-            unit = f.get("unit", "")
-            interval = f"{shown(f['low'], unit)} to {shown(f['high'], unit)}" if f.get("low") is not None else ""
-            rows.append({"set": name, "measure": _WORDS.get(what, what.replace("_", " ")), "value": shown(f["value"], unit),
-                "95% interval": interval, "by": f["method"], "items": f.get("n", found["n"]), "skipped": skipped})
+        before = figures_of((base or {}).get(name, {}))
+        for what, f in figures_of(found).items():
+            beside = {"base model": with_interval(before[what]) if what in before else "–"} if base else {}
+            rows.append({"set": name, "measure": measure_words(what), "value": shown(f["value"], f.get("unit", "")),
+                "95% interval": _ends(f)} | beside | {"by": f["method"], "items": f.get("n", found["n"]), "skipped": skipped})
     return rows
 
-def markdown_table(
-    rows:Sequence[dict], # With the same keys
-)->str:
-    "Rows as a Markdown table; \"\" without any."
-    cell = lambda v: {True: "yes", False: "**no**"}[v] if isinstance(v, bool) else str(v).replace("|", "\\|").replace("\n", " ")
-    return "\n".join([f"| {' | '.join(rows[0])} |", "|" + "---|"*len(rows[0]),
-        *(f"| {' | '.join(map(cell, row.values()))} |" for row in rows)]) if rows else ""
-
 def as_markdown(
-    summaries:dict[str, dict], # By name of the set
+    summaries:dict[str, dict],      # By name of the set
+    base:dict[str, dict]|None = None, # Of the base model
 )->str:
     "The figures of several sets as a Markdown table."
-    return markdown_table(figure_rows(summaries))
+    return markdown_table(figure_rows(summaries, base))

@@ -257,4 +257,4 @@ def rubric_change(
     pairs = [(a, b) for a, b in zip(base.items, tuned.items) if None not in (a["score"], b["score"])]
     if not pairs: raise UserError("no answer has a score of both models")
     return compare_scores([a["score"] for a, _ in pairs], [b["score"] for _, b in pairs], groups_of([a for a, _ in pairs])) | {
-        "scored": len(pairs)}
+        "measure": "score", "scored": len(pairs)}

@@ -131,7 +131,7 @@ def compare_search(
     "Two ways of searching, by reciprocal rank."
     inside = [i for i, item in enumerate(base.items) if item["inside"]]
     ranks = lambda r: [1/r.items[i]["rank"] if r.items[i]["rank"] else 0.0 for i in inside]
-    return compare_scores(ranks(base), ranks(tuned))
+    return compare_scores(ranks(base), ranks(tuned)) | {"measure": "reciprocal_rank"}
 
 # %% ../../nbs/use/23_retrieval_scores.ipynb #answers
 def grounded_result(
@@ -182,7 +182,8 @@ def compare_answers(
     tuned:Result, # After, with the same questions
 )->dict:
     "Two models, both with passages."
-    return compare_scores(*([float(item["with"]) for item in r.items] for r in (base, tuned)), unit="share")
+    found = compare_scores(*([float(item["with"]) for item in r.items] for r in (base, tuned)), unit="share")
+    return found | {"measure": "right_with_passages"}
 
 # %% ../../nbs/use/23_retrieval_scores.ipynb #tasks
 @dataclass(frozen=True)
