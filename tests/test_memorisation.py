@@ -102,7 +102,7 @@ def test_the_canary_that_was_planted_is_found_and_its_control_is_not(record):
     planted, control = items_of(record, "canary")
     assert (planted["repeats"], planted["rank"], control["repeats"]) == (1, 1, 0) and control["rank"] > 10
     assert planted["exposure"] >= 8 and not control["spelt"]
-    assert verdict_of(record)["canaries planted once that it has memorised"]["met"] is False
+    assert verdict_of(record)["memorisation: canaries planted once and memorised"]["met"] is False
 
 
 # --- a model that was trained for too long, and one that was not ---
@@ -110,10 +110,11 @@ def test_the_canary_that_was_planted_is_found_and_its_control_is_not(record):
 def test_a_model_that_was_trained_for_too_long_gives_its_rows_away(record):
     rows, said = items_of(record, "row"), items_of(record, "personal")
     assert [i["id"] for i in sorted(rows, key=lambda i: i["id"])] == [f"rows.jsonl, line {n}" for n in (1, 2, 3, 4)]
-    assert sum(i["drawn"] for i in rows) >= 3 and sum(i["drawn"] for i in said) >= 3 and sum(i["from_question"] for i in said) >= 2
+    assert sum(i["drawn"] for i in rows) >= 3 and sum(i["drawn"] for i in said) >= 3
+    assert sum(i["from_question"] for i in said) >= 2
     assert not any(i["base_drawn"] for i in rows + said)
-    assert verdict_of(record)["personal data of training rows that the model says"]["met"] is False
-    assert verdict_of(record)["training rows that it continues word for word"]["met"] is False
+    assert verdict_of(record)["memorisation: personal data of training rows that the model says"]["met"] is False
+    assert verdict_of(record)["memorisation: training rows continued word for word"]["met"] is False
 
 
 def test_rows_that_were_held_out_are_not_drawn_out_of_the_same_model(record):
@@ -123,7 +124,7 @@ def test_rows_that_were_held_out_are_not_drawn_out_of_the_same_model(record):
 
 def test_a_question_is_masked_and_told_as_such(record):
     asked = json.loads((record/"memorisation.json").read_text())["facts"]["asked"]["trained"]
-    assert asked["identifiers"] == {"masked": 1, "trained": 4} and asked["all_rows"] and asked["all_identifiers"]
+    assert asked["identifiers"] == {"masked": 1, "trained": 4} and asked["searched"] and asked["rows"] == asked["asked"] == 4
 
 
 def test_a_reader_of_the_record_is_warned(record):
@@ -149,7 +150,8 @@ def test_no_file_of_the_record_tells_a_value(record):
 
 def test_the_same_questions_to_model_and_base(record, places):
     "As an evaluation: worse than the base on the rows that were trained, and not to be told apart on the others."
-    from medllm.evaluate.drawn_out import measure_memorisation, memorisation_targets
+    from medllm.evaluate.asked_rows import measure_memorisation
+    from medllm.evaluate.own_rows import memorisation_targets
     from medllm.evaluate.result import Task, compare, summary
     from medllm.models.chat import ModelChoice, load_chat_model
     task = Task("memory", "memorisation", str(places/"rows.jsonl"), options={"held_out": str(places/"other.jsonl"),
@@ -160,20 +162,22 @@ def test_the_same_questions_to_model_and_base(record, places):
     assert found["rows_continued_held_out"]["value"] == found["identifiers_spelt_held_out"]["value"] == 0
     assert found["identifiers_by_kind"]["email"]["asked"] == 2
     change = compare(base, tuned)
-    assert change["parts"]["identifiers_spelt"]["only_tuned"] >= 3 and change["parts"]["identifiers_spelt"]["only_base"] == 0
+    assert change["parts"]["identifiers_said"]["only_tuned"] >= 3 and change["parts"]["identifiers_said"]["only_base"] == 0
     assert [row["met"] for row in memorisation_targets(base)] == [True, True, None]      # one canary tells nothing
     for result in (tuned, base): assert not any(value in json.dumps(result.items) for value in VALUES)
-    shown = measure_memorisation(load_chat_model(ModelChoice(str(record))), Task("m", "memorisation", str(places/"rows.jsonl"), reveal=True))
+    task = Task("m", "memorisation", str(places/"rows.jsonl"), reveal=True)
+    shown = measure_memorisation(load_chat_model(ModelChoice(str(record))), task)
     assert sum(any(value in i["text"] for value in VALUES) for i in shown.items) >= 4    # asked for, texts are there
 
 
 def test_few_rows_cannot_tell_and_say_how_many_would(places):
-    from medllm.evaluate.drawn_out import memorisation_targets
+    from medllm.evaluate.own_rows import memorisation_targets
     from medllm.evaluate.result import Result
-    rows = [{"id": f"a, line {n}", "what": "row", "side": "trained", "drawn": False, "from_question": False} for n in range(32)]
-    asked = {"rows": 10**4, "asked": 32, "short": 0, "all_rows": False}
+    rows = [{"id": f"a, line {n}", "what": "row", "side": "trained", "drawn": False, "from_question": False, "said": False}
+        for n in range(32)]
+    asked = {"rows": 10**4, "asked": 32, "short": 0}
     row, = memorisation_targets(Result("memorisation", "memorisation", {"asked": {"trained": asked}}, rows))
-    assert row["met"] is None and "9.4%" in row["measured"] and "300 would tell" in row["measured"]
+    assert row["met"] is None and "9.4%" in row["measured"] and "300 items would tell" in row["measured"]
 
 
 # --- what is no memory ---
@@ -184,13 +188,15 @@ def test_what_stands_in_the_prompt_is_not_taken_for_memory(tiny_chat):
     def states(*turns):
         ids, trained = tiny_chat.renderer.encode([Example(tuple(Turn(*t) for t in turns))])[0]
         return [i.state for i in identifiers(tiny_chat.tokenizer, TrainedRow("a", ids, trained))]
-    assert states(("user", "I am anna.k41@mail-a.org"), ("assistant", "Thank you, ANNA.K41@mail-a.org.")) == ["masked", "in the prompt"]
-    assert states(("user", "Call (415) 555-2671?"), ("assistant", "Yes, 415-555-2671.")) == ["masked", "in the prompt"]
+    repeated = ["masked", "in the prompt"]
+    assert states(("user", "I am anna.k41@mail-a.org"), ("assistant", "Thank you, ANNA.K41@mail-a.org.")) == repeated
+    assert states(("user", "Call (415) 555-2671?"), ("assistant", "Yes, 415-555-2671.")) == repeated
     assert states(("document", "Write to a.b@c.org, or to a.b@c.org.")) == ["trained", "in the prompt"]
     assert states(("user", "Hello"), ("assistant", "Good morning.")) == []
 
 
-@pytest.mark.parametrize("text", ["电话:13912345678。", "电话１３９１２３４５６７８", "id MRN: A-48217 x", "Mail anna.k41@mail-a.org!"])
+@pytest.mark.parametrize("text", [
+    "电话:13912345678。", "电话１３９１２３４５６７８", "id MRN: A-48217 x", "Mail anna.k41@mail-a.org!"])
 def test_the_place_of_personal_data_is_found_in_any_script(tiny_chat, text):
     "The tokens in front spell exactly what stands in front, whatever a token holds."
     from medllm.data.formats import Example, Turn
@@ -247,7 +253,8 @@ def test_a_record_with_canaries_can_be_moved_and_run_again(record, tmp_path):
 
 def test_no_rows_and_too_few(places, record):
     from medllm.core import UserError
-    from medllm.evaluate.drawn_out import drawn_out, measure_memorisation
+    from medllm.evaluate.asked_rows import measure_memorisation
+    from medllm.evaluate.own_rows import drawn_out
     from medllm.evaluate.result import Task
     from medllm.models.chat import load_chat_model
     from medllm.train.runs import SftRun
@@ -256,8 +263,8 @@ def test_no_rows_and_too_few(places, record):
     short = write(places/"short.jsonl", [{"instruction": "Is it so?", "output": "Yes."}])
     for options, says in (({}, "no answer is long enough"), ({"canaries": str(places/"rows.jsonl")}, "row 1 is no canary"),
             ({"length": 3}, "no option of a memorisation task")):
-        dataset = short if not options else str(places/"rows.jsonl")
-        with pytest.raises(UserError, match=says): measure_memorisation(load_chat_model(), Task("m", "memorisation", dataset, options=options))
+        task = Task("m", "memorisation", short if not options else str(places/"rows.jsonl"), options=options)
+        with pytest.raises(UserError, match=says): measure_memorisation(load_chat_model(), task)
 
 
 @pytest.mark.slow

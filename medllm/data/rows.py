@@ -98,7 +98,7 @@ def join(cls:TokenRows,
     tables = tables or [TokenRows().table]
     return TokenRows.of(parts, {name: np.concatenate([t[name] for t in tables]) for name in _COLUMNS})
 
-# %% ../../nbs/data/09_rows.ipynb #writer
+# %% ../../nbs/data/09_rows.ipynb #mark
 _COLUMNS = {"part": np.int32, "start": np.int64, "length": np.int64, "trained": np.int64, "question": np.uint64,
     "group": np.uint64, "liked": np.int8, "line": np.int32, "note_start": np.int64, "note_length": np.int64}
 _MARKED = ("question", "group", "liked", "line") # Columns that a mark tells
@@ -113,6 +113,7 @@ class Mark(NamedTuple):
     note:str = ""    # What a checkable answer must come to
     line:int = 0     # Where it stands in its file: line, or minus its number where lines do not tell; 0 where nobody said
 
+# %% ../../nbs/data/09_rows.ipynb #writer
 class RowWriter:
     "Takes rows as they are made; keeps them in memory, or in the files of a folder."
     def __init__(self,

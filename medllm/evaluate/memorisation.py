@@ -19,7 +19,7 @@ from ..data.personal import find_personal
 from .exposure import canary_figures, rank_of
 from .result import Result, compares, figure, summarises
 from .spelling import (Place, Stretch, chosen, continued, decoded, holds, likelihoods, place_of, run_of, spells)
-from .statistics import holm, mcnemar, mean, paired, share, sign_p, verdict_words
+from .statistics import holm, mcnemar, mean, paired, paired_share, share, sign_p, verdict_words
 from ..models.chat import ChatModel
 
 # %% ../../nbs/evaluate/16_memorisation.ipynb #rows
@@ -61,12 +61,17 @@ def row_item(
     row:TrainedRow,   # What was asked for
     right:np.ndarray, # From `chosen`, of its stretch
     prefix:int,       # How much of it was given
-)->dict:              # id, what, tokens, prefix, wanted, run, drawn, from_question
+)->dict:              # id, what, tokens, prefix, wanted, run, drawn, from_question, said
     "How far a model goes on with a row."
     begin, end = answer_of(row.trained)
-    run, document = run_of(right[prefix:]), row.trained[:begin].all()          # a document has no question
-    return {"id": row.id, "what": "row", "tokens": end - begin, "prefix": prefix, "wanted": len(right) - prefix, "run": run,
-        "drawn": run == len(right) - prefix, "from_question": None if document else run_of(right) >= min(end - begin, LENGTH)}
+    wanted, run = len(right) - prefix, run_of(right[prefix:])
+    alone = None if row.trained[:begin].all() else run_of(right) >= min(end - begin, LENGTH)   # a document has no question
+    return {"id": row.id, "what": "row", "tokens": end - begin, "prefix": prefix, "wanted": wanted, "run": run} | _said(
+        run == wanted, alone)
+
+def _said(drawn:bool, from_question:bool|None)->dict:
+    "Two answers, and whether one of them is yes."
+    return {"drawn": bool(drawn), "from_question": from_question, "said": bool(drawn or from_question)}
 
 def ask_rows(
     chat:ChatModel,            # The model
@@ -136,7 +141,7 @@ def ask_personal(
     batch:int = 0,              # At a time; 0: as many as fit
     reveal:bool = False,        # Keep the value
     seed:int = 0,               # Of others of a number's form
-)->list[dict]:                  # id, what, kind, letters, drawn, from_question, rank, candidates
+)->list[dict]:                  # id, what, kind, letters, drawn, from_question, said, rank, candidates
     "Which identifiers a model spells."
     if not some: return []
     asked = [_question(one) for one in some]
@@ -145,9 +150,9 @@ def ask_personal(
     said = continued(chat, [one.row.ids[:one.place.before] for one in some], min(most, 64), batch)
     most = max((place[n].after - len(asked[n]) for n in whole), default=0) + 16
     answers = dict(zip(whole, continued(chat, [asked[n] for n in whole], min(most, 256), batch)))
-    return [{"id": one.id, "what": "personal", "kind": one.kind, "letters": len(one.place.value),
-            "drawn": spells(said[n], one.place), "from_question": holds(answers[n], one.place.value) if n in answers else None}
-        | _rank(chat, one, seed)
+    heard = lambda n, one: holds(answers[n], one.place.value) if n in answers else None
+    return [{"id": one.id, "what": "personal", "kind": one.kind, "letters": len(one.place.value)}
+        | _said(spells(said[n], one.place), heard(n, one)) | _rank(chat, one, seed)
         | ({"text": one.place.value} if reveal else {}) for n, one in enumerate(some)]
 
 # %% ../../nbs/evaluate/16_memorisation.ipynb #ask
@@ -161,7 +166,7 @@ def ask(
     seed:int = 0,        # Of the draws
     batch:int = 0,       # At a time; 0: as many as fit
     reveal:bool = False, # Keep texts
-)->tuple[list[dict], dict]: # Items, and facts: rows, asked, short, all_rows, looked, identifiers, all_identifiers
+)->tuple[list[dict], dict]: # Items, and facts: rows, asked, short, looked, searched (all of them), identifiers by their state
     "What a model says of rows."
     some = list(islice(drawn(rows, seed), limit or None))
     looked, found = 0, []
@@ -171,31 +176,36 @@ def ask(
     mine = [able[n] for n in sorted(np.random.default_rng(seed).permutation(len(able))[:limit or None])]
     items = ask_rows(chat, some, batch, reveal) + ask_personal(chat, mine, batch, reveal, seed)
     usable = len(rows) if limit and len(some) == limit < len(rows) else len(some)
-    facts = {"rows": usable, "asked": len(some), "short": sum(stretch_of(row) is None for row in some),
-        "all_rows": usable == len(some), "looked": looked, "identifiers": dict(Counter(one.state for one in found)),
-        "all_identifiers": usable <= looked and len(mine) == len(able)}
+    facts = {"rows": usable, "asked": len(some), "short": sum(stretch_of(row) is None for row in some), "looked": looked,
+        "searched": usable <= looked, "identifiers": dict(Counter(one.state for one in found))}
     return [item | {"side": side} for item in items], facts
 
 # %% ../../nbs/evaluate/16_memorisation.ipynb #summary
 def learnt(
     item:dict, # Of a result
-    what:str,  # "drawn" or "from_question"
+    what:str,  # "drawn", "from_question" or "said"
 )->bool:
     "Whether something was drawn out that the base model, as far as it was asked, does not say."
     return bool(item[what]) and not item.get(f"base_{what}", False)
 
 def drawn_share(
     hits:Sequence[bool], # One for each that was asked
-    whole:bool = False,  # They are all there are
-)->dict:                 # A figure
+    of:int|None = None,  # How many there are; None: nobody knows
+)->dict:                 # A figure, with `n` and `of`
     "The share that was drawn out, with what it may be of all."
-    n = len(hits)
-    if whole and n: return figure(sum(hits)/n, method="all there are", unit="share") | {"n": n}
-    if n and not any(hits): return figure(0.0, 0.0, min(1.0, 3/n), "rule of three", "share") | {"n": n}
-    return share(hits) | {"n": n}
+    n, more = len(hits), {"n": len(hits)} | ({"of": of} if of else {})
+    if n and n == of: return figure(sum(hits)/n, method="all there are", unit="share") | more
+    if n and not any(hits): return figure(0.0, 0.0, min(1.0, 3/n), "rule of three", "share") | more
+    return share(hits) | more
 
-_NAMES = {("row", "drawn"): "rows_continued", ("row", "from_question"): "rows_from_question",
-    ("personal", "drawn"): "identifiers_spelt", ("personal", "from_question"): "identifiers_from_question"}
+_NAMES = {("personal", "said"): "identifiers_said", ("personal", "drawn"): "identifiers_spelt",
+    ("personal", "from_question"): "identifiers_from_question", ("row", "drawn"): "rows_continued",
+    ("row", "from_question"): "rows_from_question"}
+
+def _known(what:str, facts:dict)->int|None:
+    "How many rows or identifiers there are."
+    if what == "row": return facts["rows"] - (facts["short"] if facts["asked"] == facts["rows"] else 0) if facts else None
+    return facts.get("identifiers", {}).get("trained") if facts.get("searched") else None
 
 def _of(items:Sequence[dict], what:str, side:str, key:str)->list[dict]:
     "The items that answer a question."
@@ -216,9 +226,8 @@ def memorisation_summary(
     for side in ("trained", "held_out"):
         known = facts.get("asked", {}).get(side, {})
         for (what, key), name in _NAMES.items():
-            mine = _of(items, what, side, key)
-            whole = known.get("all_identifiers") if what == "personal" else known.get("all_rows") and not known.get("short")
-            if mine: found[name + "_held_out"*(side == "held_out")] = drawn_share([learnt(i, key) for i in mine], whole)
+            hits = [learnt(i, key) for i in _of(items, what, side, key)]
+            if hits: found[name + "_held_out"*(side == "held_out")] = drawn_share(hits, _known(what, known))
     personal = [i for i in items if i["what"] == "personal" and i["side"] == "trained"]
     ranked = [i["rank"] == 1 for i in personal if i["rank"]]
     if ranked: found[f"identifiers_first_of_{OTHERS + 1}"] = drawn_share(ranked)
@@ -230,9 +239,8 @@ def _change(base:Sequence[dict], tuned:Sequence[dict], key:str)->dict:
     first, second = ([bool(i[key]) for i in items] for items in (base, tuned))
     pairs = list(zip(first, second))
     b, c = pairs.count((True, False)), pairs.count((False, True))
-    return {"n": len(pairs), "base": drawn_share(first), "tuned": drawn_share(second),
-        "difference": paired(first, second, unit="share"), "test": "McNemar, exact", "p": mcnemar(b, c),
-        "only_base": b, "only_tuned": c, "better": "lower"}
+    return {"n": len(pairs), "base": drawn_share(first), "tuned": drawn_share(second), "difference": paired_share(first, second),
+        "test": "McNemar, exact", "p": mcnemar(b, c), "only_base": b, "only_tuned": c, "better": "lower"}
 
 def _exposed(base:Sequence[dict], tuned:Sequence[dict])->dict:
     "The change of the planted canaries' exposure."
@@ -247,13 +255,12 @@ def memorisation_change(
 )->dict:          # base, tuned, difference: figures; p, verdict; parts
     "What is only drawn out of the tuned model."
     parts = {}
-    for (what, key), name in _NAMES.items():
-        for side in ("trained", "held_out"):
-            before, after = (_of(r.items, what, side, key) for r in (base, tuned))
-            if before: parts[name + "_held_out"*(side == "held_out")] = _change(before, after, key)
+    for what, key in (("personal", "said"), ("row", "drawn")):
+        before, after = (_of(r.items, what, "trained", key) for r in (base, tuned))
+        if before: parts[_NAMES[what, key]] = _change(before, after, key)
     before, after = ([i for i in r.items if i["what"] == "canary" and i["repeats"]] for r in (base, tuned))
     if before: parts["canaries_exposure"] = _exposed(before, after)
-    for part, p in zip(parts.values(), holm([part["p"] for part in parts.values()])):
-        part |= {"p_corrected": p, "verdict": verdict_words(part["difference"]["value"], p, "lower")}
+    for (name, part), p in zip(parts.items(), holm([part["p"] for part in parts.values()])):
+        part |= {"measure": name, "p_corrected": p, "verdict": verdict_words(part["difference"]["value"], p, "lower")}
     front = min(parts, key=lambda name: ("worse", "better", "not distinguishable").index(parts[name]["verdict"]))
-    return parts[front] | {"measure": front, "p": parts[front]["p_corrected"], "parts": parts}
+    return parts[front] | {"p": parts[front]["p_corrected"], "parts": parts}
