@@ -88,6 +88,8 @@ def _needs(args, asked)->list[tuple]:
     odd = [key for key in recomputed if key not in _RECOMPUTED] if isinstance(recomputed, dict) else [str(recomputed)]
     return [
         *((asked(flag) and not t.dataloader_num_workers, f"--{flag} needs --dataloader_num_workers") for flag in _WORKERS),
+        (not odd and recomputed and recomputed.get("offload") and t.device.type == "cpu",
+            "--activation_checkpointing_kwargs offload needs a GPU, whose memory it would spare"),
         (recomputed and not t.activation_checkpointing, "--activation_checkpointing_kwargs needs --activation_checkpointing"),
         (odd, f"--activation_checkpointing_kwargs {odd[:1]}: known are {', '.join(_RECOMPUTED)}"),
         (t.run_name and not t.report_to, "--run_name needs --report_to: a record is named by --output_dir or --tag"),
