@@ -99,7 +99,7 @@ def _export(args)->int:
     plan = ExportPlan(args.output, choice, args.dtype, args.max_shard_size, tuple(args.bits), tuple(args.gguf), args.prompts,
         args.answers, args.max_new_tokens, tuple(args.limit), args.overwrite)
     report = release(plan, args.record, args.evaluation)
-    print(as_table(report["verdicts"]), not_the_same(report["verdicts"]), sep="\n")
+    print("\n".join(filter(None, (as_table(report["verdicts"]), not_the_same(report["verdicts"])))))
     if not report["passed"]:
         say(f"not exported: an artefact is not within its limits of the trained model; see {plan.place}.failed/equivalence.md")
         return 1

@@ -145,8 +145,9 @@ def test_a_damaged_tiny_model_is_made_anew(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("MEDLLM_CACHE", str(tmp_path))
     folder = tiny.tiny_folder()
     good = (folder/"model.safetensors").read_bytes()
-    for harm in (lambda f: flip(f/"model.safetensors"), lambda f: os.unlink(f/"config.json"), lambda f: empty(f/"medllm_tiny.json")):
+    for harm, name in ((flip, "model.safetensors"), (os.unlink, "config.json"), (empty, "medllm_tiny.json")):
         tiny._keep_whole.cache_clear()
-        harm(folder)
-        assert tiny.tiny_folder() == folder and (folder/"model.safetensors").read_bytes() == good and (folder/"config.json").exists()
+        harm(folder/name)
+        assert tiny.tiny_folder() == folder and (folder/"model.safetensors").read_bytes() == good
+        assert (folder/"config.json").exists()
         assert "is damaged" in capfd.readouterr().err

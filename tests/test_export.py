@@ -268,6 +268,47 @@ def test_stopped_in_the_middle_there_is_no_folder(number, tmp_path):
     else: assert process.returncode == -9 and "model" not in left
 
 
+@pytest.fixture
+def small_files():
+    "Lets no file grow beyond a number of bytes: the system refuses the write in the middle of it, as a full disk does."
+    import resource
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size,more", [(1000, ()), (300_000, ()), (3_000_000, ("--gguf", "f16", "--max_shard_size", "2MB"))])
+def test_a_full_disk_is_one_sentence(size, more, tmp_path, small_files, capfd):
+    "Whoever was writing, Python, safetensors or gguf: nothing is left, and what was there before stays."
+    words = ["export", "--output", str(tmp_path/"model"), "--answers", "1", "--max_new_tokens", "2", *more]
+    assert main(words[:7]) == 0
+    before = {f.name: f.read_bytes() for f in (tmp_path/"model").iterdir()}
+    capfd.readouterr()
+    small_files(size)
+    assert main([*words, "--overwrite"]) == 2
+    small_files(2**40)
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(told) == 1 and "nothing was exported" in told[0] and "make room" in told[0], told
+    assert [f.name for f in tmp_path.iterdir()] == ["model"]
+    assert {f.name: f.read_bytes() for f in (tmp_path/"model").iterdir()} == before
+
+
+def test_what_a_killed_export_left_is_taken_away(tmp_path):
+    "Its hidden copy goes with the next export to that place; a folder it had just moved aside comes back first."
+    plan = dict(choice=ModelChoice("tiny"), answers=1, max_new_tokens=2)
+    export(ExportPlan(str(tmp_path/"model"), **plan), told=QUIET)
+    for name in (".model.part-abcd1234", ".model.part-abcd1235/gguf"): (tmp_path/name).mkdir(parents=True)
+    (tmp_path/".model.part-abcd1234/model.safetensors").write_bytes(bytes(1000))
+    mine = [tmp_path/".model-backup", tmp_path/".models.part-abcd1234"]
+    for folder in mine: folder.mkdir()
+    (tmp_path/"model").rename(tmp_path/".model.old-abcd1234")
+    with pytest.raises(UserError, match="exists already"): export(ExportPlan(str(tmp_path/"model"), **plan), told=QUIET)
+    assert sorted(f.name for f in tmp_path.iterdir()) == sorted(["model", *(f.name for f in mine)])
+    (tmp_path/".model.part-abcd1236").mkdir()
+    assert export(ExportPlan(str(tmp_path/"model"), overwrite=True, **plan), told=QUIET)["passed"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == sorted(["model", *(f.name for f in mine)])
+
+
 @pytest.mark.parametrize("words,said", [
     (["--output", "{there}"], "exists already"),
     (["--output", "{there}", "--overwrite"], "was not written by medllm export"),

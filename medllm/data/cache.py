@@ -25,7 +25,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from ..core import UserError, is_first_process, say, sha256, write_json
-from ..machine import all_described, cache_home, digest, first_difference
+from ..machine import all_described, beside, cache_home, digest, first_difference
 from .accounts import Account, OnBad, stream_examples
 from .formats import Example
 from .registry import Source
@@ -102,7 +102,7 @@ def _expire(cache:Path):
         if time.time() - note.stat().st_mtime < _KEEP: continue
         shutil.rmtree(note.parent, ignore_errors=True)
         Path(f"{note.parent}.lock").unlink(missing_ok=True)
-    for part in cache.glob(".part-*"):              # left by a process that was killed
+    for part in cache.glob(".*part-*"):             # left by a process that was killed
         if time.time() - part.stat().st_mtime > 24*3600: shutil.rmtree(part, ignore_errors=True)
 
 def _counted(examples:Iterable[Example], account:Account)->Iterator[Example]:
@@ -195,13 +195,12 @@ def cached_rows(
 def _made_anew(source, renderer, recipe, before:list, cache:Path, place:Path, watch):
     "Make rows beside their place, and put them there."
     _expire(cache)
-    part = Path(tempfile.mkdtemp(dir=cache, prefix=".part-"))
-    try:
+    with beside(place) as part:
+        part.chmod(0o700)
         _make(source, renderer, recipe, part, watch)
         if _states(source) != before: raise UserError(f"dataset '{source.name}': a file changed while it was read; start again")
         shutil.rmtree(place, ignore_errors=True)
         os.replace(part, place)
-    finally: shutil.rmtree(part, ignore_errors=True)
 
 def _kept_rows(source, renderer, recipe, known:tuple, folder, anew:bool, watch)->tuple[TokenRows, Account]:
     "Rows from the cache, or made and put there; `known` are hashes and states of the files when they were hashed."

@@ -103,7 +103,6 @@ _COLUMNS = {"part": np.int32, "start": np.int64, "length": np.int64, "trained": 
     "group": np.uint64, "liked": np.int8, "line": np.int32, "note_start": np.int64, "note_length": np.int64}
 _MARKED = ("question", "group", "liked", "line") # Columns that a mark tells
 _FLAT = {"ids": np.int32, "trained": bool, "notes": np.uint8}
-ROW_FILES = (*_FLAT, "table") # of a folder of rows
 
 class Mark(NamedTuple):
     "What is known of a row beside its tokens."
@@ -153,6 +152,9 @@ class RowWriter:
         for file in self.files: file.close()
         with open(self.folder/"table", "wb") as f: np.savez(f, **table)
         return open_rows(self.folder)
+
+# %% ../../nbs/data/09_rows.ipynb #open
+ROW_FILES = (*_FLAT, "table") # Of a folder of rows
 
 def open_rows(
     folder:Path, # That a `RowWriter` filled

@@ -10,13 +10,12 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from functools import cache
 from pathlib import Path
 
 from ..core import UserError, bundled, quiet_bars, say, sha256
 from ..data.templates import TEMPLATES
-from ..machine import all_described, cache_home, first_difference
+from ..machine import all_described, beside, cache_home, first_difference
 
 # %% ../../nbs/models/00_tiny.ipynb #tokenizer
 VOCABULARY = 4096 # tokens
@@ -74,9 +73,7 @@ def write_tiny(
         note = folder/"medllm_tiny.json"
         if note.exists() and json.loads(note.read_text())["key"] == _key(): return folder
         raise UserError(f"{folder} already holds something else; name a new folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".tiny-"))
-    try:
+    with beside(folder) as part:
         tokenizer = tiny_tokenizer()
         quiet_bars()
         tokenizer.save_pretrained(part)
@@ -84,12 +81,10 @@ def write_tiny(
         files = all_described(part, sorted(f.name for f in part.iterdir()))
         (part/"medllm_tiny.json").write_text(json.dumps({"key": _key(), "files": files}) + "\n")
         _move(part, folder)
-    finally: shutil.rmtree(part, ignore_errors=True)
     return folder
 
 def _move(part:Path, folder:Path):
     "Put the finished folder in place; when another process was first, its copy is the same."
-    part.chmod(0o755)
     try: os.replace(part, folder)
     except OSError:
         if not (folder/"medllm_tiny.json").exists(): raise

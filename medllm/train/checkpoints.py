@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'COMMIT', 'commit', 'check', 'checkpoints_in', 'committed', 'newest', 'drop', 'rotate', 'Unwritable',
-           'room_for', 'cut_back', 'begin_behind', 'Lines', 'owned']
+           'room_for', 'cut_back', 'begin_behind', 'owned', 'still_ours', 'Lines', 'way_on', 'whole_result']
 
 # %% ../../nbs/train/09_checkpoints.ipynb #imports
 import contextlib
@@ -20,8 +20,8 @@ from pathlib import Path
 import psutil
 from filelock import FileLock, Timeout
 
-from ..core import UserError, boot, say, sync_folder, write_bytes, write_json
-from ..machine import described, digest, first_difference
+from ..core import UserError, append_event, boot, say, sync_folder, write_bytes, write_json
+from ..machine import described, digest, first_difference, writing_failed
 
 # %% ../../nbs/train/09_checkpoints.ipynb #commit
 SCHEMA = 1
@@ -188,26 +188,6 @@ def begin_behind(
         if later > step and other.resolve().parent == folder.resolve().parent: drop(other)
     return step
 
-# %% ../../nbs/train/09_checkpoints.ipynb #lines
-class Lines:
-    "A JSONL file that grows by a line a call; a full disk is waited out."
-    def __init__(self,
-        file:str|Path, # Its folder is made
-    ): self.file, self.waiting = Path(file), b""
-
-    def __call__(self,
-        value, # Of a line
-    ):
-        "Append a line, after those that could not be written before."
-        self.waiting += json.dumps(value, ensure_ascii=False).encode() + b"\n"
-        try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.file, "ab", buffering=0) as f:
-                at = f.tell()
-                if f.write(self.waiting) == len(self.waiting): self.waiting = b""
-                else: f.truncate(at)
-        except OSError as e: say(f"{self.file.name} cannot be written ({e.strerror}); its lines are kept for later")
-
 # %% ../../nbs/train/09_checkpoints.ipynb #lock
 def _owner(file:Path)->dict:
     "Who wrote into a lock."
@@ -221,6 +201,32 @@ def _is_there(owner:dict)->bool:
     try: return abs(psutil.Process(owner["pid"]).create_time() - owner["begun"]) < 2
     except (psutil.Error, KeyError, TypeError): return False
 
+class _Held:
+    "A lock on a folder, and which file it is."
+    def __init__(self, folder:Path, wait:float):
+        file = folder/".lock"
+        self.lock, self.file, before = FileLock(file), file, _owner(file)
+        try: self.lock.acquire(timeout=0 if _is_there(before) else wait)
+        except Timeout:
+            where = "" if before.get("boot") == boot() else " of another machine"
+            raise UserError(f"{folder} is trained into by process {before.get('pid', '?')}{where}: wait for it, or name another "
+                "--output_dir") from None
+        if before and not before.get("ended"): say(f"the lock of process {before.get('pid', '?')}, which is gone, is taken over")
+        self.number = self.seen()
+        self.note()
+
+    def seen(self)->tuple|None: # None: it is gone
+        try: return (s := self.file.stat()).st_dev, s.st_ino
+        except OSError: return None
+
+    def note(self, **more):
+        "Say whose it is, in it."
+        me = {"pid": os.getpid(), "begun": psutil.Process().create_time(), "boot": boot()}
+        with contextlib.suppress(OSError): self.file.write_text(json.dumps(me | more))
+
+# %% ../../nbs/train/09_checkpoints.ipynb #owned
+_held:dict[Path, _Held] = {} # Folders of this process
+
 @contextlib.contextmanager
 def owned(
     folder:str|Path, # --output_dir
@@ -229,16 +235,74 @@ def owned(
     "Within the block no other run may train into the folder. Raises `UserError` when one does already."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder/".lock"
-    lock, before = FileLock(file), _owner(file)
-    try: lock.acquire(timeout=0 if _is_there(before) else wait)
-    except Timeout: raise UserError(f"{folder} is trained into by process {before.get('pid', '?')}"
-        f"{'' if before.get('boot') == boot() else ' of another machine'}: wait for it, or name another --output_dir") from None
-    if before and not before.get("ended"): say(f"the lock of process {before.get('pid', '?')}, which is gone, is taken over")
-    me = {"pid": os.getpid(), "begun": psutil.Process().create_time(), "boot": boot()}
-    try:
-        with contextlib.suppress(OSError): file.write_text(json.dumps(me))
-        yield
+    key = folder.absolute()
+    _held[key] = _Held(folder, wait)
+    try: yield
     finally:
-        with contextlib.suppress(OSError): file.write_text(json.dumps(me | {"ended": True}))
-        lock.release()
+        held = _held.pop(key)
+        if held.seen() == held.number: held.note(ended=True)
+        held.lock.release()
+
+def still_ours(
+    folder:str|Path, # That a run writes into; made where it is not there
+):
+    "See to it that an owned folder is still this run's. Raises `UserError` when another run has begun in it."
+    folder = Path(folder)
+    held = _held.get(folder.absolute())
+    if held and held.seen() == held.number: return
+    gone = not folder.is_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    if not held: return
+    if gone: say(f"{folder} was removed while it was trained into; it is made anew, without the checkpoints and history it held")
+    try: _held[folder.absolute()] = _Held(folder, 0)
+    except UserError as e: raise UserError(
+        f"{folder} was removed, and another run has begun there: this one ends ({e})") from None
+    held.lock.release()
+    with contextlib.suppress(OSError): gone and append_event(folder, "folder_removed")
+
+# %% ../../nbs/train/09_checkpoints.ipynb #lines
+class Lines:
+    "A JSONL file that grows by a line a call; a full disk is waited out."
+    def __init__(self,
+        file:str|Path, # Its folder is made
+    ): self.file, self.waiting = Path(file), b""
+
+    def __call__(self,
+        value, # Of a line
+    ):
+        "Append a line, after those that could not be written before."
+        self.waiting += json.dumps(value, ensure_ascii=False).encode() + b"\n"
+        try:
+            still_ours(self.file.parent)
+            with open(self.file, "ab", buffering=0) as f:
+                at = f.tell()
+                if f.write(self.waiting) == len(self.waiting): self.waiting = b""
+                else: f.truncate(at)
+        except OSError as e: say(f"{self.file.name} cannot be written ({e.strerror}); its lines are kept for later")
+
+# %% ../../nbs/train/09_checkpoints.ipynb #result
+def way_on(
+    folder:str|Path, # Of a run that ended before its end
+)->str:
+    "The command that goes on with a run: of its record, or the same again."
+    if (Path(folder)/"run.json").exists(): return f"medllm runs resume {folder}"
+    return "the same command with --resume_from_checkpoint true"
+
+@contextlib.contextmanager
+def whole_result(
+    folder:str|Path, # --output_dir
+):
+    "Within the block a result is written, or nothing of it. Raises `Unwritable`."
+    folder = Path(folder)
+    def files(): return {f: (f.stat().st_ino, f.stat().st_mtime_ns) for f in folder.iterdir() if f.is_file()}
+    still_ours(folder)
+    before = files()
+    try: yield
+    except Exception as e:
+        if not (why := writing_failed(e)): raise
+        for file, state in files().items() if folder.is_dir() else ():
+            if state != before.get(file) and file.suffix != ".jsonl": file.unlink(missing_ok=True)
+        good = committed(folder)
+        raise Unwritable(f"the trained model could not be written to {folder} ({why}): make room, and " + (
+            f"{way_on(folder)} goes on from {good[0][1].name}" if good else
+            "train again; no checkpoint could be written either")) from None

@@ -18,9 +18,10 @@ from ..data.accounts import write_rejects
 from ..data.look import picture
 from ..data.packing import padding_shares, plan_packs
 from ..models.adapters import describe, trained_parameters
+from ..machine import placed
 from ..secrets import resolve
 from .arguments import Arguments, check_output_dir, parse, preflight, resumes
-from .checkpoints import check, newest, owned
+from .checkpoints import check, newest, owned, whole_result
 from .contract import as_change, check_changes, compare, contract_of
 from .determinism import apply, in_force
 from .inputs import TrainingData, prepare_data
@@ -141,11 +142,11 @@ def train(
     data:TrainingData, # From `prepare_data`
 )->dict:               # The metrics, as in metrics.json
     ("Train, and write model, history, metrics and curve to the output folder. Raises `UserError` when the plan does not fit the "
-        "model or a checkpoint is of another run, `Interrupted` when the run was asked to stop.")
+        "model, a checkpoint is of another run or a place cannot be written, `Interrupted` when the run was asked to stop.")
     folder = Path(args.training.output_dir)
     check_metric(args.finetuning.stage, args.training.metric_for_best_model, list(data.eval))
     apply(args.finetuning.profile, args, data)
-    with owned(folder) if is_first_process() else nullcontext(), listening():
+    with placed(), owned(folder) if is_first_process() else nullcontext(), listening():
         checkpoint = find_checkpoint(args)
         contract = contract_of(args, data)
         if checkpoint: _agreed(args, contract, checkpoint)
@@ -168,7 +169,7 @@ def _train(args:Arguments, data:TrainingData, contract:dict, checkpoint:Path|Non
         if name.startswith("eval_") and not name.endswith("_runtime")}
     result = trainer.train(str(checkpoint) if checkpoint else None, checked=True) if t.do_train else None
     if result:
-        with polled(): _save(trainer, args, folder)      # a signal waits for the model to be whole
+        with polled(), whole_result(folder): _save(trainer, args, folder)      # a signal waits for the model to be whole
         if stop.asked: raise Interrupted(f"asked to stop after the last step; the model is in {folder}, its metrics are missing")
         metrics |= _training_metrics(trainer, result, read_history(trainer.history) if is_first_process() else [])
     if args.data.packing and result and trainer.objective.unit == "tokens":

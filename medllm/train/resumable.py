@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 from fastcore.basics import patch
-from safetensors import SafetensorError
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 
 from ..core import Interrupted, UserError, append_event, say, write_json
 from ..machine import writing_failed
-from .checkpoints import Unwritable, begin_behind, check, commit, committed, drop, room_for, rotate
+from medllm.train.checkpoints import (Unwritable, begin_behind, check, commit, committed, drop, room_for, rotate,
+    still_ours, way_on)
 from .interruption import Agreement, Left, leaving, listening, polled, stop
 from .state import check_weights, random_state, read_state, readable, set_random_state, write_state
 
@@ -184,7 +184,7 @@ def _together(self:ResumableTrainer, write)->str:
     "Do something with the disk; empty when it went well in all processes, else why not. Other errors are raised."
     why = ""
     try: write()
-    except (OSError, RuntimeError, SafetensorError) as e:
+    except Exception as e:                    # tokenizers has no other name for a disk without room for a name
         why = writing_failed(e)
         if not why: raise
     failed, = self.agree(int(bool(why)))
@@ -204,7 +204,7 @@ def _write(self:ResumableTrainer, folder:Path, notes:dict)->str:
     main = self.args.should_save
     def prepare():
         if not main: return
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        still_ours(folder.parent)
         if short := room_for(folder.parent, self._expected()): raise OSError(28, short)
         drop(folder)
         folder.mkdir()
@@ -264,7 +264,7 @@ def _leave(self:ResumableTrainer):
             self._save_checkpoint(self.model, None, self.noted_end)
             self.settle()
     found = committed(where)
-    how = f"medllm runs resume {where}" if (where/"run.json").exists() else "the same command with --resume_from_checkpoint true"
+    how = way_on(where)
     if step <= begun: raise Interrupted(f"{asked}; nothing was trained since, so nothing is lost")
     if found: raise Interrupted(f"{asked}; {found[0][1].name} holds it: {how} goes on" if found[0][0] == step else
         f"{asked}, which could not be saved; {found[0][1].name} is the newest checkpoint: {how} goes on from there")

@@ -8,15 +8,13 @@ __all__ = ['ExportPlan', 'facts_of', 'Check', 'plain_card', 'equivalence_text', 
 # %% ../../nbs/use/16_export.ipynb #imports
 import gc
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..core import Interrupted, UserError, find_path, say, sha256, sync_folder, write_bytes, write_json
+from ..core import Interrupted, UserError, find_path, say, sha256, write_bytes, write_json
+from ..machine import beside, check_writable, place_fault, sweep, take_place, writing_failed
 from ..models.chat import ChatModel, ModelChoice, load_chat_model
 from ..models.loading import LoadPlan, load_model, load_tokenizer, model_location
 from ..train.interruption import Left, leaving, listening
@@ -52,6 +50,11 @@ class ExportPlan:
                 if word not in known: raise UserError(f"--{flag} {word}: must be one of {', '.join(map(str, known))}")
         limits_of("prompts", moved=self.limits)
         if self.gguf: gguf_package()
+        check_writable(self.place.parent, "--output")
+        self.check_place()
+
+    def check_place(self):
+        "Raise `UserError` when something is there that is not to be replaced."
         place = self.place
         if not place.exists() or place.is_dir() and not any(place.iterdir()): return
         if not self.overwrite: raise UserError(
@@ -66,30 +69,16 @@ class ExportPlan:
 # %% ../../nbs/use/16_export.ipynb #place
 @contextmanager
 def _unfinished(place:Path)->Iterator[Path]:
-    "A folder beside the place, which is gone afterwards unless it took the place."
-    place.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}-"))
-    part.chmod(0o755)
+    "A folder beside the place, which is gone afterwards unless it took the place. Raises `UserError` for a disk that refuses."
     try:
-        with listening(), leaving(): yield part
+        with listening(), leaving(), beside(place) as part: yield part
     except Left: raise Interrupted("asked to stop: nothing was exported; the same command begins again") from None
-    finally: shutil.rmtree(part, ignore_errors=True)
-
-def _take_place(part:Path, place:Path):
-    "Force a folder to the disk and give it its name, in place of what was there."
-    for file in part.rglob("*"):
-        if file.is_dir(): sync_folder(file)
-        else:
-            with open(file, "rb") as f: os.fsync(f.fileno())
-    sync_folder(part)
-    old = place.with_name(f".{place.name}-old-{os.getpid()}")
-    if place.exists(): os.replace(place, old)
-    try: os.replace(part, place)
-    except OSError:
-        if old.exists(): os.replace(old, place)
-        raise
-    sync_folder(place.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    except Exception as e:
+        if not (why := place_fault(e)): raise
+        if not str(getattr(e, "filename", None) or place).startswith(str(place.parent)): raise UserError(why) from None
+        raise UserError(
+            f"nothing was exported: {place} cannot be written ({writing_failed(e)}); make room, or name another --output"
+        ) from None
 
 # %% ../../nbs/use/16_export.ipynb #facts
 def _weights(folder:Path)->dict[str, str]:
@@ -277,10 +266,12 @@ def export(
 )->dict:                            # The report; its `passed` says whether there is a folder
     "Export a trained model. Raises `UserError` for what cannot be exported, `Interrupted` when asked to stop."
     place = plan.place
+    sweep(place)
+    plan.check_place()
     with _unfinished(place) as part:
         report = _made(plan, part, told)
         write_json(part/"equivalence.json", report)
         write_bytes(part/"README.md", card(report).encode())
-        if report["passed"]: _take_place(part, place)
+        if report["passed"]: take_place(part, place)
         _report_failure(place.with_name(f"{place.name}.failed"), report)
     return report

@@ -14,7 +14,6 @@ import math
 import os
 import re
 import shutil
-import tempfile
 import threading
 import unicodedata
 from collections import Counter
@@ -30,7 +29,7 @@ from filelock import FileLock
 
 from ..core import UserError, find_path, say, sha256, write_bytes, write_json
 from ..data.cache import cache_folder
-from ..machine import cache_home, placed
+from ..machine import beside, cache_home, placed
 from ..data.registry import Source
 from ..data.words import HAN, words
 from .knowledge import LONGEST, Passage, find_knowledge, read_passages
@@ -281,10 +280,9 @@ def open_index(
             dense.vectors = dense.encode([p.whole for p in index.passages], False)
             index.dense = dense
         if source_hashes(sources) != files: raise UserError("a source of knowledge changed while it was read; start again")
-        part = Path(tempfile.mkdtemp(dir=keep, prefix=".part-"))
-        try:
+        with beside(place) as part:
+            part.chmod(0o700)
             _write(index, part)
             shutil.rmtree(place, ignore_errors=True)
             os.replace(part, place)
-        finally: shutil.rmtree(part, ignore_errors=True)
     return index
