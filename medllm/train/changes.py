@@ -102,6 +102,16 @@ def _init_training_state(self:ChangedTrainer, max_steps:int, each:int, *args)->t
     return epoch, 0 if self.args.ignore_data_skip else done*self.args.gradient_accumulation_steps
 
 @patch
+def _finalize_training(self:ChangedTrainer, *args, **kwargs):
+    "The end of the loop; says whose weights are left where the best are."
+    self.settle()
+    best, name = self.state.best_model_checkpoint, f"eval_{str(self.args.metric_for_best_model).removeprefix('eval_')}"
+    if self.args.load_best_model_at_end: say(
+        f"the model is that of {Path(best).name}, the best by {name} ({self.state.best_metric:.4g})" if best else
+        f"no checkpoint has a validation, so the model is that of the last step and not the best by {name}")
+    return super(ChangedTrainer, self)._finalize_training(*args, **kwargs)
+
+@patch
 def _choose_again(self:ChangedTrainer):
     "The best of the checkpoints that are still there, by today's metric; none when the validation rows are others."
     state, name, folder = self.state, self.args.metric_for_best_model, self.resumed.parent
