@@ -18,7 +18,7 @@ import torch
 
 from ..core import UserError, nearest
 from ..data.formats import Turn
-from .items import MCQItem
+from .options import MCQItem
 from ..models.chat import ChatModel
 from ..models.sampling import at_rest, rows_that_fit
 
