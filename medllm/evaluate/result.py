@@ -221,6 +221,7 @@ def measure_words(
     "A figure's name for a reader."
     return _WORDS.get(name, name.replace("_", " "))
 
+# %% ../../nbs/evaluate/00_result.ipynb #figure-rows
 def figure_rows(
     summaries:dict[str, dict],      # By name of the set
     base:dict[str, dict]|None = None, # Of the base model

@@ -16,7 +16,8 @@ from .choice import model_facts
 from .result import Result, Task, compares, figure, measures, summarises, told_apart
 from .scoring import Row, batch_logprobs
 from .statistics import holm, mcnemar, mean, paired_share, share, verdict_words
-from .text import Asked, asked_facts, language_of, read_asked, said_to
+from .language import language_of
+from .text import Asked, asked_facts, read_asked, said_to
 from ..models.chat import ChatModel
 from ..models.sampling import at_rest
 from ..train.medical_rewards import refusal_rule

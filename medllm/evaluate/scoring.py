@@ -19,7 +19,7 @@ import torch
 from ..core import UserError, nearest
 from ..data.formats import Turn
 from ..data.tokens import begin_ids
-from .items import MCQItem
+from .options import MCQItem
 from ..models.chat import ChatModel
 from ..models.sampling import NotFinite, at_rest, rows_that_fit
 

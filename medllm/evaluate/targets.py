@@ -237,6 +237,7 @@ def _base_row(name:str, c:dict, several:int)->dict:
         f"({points(d['low'])} to {points(d['high'])}), {c['verdict']}, p {c.get('p_corrected', c['p']):.2g} "
         f"(corrected for {several}){more}", c["not_worse"])
 
+# %% ../../nbs/evaluate/19_targets.ipynb #verdict-rows
 def verdict_rows(
     found:dict, # From `evaluate_models`: tuned, comparisons, targets
 )->list[dict]:  # Rows of `medllm.marks`
