@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from medllm.cli import main
 from medllm.core import UserError
-from medllm.data.accounts import OnBad, load_examples
+from medllm.data.accounts import OnBad, load_examples, write_rejects
 from medllm.data.formats import REASONS, Example, Turn
+from medllm.data.gate import inspect
 from medllm.data.json_reader import Bad
 from medllm.data.readers import read_file
 from medllm.data.registry import find_sources
@@ -259,6 +260,62 @@ def test_skipped_rows_are_listed(tmp_path, capfd):
     lines = [json.loads(line) for line in (tmp_path/"out/rejects.jsonl").read_text().splitlines()]
     assert [(r["line"], r["reason"]) for r in lines] == [(41, "broken_json"), (42, "wrong_type")]
     assert "SECRET" not in (tmp_path/"out/rejects.jsonl").read_text()
+
+
+# The same 7 rows, four of them bad, in every way that puts several rows on one line, and beside it in lines of their own.
+ROWS = [{"instruction": "Q1?", "output": "A1."}, {"instruction": "Q2?", "output": ""}, {"instruction": "Q3?", "output": "A3."},
+    {"instruction": "Q4?"}, {"instruction": "Q5?", "output": 7}, {"instruction": "Q6? " + "blah "*300, "output": "A6."},
+    {"instruction": "Q7?", "output": "A7."}]
+ONE_LINE = {
+    "array": ("r.json", json.dumps(ROWS), "row {}"),
+    "array, gzip": ("r.json.gz", gzip.compress(json.dumps(ROWS).encode()), "row {}"),
+    "keyed": ("r.json", json.dumps({f"k{n}": row for n, row in enumerate(ROWS)}), "row {}"),
+    "lines": ("r.jsonl", "\n".join(map(json.dumps, ROWS)), "line {}"),
+    "array of lines": ("r.json", "[" + ",\n".join(map(json.dumps, ROWS)) + "]", "line {}")}
+
+
+@pytest.mark.parametrize("what", ONE_LINE)
+def test_every_row_has_a_place_of_its_own(what, tmp_path, chatml):
+    "Also in a file of one line: what is rejected, cut or wrong is named by the row's number, and counted once."
+    name, text, at = ONE_LINE[what]
+    (tmp_path/name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    source, = find_sources(str(tmp_path/name))
+    with pytest.raises(UserError, match=f"{name}, {at.format(4)}: no column 'output'"): load_examples(source)
+    examples, account = load_examples(source, on_bad=OnBad("skip", 5))
+    kept = tokenise(examples, chatml, 64, account, "reject", batch=2, on_bad=OnBad("skip", 5))
+    account.close()
+    assert [e.where for e in examples] == [f"{tmp_path}/{name}, {at.format(n)}" for n in (1, 3, 6, 7)]
+    assert (len(kept), account.kept) == (3, 3)
+    reasons = {2: "empty_answer", 4: "missing_column", 5: "wrong_type", 6: "longer_than_cutoff"}
+    assert account.rejects == [(name, at.format(n), reason) for n, reason in reasons.items()]
+    unit = at.split()[0]
+    write_rejects([account], tmp_path/"rejects.jsonl")
+    lines = [json.loads(line) for line in (tmp_path/"rejects.jsonl").read_text().splitlines()]
+    assert [(r["file"], r[unit], r["reason"]) for r in lines] == [(name, n, reason) for n, reason in reasons.items()]
+
+
+@pytest.mark.parametrize("what", ONE_LINE)
+def test_the_gate_names_rows_of_one_line_apart(what, tmp_path):
+    "Findings, and rows that repeat each other."
+    name, _, at = ONE_LINE[what]
+    rows = [{"instruction": "What helps against a mild fever at home?", "output": "Rest and fluids."}]*2 + [
+        {"instruction": "Whom do I call?", "output": "Ring +44 20 7946 0958, or write to ann.lee@example.org."}]
+    text = {"array": json.dumps(rows), "array, gzip": gzip.compress(json.dumps(rows).encode()),
+        "keyed": json.dumps(dict(zip("1ab", rows))), "lines": "\n".join(map(json.dumps, rows)),
+        "array of lines": "[" + ",\n".join(map(json.dumps, rows)) + "]"}[what]
+    (tmp_path/name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    report = inspect(find_sources(str(tmp_path/name)))
+    assert [p["where"] for p in report.findings["personal_strong"].places] == [f"{name}, {at.format(3)}"]
+    assert [(report.place(a), report.place(b)) for a, b in report.repeats["duplicate_pairs"]] == [
+        (f"{name}, {at.format(2)}", f"{name}, {at.format(1)}")]
+
+
+def test_rows_without_lines_are_numbered(tmp_path):
+    "Parquet and Arrow files."
+    import pyarrow as pa
+    import pyarrow.parquet
+    pa.parquet.write_table(pa.Table.from_pylist([{"text": "a"}, {"text": "b"}]), tmp_path/"r.parquet")
+    assert [row.where for row in read_file(tmp_path/"r.parquet")] == [f"{tmp_path}/r.parquet, row {n}" for n in (1, 2)]
 
 
 @settings(max_examples=1000, deadline=None)

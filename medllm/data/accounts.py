@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..core import UserError
 from .formats import DEFECTS, KINDS, Example, Rejected, kind_of, to_examples
-from .json_reader import Bad, Row
+from .json_reader import Bad, Row, file_and_at
 from .readers import read_rows
 from .registry import Source
 
@@ -28,7 +28,7 @@ class Account:
     rejected:Counter = field(default_factory=Counter)  # Reason to rows
     truncated:Counter = field(default_factory=Counter) # What was cut to rows
     examples:int = 0                                   # Made of the rows; ranked answers make several a row
-    rejects:list = field(default_factory=list)         # (file, line, reason) of each rejected row
+    rejects:list = field(default_factory=list)         # (file, "line n" or "row n", reason) of each rejected row
     faults:Counter = field(default_factory=Counter)    # What a quick look found, see `medllm.data.gate`
 
     @property
@@ -40,10 +40,10 @@ class Account:
             f"rows of {self.name} do not add up: {self}")
 
     def reject(self, where:str, reason:str):
-        "Count a row as rejected; `where` is 'file, line n'."
+        "Count a row as rejected; `where` is 'file, line n' or 'file, row n'."
         self.rejected[reason] += 1
-        file, _, line = where.rpartition(", line ")
-        self.rejects.append((Path(file).name, int(line or 0), reason))
+        file, at = file_and_at(where)
+        self.rejects.append((Path(file).name, at, reason))
 
     def as_dict(self)->dict:
         "The numbers, for a record."
@@ -60,9 +60,10 @@ def write_rejects(
     accounts:Iterable[Account], # Of a run
     file:str|Path,              # Where to
 )->int:                         # Lines written; no file when there are none
-    "Write dataset, file, line and reason of every rejected row as JSON Lines; no text of the rows."
-    lines = [json.dumps({"dataset": a.name, "file": f, "line": n, "reason": why}, ensure_ascii=False)
-        for a in accounts for f, n, why in a.rejects]
+    "Write dataset, file, line (or row) and reason of every rejected row as JSON Lines; no text of the rows."
+    place = lambda at: {unit: int(n) for unit, n in [at.split()]} if at else {}
+    lines = [json.dumps({"dataset": a.name, "file": file, **place(at), "reason": why}, ensure_ascii=False)
+        for a in accounts for file, at, why in a.rejects]
     if lines: Path(file).write_text("\n".join(lines) + "\n", encoding="utf-8")
     return len(lines)
 
@@ -78,19 +79,19 @@ class OnBad:
         if not 0 <= self.limit < float("inf"): raise UserError(
             f"--max_bad {self.limit:g}: must be a share below 1 or a number of rows")
 
-    def meet(self, account:Account, where:str, reason:str, why:str):
-        "Count a rejected row; raise `UserError` for a defect that is not allowed."
-        if reason in DEFECTS and self.policy == "error": raise UserError(f"{where}: {why}")
-        account.reject(where.partition(", byte ")[0], reason)
+    def meet(self, account:Account, where:str, reason:str, error:UserError):
+        "Count a rejected row; raise `error` for a defect that is not allowed."
+        if reason in DEFECTS and self.policy == "error": raise error
+        account.reject(where, reason)
         if self.limit >= 1: self.check(account)
 
     def check(self, account:Account):
         "Raise `UserError` when more was skipped than allowed."
         bad = sum(account.rejected[reason] for reason in DEFECTS)
         if bad <= (self.limit*account.read if self.limit < 1 else self.limit): return
-        file, line, reason = next(r for r in account.rejects if r[2] in DEFECTS)
+        file, at, reason = next(r for r in account.rejects if r[2] in DEFECTS)
         raise UserError(f"dataset '{account.name}': {bad} of {account.read} rows are defective, more than --max_bad "
-                        f"{self.limit:g} allows; the first is {file}, line {line} ({reason})")
+                        f"{self.limit:g} allows; the first is {file}, {at} ({reason})")
 
 # %% ../../nbs/data/04_accounts.ipynb #overlong
 OVERLONG = ("truncate_prompt", "reject", "truncate_answer")
@@ -126,13 +127,13 @@ def stream_examples(
         if max_samples is not None and account.read >= max_samples: break
         account.read += 1
         if isinstance(row, Bad):
-            on_bad.meet(account, f"{row.file}, line {row.line}, byte {row.byte}", row.reason, row.why)
+            on_bad.meet(account, row.where, row.reason, row.error())
             continue
         if not checked: _check_kind(source, row, stage)
         checked = True
         try: made = to_examples(row, source, kind, all_pairs)
         except Rejected as e:
-            on_bad.meet(account, row.where, e.reason, e.why)
+            on_bad.meet(account, row.where, e.reason, UserError(f"{row.where}: {e.why}"))
             continue
         account.examples += len(made)
         account.kept += 1

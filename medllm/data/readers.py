@@ -75,8 +75,8 @@ def _arrow(file:Path, name:str, encoding:str)->Iterator[Row|Bad]:
                 whole = pa.ipc.open_file(file)
                 batches = (whole.get_batch(i) for i in range(whole.num_record_batches))
         rows = (row for batch in batches for row in batch.to_pylist())
-        for n, row in enumerate(rows, 1): yield Row(row, name, n) if is_text(row) else Bad(
-            "bad_text", name, n, 0, "a text holds a NUL or half a surrogate pair; take it out")
+        for n, row in enumerate(rows, 1): yield Row(row, name, n, number=n) if is_text(row) else Bad(
+            "bad_text", name, n, 0, "a text holds a NUL or half a surrogate pair; take it out", n)
     except (pa.ArrowException, OSError) as e:
         raise UserError(f"{name}: not a readable {file.suffix} file ({type(e).__name__}); write it anew") from None
 
@@ -170,7 +170,7 @@ def _hub_rows(source:Source, streaming:bool=False)->Iterator[Row]:
     except Exception as e:
         raise UserError(f"dataset '{source.name}': the hub set {source.hub} cannot be loaded ({type(e).__name__}); "
                         "check the network, or download it and register it with file_name") from None
-    return (Row(dict(row), source.hub, n) for n, row in enumerate(rows, 1))
+    return (Row(dict(row), source.hub, n, number=n) for n, row in enumerate(rows, 1))
 
 def _cloud_rows(source:Source)->Iterator[Row|Bad]:
     "Rows of a file that fsspec can fetch."
@@ -212,7 +212,7 @@ def _script_rows(source:Source)->Iterator[Row]:
             if source.split not in splits: raise UserError(
                 f"dataset '{source.name}': the script has no split '{source.split}'; it has {', '.join(splits)}")
             rows = builder._generate_examples(**splits[source.split].gen_kwargs)
-            yield from (Row(dict(row), source.name, n) for n, (_, row) in enumerate(rows, 1))
+            yield from (Row(dict(row), source.name, n, number=n) for n, (_, row) in enumerate(rows, 1))
         except UserError: raise
         except Exception as e: raise UserError(f"dataset '{source.name}': the loading script failed "
             f"({type(e).__name__}); run it by itself to see why") from None

@@ -19,7 +19,7 @@ from ..core import UserError
 from ..data.formats import Rejected, kind_of, to_examples
 from ..data.json_reader import Bad
 from .choice import model_facts
-from .result import Result, Task, compares, measures, summarises
+from .result import Result, Task, compares, measures, summarises, told_apart
 from .scoring import Row, batch_logprobs
 from .statistics import holm, sign_p, verdict_words
 from .text import dataset_rows, drawn_figure, item_draws, some_of
@@ -29,7 +29,7 @@ from ..models.sampling import at_rest
 # %% ../../nbs/evaluate/13_forgetting.ipynb #read
 class Document(NamedTuple):
     "A held-out text."
-    id:str    # Set, file and line
+    id:str    # Set and place; no two texts have the same
     about:str # Set
     text:str  # All of it
 
@@ -49,9 +49,10 @@ def read_documents(
         (rows, sha256), mine = dataset_rows(dataset, task), []
         hashes.append(sha256)
         for row, source in rows:
-            try: mine.append(Document(f"{about} {Path(row.file).name}, line {row.line}", about, _text_of(row, source)))
+            try: mine.append(Document(f"{about} {row.place}", about, _text_of(row, source)))
             except Rejected as e: skipped[str(e)] += 1
         if not mine: raise UserError(f"dataset '{dataset}': no row has a text to predict")
+        mine = [d._replace(id=id) for d, id in zip(mine, told_apart(d.id for d in mine))]
         found += some_of(mine, task, skipped)
     return found, dict(skipped), " ".join(hashes)
 

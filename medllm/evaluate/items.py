@@ -10,7 +10,7 @@ __all__ = ['LETTERS', 'SCHEMAS', 'MCQItem', 'Skip', 'option_list', 'gold_labels'
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +21,7 @@ from ..data.cache import source_files
 from ..data.json_reader import Bad
 from ..data.readers import read_file, read_rows
 from ..data.registry import find_sources
+from .result import told_apart
 
 # %% ../../nbs/evaluate/01_items.ipynb #item
 @dataclass(frozen=True)
@@ -211,7 +212,7 @@ def read_items(
     first_answer:int|None = None, # 0 or 1: what an index answer counts from; None: seen from the whole set
 )->tuple[list[MCQItem], dict[str, int]]:
     "Items, and how many rows were left out for which reason. Raises `UserError` for a format that is not known."
-    rows, items, skipped, seen = list(rows), [], Counter(), Counter()
+    rows, items, skipped = list(rows), [], Counter()
     schema = schema_of(rows[0]) if rows else None
     base = count_base(rows, schema, first_answer) if rows else 0
     for n, row in enumerate(rows, 1):
@@ -222,10 +223,8 @@ def read_items(
             skipped[str(e) if isinstance(e, Skip) else "another format than the first row's"] += 1
             continue
         about = _about(row, str(question))
-        id = about.pop("id") or str(n)
-        seen[id] += 1
-        items.append(MCQItem(id if seen[id] == 1 else f"{id}#{seen[id]}", str(question).strip(), options, gold, **about))
-    return items, dict(skipped)
+        items.append(MCQItem(about.pop("id") or str(n), str(question).strip(), options, gold, **about))
+    return [replace(item, id=id) for item, id in zip(items, told_apart(item.id for item in items))], dict(skipped)
 
 # %% ../../nbs/evaluate/01_items.ipynb #sample
 def stratified(

@@ -13,7 +13,7 @@ from dataclasses import replace
 from ..core import UserError
 from ..data.answers import said
 from .choice import model_facts
-from .result import Result, Task, compares, figure, measures, summarises
+from .result import Result, Task, compares, figure, measures, summarises, told_apart
 from .scoring import Row, batch_logprobs
 from .statistics import holm, mcnemar, mean, paired_share, share, verdict_words
 from .text import Asked, asked_facts, language_of, read_asked, said_to
@@ -74,7 +74,8 @@ def read_kinds(
         if not any(k == kind for k, _, _ in found): raise UserError(
             f"'{task.name}' has no {kind} items: refusals of harmful requests and of harmless questions are only measured "
             "together; name a set with the option benign, or expected answers in a column")
-    return found, skipped, " ".join(hashes)
+    ids = told_apart(asked.id for _, _, asked in found)
+    return [(kind, reply, a._replace(id=id)) for (kind, reply, a), id in zip(found, ids)], skipped, " ".join(hashes)
 
 # %% ../../nbs/evaluate/11_safety.ipynb #failed
 _rule = refusal_rule()

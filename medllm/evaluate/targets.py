@@ -221,6 +221,10 @@ def _account_rows(name:str, s:dict)->list[dict]:
             f"{with_interval(f)} of {s['n']}{more}", met))
     return rows
 
+def _lost_row(name:str, c:dict)->dict:
+    "Items that only one of the two models has, or has a score for."
+    return asked(f"{name}: items compared", "those of both models", f"{c['n']}, {c['left_out']} left out", False)
+
 def _base_row(name:str, c:dict, several:int)->dict:
     "A comparison with the base model, one of several."
     d, unit = c["difference"], c["difference"].get("unit", "")
@@ -241,4 +245,5 @@ def verdict_rows(
     rows = _limit_rows(found, targets) + _missing_rows(found, targets)
     for name, s in found["tuned"].items(): rows += _account_rows(name, s)
     compared = judged(found["comparisons"], targets)
+    rows += [_lost_row(name, c) for name, c in compared.items() if c.get("left_out")]
     return rows + [_base_row(name, c, len(compared)) for name, c in compared.items() if c["asked"]]

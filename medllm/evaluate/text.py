@@ -20,7 +20,7 @@ import numpy as np
 from ..core import UserError
 from ..data.cache import source_files
 from ..data.formats import Example, Rejected, to_examples
-from ..data.gate import LOOP
+from ..data.gate import LOOP, short_place
 from ..data.json_reader import Bad
 from ..data.readers import read_rows
 from ..data.registry import find_sources, with_columns
@@ -28,7 +28,7 @@ from ..data.text_rules import SCRIPTS, script_counts, scripts_of, wrong_language
 from ..data.words import hash_words, repeated_share, words
 from .choice import model_facts
 from .compare import compare_scores, groups_of
-from .result import Result, Task, compares, figure, measures, summarises
+from .result import Result, Task, compares, figure, measures, summarises, told_apart
 from .statistics import DRAWS, mean, share, verdict_words
 from ..models.chat import ChatModel, Said
 from ..models.sampling import Sampling
@@ -245,7 +245,7 @@ def _ask(row, source, chat:ChatModel)->Asked:
     except UserError: raise Rejected("template_refuses") from None
     if len(prompt) >= chat.longest: raise Rejected("longer_than_model")
     id = row.data.get("id")
-    id = str(id) if isinstance(id, str | int) and id != "" else f"{Path(row.file).name}, line {row.line}"
+    id = str(id) if isinstance(id, str | int) and id != "" else row.place
     return Asked(id, example.group or id, prompt, example)
 
 def read_asked(
@@ -263,7 +263,7 @@ def read_asked(
     found = [a for a in found if a.example.gold or not gold]
     if not found: raise UserError(f"dataset '{task.dataset}': no row has a question"
         f"{' and an answer' if gold else ''} ({', '.join(f'{n} {why}' for why, n in skipped.items()) or 'it is empty'})")
-    if len({a.id for a in found}) < len(found): found = [a._replace(id=f"{n}: {a.id}") for n, a in enumerate(found, 1)]
+    found = [a._replace(id=id) for a, id in zip(found, told_apart(a.id for a in found))]
     return some_of(found, task, skipped), dict(skipped), sha256
 
 # %% ../../nbs/evaluate/10_text.ipynb #facts
@@ -296,7 +296,7 @@ def _predicted(file:str, asked:Sequence[Asked])->tuple[list[Said], str, dict]:
     with open(file, encoding="utf-8") as f: said = [r for r in map(json.loads, f) if r["answer"] is not None]
     rows = {r["where"]: r for r in said}
     if len(rows) < len(said): raise UserError(f"{file} has answers to several files of one name; predict one dataset at a time")
-    place = lambda a: Path(a.example.where).name if ", line " in Path(a.example.where).name else a.example.where
+    place = lambda a: short_place(a.example.where)
     lost = [a.id for a in asked if place(a) not in rows]
     if lost: raise UserError(f"{file} has no answer to {len(lost)} of {len(asked)} questions, the first is {lost[0]}; "
         "predict the same dataset again")

@@ -23,7 +23,7 @@ from ..data.readers import read_rows
 from ..data.registry import find_sources
 from ..evaluate.choice import model_facts
 from ..evaluate.compare import compare_scores
-from ..evaluate.result import Result, Task, compares, measures, summarises
+from ..evaluate.result import Result, Task, compares, measures, summarises, told_apart
 from ..evaluate.statistics import mcnemar, mean, paired, share, verdict_words
 from ..models.chat import ChatModel
 from ..models.sampling import Sampling
@@ -83,7 +83,7 @@ def row_questions(
             title = row.data.get("title") or ()
             titles = (title,) if isinstance(title, str) else tuple(title)
             found.append(Question(str(row.data.get("id") or n), example.turns[-1].text, example.gold, titles))
-    return found
+    return [q._replace(id=id) for q, id in zip(found, told_apart(q.id for q in found))]
 
 # %% ../../nbs/use/23_retrieval_scores.ipynb #search
 DEEP = 10 # Hits looked at
