@@ -9,7 +9,7 @@ __all__ = ['GAP', 'RISE', 'LEAST_RISE', 'verdict', 'changes', 'as_markdown']
 import math
 import re
 
-from ..marks import asked, items_to_tell, marked, markdown_table, would_tell
+from ..marks import asked, conclusion, items_to_tell, marked, markdown_table, would_tell
 
 # %% ../../nbs/records/01_verdict.ipynb #carried
 GAP, RISE, LEAST_RISE = math.log(2), 0.05, 0.01 # Of losses [nat]; a share of the best loss; and at least so much [nat]
@@ -102,3 +102,9 @@ def as_markdown(
 )->str:                   # "" without rows
     "A table of dicts as Markdown; of a verdict, with its marks in words."
     return markdown_table(marked([{k: row[k] for k in table[0]} for row in table], coloured)) if table else ""
+
+def concluded(
+    table:list[dict], # A verdict
+)->str:               # "" without rows
+    "A verdict as Markdown, with what a reader may conclude from it on top."
+    return f"**{conclusion(table)}**\n\n{as_markdown(table)}" if table else ""
