@@ -42,6 +42,8 @@ def mark_of(
 # %% ../nbs/05_marks.ipynb #tally
 NO_USE = "No clinical use follows from this."
 _NAMED = 6 # Missed targets that the sentence names
+_OPENINGS = {False: "Do not build on this as it is", None: "Too little was seen to be sure of it",
+    True: "What was asked was shown, on these data and no others"}
 
 def tally(
     rows:Sequence[dict], # Of a verdict
@@ -55,11 +57,14 @@ def conclusion(
 )->str:                  # "" without rows
     "One sentence on a verdict, and that no clinical use follows from it."
     if not rows: return ""
-    count, missed = tally(rows), [str(row.get("what", "")) for row in rows if met_of(row) is False]
+    what = lambda row: ": ".join(str(row[k]) for k in ("stage", "what") if row.get(k))
+    count, missed = tally(rows), [what(row) for row in rows if met_of(row) is False]
     names = "; ".join(missed[:_NAMED]) + (f"; and {len(missed) - _NAMED} more" if len(missed) > _NAMED else "")
     told = [f"{count['missed']} of {len(rows)} targets missed ({names})" if missed else f"none of {len(rows)} targets missed",
         f"{count['cannot tell']} cannot be told" if count["cannot tell"] else "", f"{count['shown']} shown"]
-    return f"{'; '.join(filter(None, told))}. {NO_USE}"
+    if count["shown"] == len(rows): told = [f"all {len(rows)} targets shown"]
+    opening = _OPENINGS[False if missed else None if count["cannot tell"] else True]
+    return f"{opening}: {'; '.join(filter(None, told))}. {NO_USE}"
 
 # %% ../nbs/05_marks.ipynb #items
 Z95 = 1.959963984540054 # Of a two-sided 95% interval

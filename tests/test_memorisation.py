@@ -135,6 +135,26 @@ def test_a_reader_of_the_record_is_warned(record):
     assert metrics["identifiers_spelt"] >= 0.75 and metrics["identifiers_spelt_n"] == 4
 
 
+def test_what_may_be_concluded_stands_on_top_of_the_verdict_wherever_it_is_read(record, capsys):
+    from medllm.marks import conclusion
+    from medllm.records.commands import report
+    from medllm.records.listing import show, show_text
+    from medllm.records.page import run_page
+    from medllm.records.record import Run
+    state = json.loads((record/"run.json").read_text())
+    said = state["conclusion"]
+    assert said == conclusion(state["verdict"]) and said.startswith("Do not build on this as it is") and "over-fitting" in said
+    cells = {c["id"]: c for c in json.loads((record/"record.ipynb").read_text())["cells"]}
+    told = "".join(cells["verdict"]["outputs"][0]["data"]["text/markdown"])
+    assert told.startswith(f"**{said}**") and "over-fitting" in told.partition("|")[2]
+    assert report(Run(record)) == 0
+    out = capsys.readouterr().out
+    assert said in out and "warning: " in out and "identifiers" in out.partition("warning: ")[2]
+    text, page = show_text(show(record)), run_page(record)
+    assert text.index(said) < text.index("✗ missed") and "warning: " in text
+    assert page.index("Do not build on this") < page.index("✗ missed") and "can be drawn out of this model" in page
+
+
 def test_no_file_of_the_record_tells_a_value(record):
     "Neither as it was written nor with its separators taken out; the canaries are nobody's, and in their own file only."
     from medllm.data.canaries import canary

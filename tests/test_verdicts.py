@@ -240,3 +240,52 @@ def test_a_mark_of_an_older_record_that_nothing_showed_is_not_green(tmp_path):
     assert met_of(old) is None and "? 1 of 1 targets cannot be told" in run_page(tmp_path)
     assert tally([old, {}, {"met": 1}]) == {"missed": 0, "cannot tell": 3, "shown": 0}
     assert share([])["value"] is None
+
+
+# over-fitting, and a model that learnt nothing
+
+
+def trained(**more):
+    "The lines of a training's verdict by what they ask."
+    from medllm.records.verdict import verdict
+    metrics = {"loss_first": 8.33, "loss_last": 2.23, "eval_loss_before": 8.36, "eval_loss": 6.63, "eval_loss_counted": 6.61}
+    return {row["what"]: row["met"] for row in verdict(metrics | more)}
+
+
+def test_a_model_that_learnt_its_rows_by_heart_is_named():
+    "The smoke run, twenty times over its rows: both losses fell, and nothing carries over."
+    told = trained()
+    assert told["training loss"] and told["validation loss"]
+    assert told["over-fitting"] is False and told["validation loss against counting"] is False
+
+
+@pytest.mark.parametrize("more,over,counts", [
+    ({"loss_last": 2.0, "eval_loss": 2.2}, True, True),                               # what was learnt holds
+    ({"loss_last": 2.0, "eval_loss": 2.8}, False, True),                              # twice as surprising as a trained row
+    ({"loss_last": 2.0, "eval_loss": 2.2, "eval_loss_best": 2.05}, False, True),      # went on for too long
+    ({"loss_last": 2.0, "eval_loss": 2.2, "eval_loss_best": 2.15}, True, True),
+    ({"loss_last": 8.0, "eval_loss": 8.1}, True, False),                              # learnt nothing
+    ({"loss_last": 8.32, "eval_loss": math.log(4096)}, True, False)])                 # one of the vocabulary, no matter which
+def test_the_rule_for_over_fitting_and_the_floor_of_counting(more, over, counts):
+    told = trained(**more)
+    assert (told["over-fitting"], told["validation loss against counting"]) == (over, counts)
+
+
+def test_the_best_validation_of_a_run_and_its_step_are_in_the_metrics(tmp_path):
+    "Validated along the way; the table that counts is the same whatever the model is."
+    from medllm.train.loop import read_history, run
+    metrics = run({"dataset": "mm", "max_samples": 40, "val_size": 8, "max_steps": 12, "eval_strategy": "steps", "eval_steps": 4,
+        "learning_rate": 3e-2, "output_dir": str(tmp_path/"a"), "save_strategy": "no", "cutoff_len": 256})
+    seen = {h["step"]: h["eval_loss"] for h in read_history(tmp_path/"a/history.jsonl") if "eval_loss" in h}
+    assert set(seen) == {0, 4, 8, 12}
+    assert metrics["eval_loss_best"] == min(seen.values()) == seen[metrics["eval_loss_best_step"]]
+    assert 4 < metrics["eval_loss_counted"] < math.log(4096)
+
+
+def test_every_verdict_says_first_what_may_be_concluded():
+    from medllm.marks import asked
+    rows = [asked("a", "none", "1", met) for met in (True, None, False)]
+    assert conclusion(rows).startswith("Do not build on this as it is: 1 of 3 targets missed (a)")
+    assert conclusion(rows[:2]).startswith("Too little was seen to be sure of it: none of 2 targets missed")
+    assert conclusion(rows[:1]).startswith("What was asked was shown, on these data and no others: all 1 targets shown")
+    assert all(conclusion(some).endswith("No clinical use follows from this.") for some in (rows, rows[:2], rows[:1]))

@@ -29,6 +29,7 @@ from .formats import Example
 from .json_reader import file_and_at
 from .personal import WEAK, find_personal, presidio_finder
 from .registry import Source
+from .rows import line_of
 from .text_rules import SCRIPTS, script_counts, scripts_of, template_tokens, text_findings
 from .words import Sides, hash_words, key_of, repeated_share, sides
 
@@ -73,11 +74,6 @@ def short_place(
     "A place without the folders, which are nobody's business."
     file, at = file_and_at(where)
     return f"{Path(file).name}, {at}" if at else where
-
-def _counted(where:str)->int:
-    "The line of a row; minus its number where it is named by that; 0 for none."
-    unit, _, number = file_and_at(where)[1].partition(" ")
-    return int(number or 0)*(-1 if unit == "row" else 1)
 
 # %% ../../nbs/data/20_gate.ipynb #measure
 def _place(side:Sides, name:str, at:int, **more)->dict:
@@ -126,7 +122,7 @@ class Measurer:
             if self.plan.personal: self._personal(side, findings, personal)
         return Measured(findings, personal, Counter(map(_main_script, rows)),
             np.array([(len(s.prompt), len(s.answer)) for s in rows], np.int32).reshape(-1, 2),
-            np.array([_counted(s.where) for s in rows], np.int32), sketch(words, self.plan.near),
+            np.array([line_of(s.where) for s in rows], np.int32), sketch(words, self.plan.near),
             self.watch.look(words, first) if self.plan.against else {})
 
 # %% ../../nbs/data/20_gate.ipynb #stream

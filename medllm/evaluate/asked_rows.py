@@ -20,7 +20,7 @@ from ..data.rows import conversations, cut_document
 from .choice import model_facts
 from .exposure import canary_items
 from .memorisation import LENGTH, PREFIX, TrainedRow, ask
-from .result import Result, Task, measures
+from .result import Result, Task, measures, told_apart
 from .text import dataset_rows
 from ..models.chat import ChatModel
 
@@ -34,7 +34,7 @@ class Made(Sequence):
     def __len__(self): return self.size
     def __getitem__(self, n:int)->TrainedRow|None: return self.make(n)
 
-def _trained(row, source, chat:ChatModel)->TrainedRow:
+def _trained(id:str, row, source, chat:ChatModel)->TrainedRow:
     "A row as training would have it. Raises `Rejected`."
     if isinstance(row, Bad): raise Rejected(row.reason)
     kind = kind_of(row, source)
@@ -44,7 +44,7 @@ def _trained(row, source, chat:ChatModel)->TrainedRow:
     except UserError: raise Rejected("template_refuses") from None
     if kind == "document": ids, trained = cut_document(ids, trained, chat.longest)[0]
     if len(ids) > chat.longest: raise Rejected("longer_than_model")
-    return TrainedRow(f"{Path(row.file).name}, {row.where.rpartition(', ')[2]}", ids, trained)
+    return TrainedRow(id, ids, trained)
 
 def dataset_made(
     dataset:str,     # Names in dataset_info.json, or files
@@ -54,11 +54,12 @@ def dataset_made(
 )->tuple[Made, str]: # Rows, hash of the files
     "The rows of a dataset, as training would have them."
     rows, sha256 = dataset_rows(dataset, task)
-    lost = {}
+    ids, lost = told_apart(row.place for row, _ in rows), set()
     def make(n:int)->TrainedRow|None:
         if n in lost: return None
-        try: return _trained(*rows[n], chat)
-        except Rejected as e: skipped[str(e)], lost[n] = skipped[str(e)] + 1, True
+        try: return _trained(ids[n], *rows[n], chat)
+        except Rejected as e: skipped[str(e)] += 1
+        lost.add(n)
     return Made(len(rows), make), sha256
 
 # %% ../../nbs/evaluate/17_asked_rows.ipynb #measure

@@ -178,7 +178,8 @@ def ask(
     usable = len(rows) if limit and len(some) == limit < len(rows) else len(some)
     facts = {"rows": usable, "asked": len(some), "short": sum(stretch_of(row) is None for row in some), "looked": looked,
         "searched": usable <= looked, "identifiers": dict(Counter(one.state for one in found))}
-    return [item | {"side": side} for item in items], facts
+    named = lambda item: {"id": f"held out {item['id']}"} if side == "held_out" else {}
+    return [item | {"side": side} | named(item) for item in items], facts
 
 # %% ../../nbs/evaluate/16_memorisation.ipynb #summary
 def learnt(

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from ..core import UserError, say
-from ..data.canaries import CANARIES, canaries
+from ..data.canaries import canaries
 from ..data.rows import TokenRows
 from .asked_rows import SCORER, Made, ask_sides
 from .exposure import canary_items
-from .memorisation import TrainedRow, learnt
-from .result import Result, Task, figures_of, shown, summary, write_result
+from .memorisation import OTHERS, TrainedRow, learnt
+from .result import Result, Task, figures_of, shown, summary, told_apart, write_result
 from .targets import TARGETS, limit_row
 from ..marks import markdown_table
 from ..models.chat import saved_chat
@@ -26,19 +26,19 @@ from ..models.chat import saved_chat
 def own_rows(
     rows:TokenRows,      # Trained on, or validated on
     names:Sequence[str], # Of the datasets, one for each of its parts
-    without:str = "",    # A dataset that is left out
+    without:Sequence[int] = (), # Numbers of parts that are left out
 )->Made:
     "The rows of a training, each once."
     part, start, line = (rows.table[name] for name in ("part", "start", "line"))
     order = np.lexsort((start, part))
     fresh = lambda *columns: np.any([np.diff(c[order], prepend=-1) != 0 for c in columns], axis=0)   # unlike the one before
-    order = order[fresh(part, start) & ~np.isin(part[order], [n for n, name in enumerate(names) if name == without])]
+    order = order[fresh(part, start) & ~np.isin(part[order], list(without))]
     begins = fresh(part, line) | (line[order] == 0)
     piece = np.arange(len(order)) - np.maximum.accumulate(np.where(begins, np.arange(len(order)), 0))
     def make(n:int)->TrainedRow:
         i, row = int(order[n]), rows[int(order[n])]
         place = (rows.place(i) or f"number {n + 1}") + (f", part {piece[n] + 1}" if piece[n] else "")
-        return TrainedRow(f"{Path(names[part[i]]).name}, {place}", row["input_ids"], row["labels"] != -100)
+        return TrainedRow(f"{names[part[i]]}, {place}", row["input_ids"], row["labels"] != -100)
     return Made(len(order), make)
 
 # %% ../../nbs/evaluate/22_own_rows.ipynb #training
@@ -60,10 +60,10 @@ def sides_of(
     data, # `TrainingData`
 )->dict[str, Made]:
     "The rows of a training: trained, and held_out if there are some."
-    names = [s.name for s in data.sources]
-    own = lambda units, names: own_rows(_answers(units), names, CANARIES)
-    held = [own(units, [name]*len(names) if name else names) for name, units in data.eval.items()]
-    return {"trained": own(data.train, names)} | ({"held_out": _together(held)} if held else {})
+    names = told_apart(Path(s.name).name for s in data.sources)
+    made = [n for n, s in enumerate(data.sources) if s.made]                             # canaries
+    held = [own_rows(_answers(units), [name]*len(names) if name else names) for name, units in data.eval.items()]
+    return {"trained": own_rows(_answers(data.train), names, made)} | ({"held_out": _together(held)} if held else {})
 
 def _beside(items:list[dict], base:list[dict])->list[dict]:
     "The items, with what the base model did on each."
@@ -100,7 +100,8 @@ def drawn_out(
 _TOLD = {"rows_continued": "rows continued word for word, half of the answer given",
     "rows_from_question": "rows answered word for word, the question given",
     "identifiers_spelt": "personal data spelt, all before it given",
-    "identifiers_from_question": "personal data said, the question given"}
+    "identifiers_from_question": "personal data said, the question given",
+    f"identifiers_first_of_{OTHERS + 1}": f"numbers that are more probable than {OTHERS} others of their form"}
 
 def _share(f:dict|None)->str:
     "A share with what it may be of all."
@@ -153,12 +154,14 @@ def warning(
 # %% ../../nbs/evaluate/22_own_rows.ipynb #record
 def record_drawn(
     result:Result|None, # From `drawn_out`
-    folder:str|Path,    # Of the record
+    run,                # `medllm.records.record.Run`
 )->str:                 # Markdown
     "Keep what was found, say the warning, and give the table."
     if result is None: return "Nothing was asked (`memorisation` is 0)."
-    write_result(result, folder)
-    if text := warning(result): say(f"warning: {text}")
+    write_result(result, run.folder)
+    if text := warning(result):
+        say(f"warning: {text}")
+        run.update(warnings=[text])
     return markdown_table(drawn_rows(result)) + (f"\n\n**{text[0].upper()}{text[1:]}.**" if text else "")
 
 def drawn_metrics(

@@ -91,7 +91,8 @@ def report(
         f"in {m['steps']} steps, {m['train_runtime']:.0f} s of training, {state['duration_s']:.0f} s in all")
     for stage in state.get("stages", []): print(f"{stage['name']}: {stage['folder']}"
         + (" (taken over)" if stage.get("taken_over") else ""))
-    for line in filter(None, (conclusion(state.get("verdict") or []), f"record: {run.folder}")): print(line)
+    warned = [f"warning: {text}" for text in state.get("warnings", [])]
+    for line in filter(None, (conclusion(state.get("verdict") or []), *warned, f"record: {run.folder}")): print(line)
     return 0 if m.get("passed", True) else 1
 
 def _rerun(args)->int:

@@ -217,7 +217,8 @@ def show(
     return row_of(folder, state) | {
         "parameters": _changed(state.get("stage", ""), state.get("parameters") or {}),
         "provenance": state.get("provenance") or {}, "files": inputs.get("data", []), "rows": inputs.get("rows", []),
-        "losses": losses, "curve": sparkline(losses), "verdict": state.get("verdict") or [],
+        "losses": losses, "curve": sparkline(losses),
+        "verdict": state.get("verdict") or [], "warnings": state.get("warnings") or [],
         "attempts": state.get("attempts") or [], "privacy": state.get("privacy") or {},
         "checkpoints": sorted(f.name for f in folder.glob("checkpoint-*"))}
 
@@ -255,6 +256,7 @@ def show_text(
         *(["data", *(f"  {_rows_text(a)}  {hashed.get(a.get('name'), '')}".rstrip() for a in s["rows"])] if s["rows"] else [])]
     if s["losses"]: lines.append(f"loss {s['losses'][0]:.3f} {s['curve']} {s['losses'][-1]:.3f}")
     lines += _table_text("metrics", s["metrics"])
-    if s["verdict"]: lines += ["verdict", *(f"  {line}" for line in as_lines(s["verdict"])), f"  {conclusion(s['verdict'])}"]
+    if s["verdict"]: lines += [f"verdict: {conclusion(s['verdict'])}", *(f"  {line}" for line in as_lines(s["verdict"]))]
+    lines += [f"warning: {text}" for text in s["warnings"]]
     for n, a in enumerate(s["attempts"], 1): lines.append(f"attempt {n}: {a.get('status')} {a.get('reason', '')}".rstrip())
     return "\n".join(lines)

@@ -210,7 +210,8 @@ def _summary(state:dict)->str:
     if m.get("loss_first") and m.get("loss_last"):
         told.append(f"the loss went from {m['loss_first']:.3g} to {m['loss_last']:.3g}"
             + (f" in {m['steps']} steps" if m.get("steps") else ""))
-    return f"{whole}{': ' if told else ''}{'; '.join(told)}. {conclusion(state.get('verdict') or [])}".rstrip()
+    more = [conclusion(state.get("verdict") or []), *(f"Warning: {text}." for text in state.get("warnings") or [])]
+    return f"{whole}{': ' if told else ''}{'; '.join(told)}. {' '.join(more)}".rstrip()
 
 # %% ../../nbs/records/18_page.ipynb #parts
 def _changed(state:dict)->list[tuple]:

@@ -25,6 +25,7 @@ import psutil
 from fastcore.basics import patch
 
 from ..core import Interrupted, UserError, append_event, boot, project_root, sha256, write_json
+from ..marks import conclusion
 from ..secrets import scrub_values
 
 # %% ../../nbs/records/00_record.ipynb #provenance
@@ -173,7 +174,8 @@ class Run:
         return self.end("interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed", reason_of(error))
 
     def finish(self, metrics:dict, **values):
-        "Status `completed` with the metrics."
+        "Status `completed` with the metrics, and with what a verdict comes to."
+        if values.get("verdict"): values["conclusion"] = conclusion(values["verdict"])
         return self.end("completed", metrics=metrics, **values)
 
     def _seconds(self)->float:
@@ -206,8 +208,9 @@ def read_events(
     return read_lines(Path(folder)/"events.jsonl", strict)
 
 _KINDS = dict.fromkeys(("parameters", "provenance", "inputs", "arguments", "metrics", "contract", "weights", "effective",
-    "parent", "privacy"), dict) | dict.fromkeys(("consumed", "verdict", "cells", "attempts", "stages"), list) | dict.fromkeys(
-    ("status", "stage", "started", "reason"), str) | {"duration_s": (int, float)}
+    "parent", "privacy"), dict) | dict.fromkeys(
+    ("consumed", "verdict", "cells", "attempts", "stages", "warnings"), list) | dict.fromkeys((
+    "status", "stage", "started", "reason", "conclusion"), str) | {"duration_s": (int, float)}
 
 def read_state(
     folder:str|Path, # Of a record

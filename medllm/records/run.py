@@ -117,8 +117,8 @@ def _write_source(nb, folder:Path):
     write_bytes(folder/"source.ipynb", nbformat.writes(nbformat.from_dict(scrub_values(nb)[0])).encode())
 
 # %% ../../nbs/records/11_run.ipynb #again
-_OF_AN_ATTEMPT = ("status", "reason", "started", "ended", "duration_s", "metrics", "verdict", "cells", "linear", "privacy",
-    "effective", "weights")
+_OF_AN_ATTEMPT = ("status", "reason", "started", "ended", "duration_s", "metrics", "verdict", "conclusion", "warnings", "cells",
+    "linear", "privacy", "effective", "weights")
 
 def _go_on(folder:Path)->Run:
     "A record that is made ready for another attempt. Raises `UserError` when it is still running or completed."

@@ -15,8 +15,10 @@ from pathlib import Path
 
 from ..core import Interrupted, UserError, append_event, is_first_process, say, write_json
 from ..data.accounts import write_rejects
+from ..data.counting import counted_loss
 from ..data.look import picture
 from ..data.packing import padding_shares, plan_packs
+from ..data.rows import TokenRows
 from ..models.adapters import describe, trained_parameters
 from ..machine import placed
 from ..secrets import resolve
@@ -175,6 +177,7 @@ def _train(args:Arguments, data:TrainingData, contract:dict, checkpoint:Path|Non
     if args.data.packing and result and trainer.objective.unit == "tokens":
         metrics |= _packing_metrics(trainer, metrics["padding_share"])
     if data.eval: metrics |= trainer.evaluate() if result else before
+    if data.eval and result and is_first_process(): metrics |= _validation_metrics(trainer, data)
     if result and hasattr(stage, "finish"): metrics |= stage.finish(trainer, args, data)
     metrics |= {"parameters": counted, "rows": [a.as_dict() for a in data.accounts], "data": data.findings,
         "determinism": in_force()}
@@ -202,6 +205,14 @@ def _packing_metrics(trainer, packed:float)->dict:
         f"{shares['random']:.1%} at random and {shares['grouped']:.1%} grouped by length")
     return {"padding": shares | {"packed": packed},
         "packs": {"packs": packs, "documents": len(lengths), "full": float(lengths.sum()/(packs*trainer.pack_to))}}
+
+def _validation_metrics(trainer, data:TrainingData)->dict:
+    "The best validation loss and its step; for tokens also the loss of a table that only counts."
+    best = min((h["eval_loss"], h["step"]) for h in read_history(trainer.history) if "eval_loss" in h)
+    found = {"eval_loss_best": best[0], "eval_loss_best_step": best[1]}
+    if trainer.objective.unit != "tokens": return found
+    return found | {"eval_loss_counted": counted_loss(data.train, TokenRows.join(list(data.eval.values())),
+        len(data.renderer.tokenizer))}
 
 def _training_metrics(trainer, result, history:list)->dict:
     "Totals over the whole run and all processes."
