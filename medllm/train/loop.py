@@ -19,7 +19,7 @@ from ..data.look import picture
 from ..data.packing import padding_shares, plan_packs
 from ..models.adapters import describe, trained_parameters
 from ..secrets import resolve
-from .arguments import Arguments, check_output_dir, parse, preflight, resumes
+from .arguments import Arguments, check_output_dir, goes_on_there, parse, preflight, resumes
 from .checkpoints import check, newest, owned
 from .contract import as_change, check_changes, compare, contract_of
 from .determinism import apply, in_force
@@ -79,24 +79,22 @@ def stage_module(
     return import_module(f"medllm.train.{_MODULES[stage]}")
 
 # %% ../../nbs/train/31_loop.ipynb #begin
-def _fresh(args:Arguments)->None:
-    "Raise `UserError` when `auto` would begin anew over what somebody else left."
-    check_output_dir(args.training.output_dir, args.finetuning.overwrite_output_dir, checkpoints=False)
-
 def find_checkpoint(
     args:Arguments, # From `parse`
 )->Path|None:       # None: begin anew
-    "The checkpoint that a run goes on from. Raises `UserError` when there is none to be found or it is not whole."
+    ("The checkpoint that a run goes on from. Raises `UserError` when there is none to be found or it is not whole, and when "
+        "beginning anew would replace what the folder holds.")
     asked, folder = resumes(args), args.training.output_dir
     if asked in ("", "true", "auto"):
         left_out = []
         found = newest(folder, left_out.append) if asked else None
         for line in left_out: say(line)
-        if found or not asked: return found
-        if asked == "auto": return _fresh(args)
+        if found: return found
+        if asked != "true": return check_output_dir(folder, args.finetuning.overwrite_output_dir, checkpoints=not asked)
         raise UserError(f"--resume_from_checkpoint: there is no checkpoint in {folder}" + (
             f" that is whole ({'; '.join(left_out)})" if left_out else ""))
     if why := check(asked): raise UserError(f"--resume_from_checkpoint {asked}: {why}")
+    if not goes_on_there(args): check_output_dir(folder, args.finetuning.overwrite_output_dir)
     return Path(asked)
 
 def _agreed(args:Arguments, contract:dict, checkpoint:Path):
