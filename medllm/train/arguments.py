@@ -25,7 +25,7 @@ from .flags import (OURS, DataArguments, FinetuningArguments, ModelArguments, Pr
     ReinforcementArguments, RewardArguments, known_flags)
 from .supported import (as_word, check_accelerator, check_compile, check_metric, check_optimiser, check_packages,
     check_refused, more_is_better, reporters_of)
-from .together import KINDS_OF, check_together, drop_unused
+from .together import check_together, drop_unused
 from ..yaml_file import read_yaml
 
 # %% ../../nbs/train/03_arguments.ipynb #era
@@ -159,9 +159,7 @@ _BY_STAGE = {"pt": {"packing": True}}
 
 def _defaults(given:dict)->dict:
     "What holds where nothing else was said."
-    flags, said = known_flags(), lambda name, value: as_word(value) != as_word(flags[name].default)
-    kind = "lora" if any(KINDS_OF.get(name) == "lora" and said(name, value) for name, value in given.items()) else "full"
-    tiny = given.get("model_name_or_path", "tiny") == "tiny" and given.get("finetuning_type", kind) == "full"
+    tiny = given.get("model_name_or_path", "tiny") == "tiny" and given.get("finetuning_type", "full") == "full"
     return (_DEFAULTS | {"disable_tqdm": not sys.stderr.isatty(), "finetuning_type": "lora"} | (_TINY if tiny else {})
         | _BY_STAGE.get(given.get("stage", ""), {}) | _chosen_by(given))
 

@@ -24,7 +24,7 @@ from .checkpoints import check, newest, owned
 from .contract import as_change, check_changes, compare, contract_of
 from .determinism import apply, in_force
 from .inputs import TrainingData, prepare_data
-from .interruption import listening, polled, stop
+from .interruption import goes_on, listening, polled, stop
 from .reporting import reported
 from .supported import check_metric
 
@@ -167,7 +167,8 @@ def _train(args:Arguments, data:TrainingData, contract:dict, checkpoint:Path|Non
     result = trainer.train(str(checkpoint) if checkpoint else None, checked=True) if t.do_train else None
     if result:
         with polled(): _save(trainer, args, folder)      # a signal waits for the model to be whole
-        if stop.asked: raise Interrupted(f"asked to stop after the last step; the model is in {folder}, its metrics are missing")
+        if stop.asked: raise Interrupted(
+            f"asked to stop after the last step; the model is in {folder}, its metrics are missing: {goes_on(folder)}")
         metrics |= _training_metrics(trainer, result, read_history(trainer.history) if is_first_process() else [])
     if args.data.packing and result and trainer.objective.unit == "tokens":
         metrics |= _packing_metrics(trainer, metrics["padding_share"])
@@ -223,6 +224,7 @@ def run(
     "Check, prepare and train; the whole of a training command. Raises `UserError` as its parts do."
     with listening():
         args = parse(given)
+        stop.expects(args.training.output_dir)
         preflight(args)
         return train(args, prepare_data(args))
 
