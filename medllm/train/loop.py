@@ -18,7 +18,6 @@ from ..data.accounts import write_rejects
 from ..data.look import picture
 from ..data.packing import padding_shares, plan_packs
 from ..models.adapters import describe, trained_parameters
-from ..secrets import resolve
 from .arguments import Arguments, check_output_dir, goes_on_there, parse, preflight, resumes
 from .checkpoints import check, newest, owned
 from .contract import as_change, check_changes, compare, contract_of
@@ -156,7 +155,6 @@ def _train(args:Arguments, data:TrainingData, contract:dict, checkpoint:Path|Non
     from transformers import set_seed
     t, folder = args.training, Path(args.training.output_dir)
     set_seed(t.seed)
-    t.hub_token = resolve(t.hub_token)
     stage = stage_module(args.finetuning.stage)
     trainer = stage.make_trainer(args, data)
     trainer.contract, counted = contract, trained_parameters(trainer.model)
