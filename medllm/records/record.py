@@ -281,13 +281,17 @@ def watch(self:Run):
         self.fail(result.error_in_exec or result.error_before_exec) if not result.success else None)
     if shell := _shell():
         shell.events.register("post_run_cell", self._seen)
-        self._listens = _listen()
+        self._listens = _listen(self)
     return self.beating()
 
-def _listen()->bool:
-    "SIGTERM ends a cell with `Interrupted`; a training takes its checkpoint first."
+_UNTRAINED = ("pipeline", "data", "evaluate", "predict")
+
+def _listen(run:Run)->bool:
+    "SIGTERM ends a cell with `Interrupted`, which says how to go on; a training takes its checkpoint first."
     from medllm.train.interruption import stop
-    return stop.install()
+    mine = stop.install()
+    stop.expects(run.folder, run.state.get("stage") not in _UNTRAINED)
+    return mine
 
 def _unlisten():
     from medllm.train.interruption import stop

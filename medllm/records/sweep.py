@@ -77,6 +77,9 @@ def read_sweep(
     points = [dict(zip(grid, values)) | one for one in each for values in itertools.product(*grid.values())]
     if points == [{}]: raise UserError(f"{file}: there is nothing to sweep over; name values under grid or each")
     common = given.get("parameters") or {}
+    for name in ("output_dir", "runs_dir", "tag"):
+        if name in {*common, *grid, *(key for one in each for key in one)}: raise UserError(
+            f"{file}: {name} is not for a grid: each point gets a record of its own, under --runs and with --tag of the command")
     found = Sweep(stage, common, points, given.get("metric") or "", given.get("best") or "")
     for n, point in enumerate(points, 1):
         if n > 1 and point in points[:n - 1]: raise UserError(f"{file}: point {n} is there twice: {point}")
@@ -166,7 +169,8 @@ def on_machine(
             for point, process in live.values():
                 process.wait()
                 _ended(run, point)
-            raise e if isinstance(e, Interrupted) else Interrupted("the sweep was stopped from the keyboard") from None
+            raise e if isinstance(e, Interrupted) else Interrupted(
+                "the sweep was stopped from the keyboard; the same command goes on from there") from None
 
 def _ended(run:Run, point:Point):
     "Note how a point ended."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'COMMIT', 'commit', 'check', 'checkpoints_in', 'committed', 'newest', 'drop', 'rotate', 'Unwritable',
-           'room_for', 'cut_back', 'begin_behind', 'owned', 'still_ours', 'Lines', 'way_on', 'whole_result']
+           'room_for', 'cut_back', 'begin_behind', 'owned', 'still_ours', 'Lines', 'whole_result']
 
 # %% ../../nbs/train/09_checkpoints.ipynb #imports
 import contextlib
@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 
 from ..core import UserError, append_event, boot, say, sync_folder, write_bytes, write_json
 from ..machine import described, digest, first_difference, writing_failed
+from .interruption import goes_on
 
 # %% ../../nbs/train/09_checkpoints.ipynb #commit
 SCHEMA = 1
@@ -281,13 +282,6 @@ class Lines:
         except OSError as e: say(f"{self.file.name} cannot be written ({e.strerror}); its lines are kept for later")
 
 # %% ../../nbs/train/09_checkpoints.ipynb #result
-def way_on(
-    folder:str|Path, # Of a run that ended before its end
-)->str:
-    "The command that goes on with a run: of its record, or the same again."
-    if (Path(folder)/"run.json").exists(): return f"medllm runs resume {folder}"
-    return "the same command with --resume_from_checkpoint true"
-
 @contextlib.contextmanager
 def whole_result(
     folder:str|Path, # --output_dir
@@ -304,5 +298,5 @@ def whole_result(
             if state != before.get(file) and file.suffix != ".jsonl": file.unlink(missing_ok=True)
         good = committed(folder)
         raise Unwritable(f"the trained model could not be written to {folder} ({why}): make room, and " + (
-            f"{way_on(folder)} goes on from {good[0][1].name}" if good else
+            f"{goes_on(folder)} from {good[0][1].name}" if good else
             "train again; no checkpoint could be written either")) from None

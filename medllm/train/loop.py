@@ -21,13 +21,12 @@ from ..data.packing import padding_shares, plan_packs
 from ..data.rows import TokenRows
 from ..models.adapters import describe, trained_parameters
 from ..machine import placed
-from ..secrets import resolve
-from .arguments import Arguments, check_output_dir, parse, preflight, resumes
+from .arguments import Arguments, check_output_dir, goes_on_there, parse, preflight, resumes
 from .checkpoints import check, newest, owned, whole_result
 from .contract import as_change, check_changes, compare, contract_of
 from .determinism import apply, in_force
 from .inputs import TrainingData, prepare_data
-from .interruption import listening, polled, stop
+from .interruption import goes_on, listening, polled, stop
 from .reporting import reported
 from .supported import check_metric
 
@@ -82,24 +81,22 @@ def stage_module(
     return import_module(f"medllm.train.{_MODULES[stage]}")
 
 # %% ../../nbs/train/31_loop.ipynb #begin
-def _fresh(args:Arguments)->None:
-    "Raise `UserError` when `auto` would begin anew over what somebody else left."
-    check_output_dir(args.training.output_dir, args.finetuning.overwrite_output_dir, checkpoints=False)
-
 def find_checkpoint(
     args:Arguments, # From `parse`
 )->Path|None:       # None: begin anew
-    "The checkpoint that a run goes on from. Raises `UserError` when there is none to be found or it is not whole."
+    ("The checkpoint that a run goes on from. Raises `UserError` when there is none to be found or it is not whole, and when "
+        "beginning anew would replace what the folder holds.")
     asked, folder = resumes(args), args.training.output_dir
     if asked in ("", "true", "auto"):
         left_out = []
         found = newest(folder, left_out.append) if asked else None
         for line in left_out: say(line)
-        if found or not asked: return found
-        if asked == "auto": return _fresh(args)
+        if found: return found
+        if asked != "true": return check_output_dir(folder, args.finetuning.overwrite_output_dir, checkpoints=not asked)
         raise UserError(f"--resume_from_checkpoint: there is no checkpoint in {folder}" + (
             f" that is whole ({'; '.join(left_out)})" if left_out else ""))
     if why := check(asked): raise UserError(f"--resume_from_checkpoint {asked}: {why}")
+    if not goes_on_there(args): check_output_dir(folder, args.finetuning.overwrite_output_dir)
     return Path(asked)
 
 def _agreed(args:Arguments, contract:dict, checkpoint:Path):
@@ -161,7 +158,6 @@ def _train(args:Arguments, data:TrainingData, contract:dict, checkpoint:Path|Non
     from transformers import set_seed
     t, folder = args.training, Path(args.training.output_dir)
     set_seed(t.seed)
-    t.hub_token = resolve(t.hub_token)
     stage = stage_module(args.finetuning.stage)
     trainer = stage.make_trainer(args, data)
     trainer.contract, counted = contract, trained_parameters(trainer.model)
@@ -172,7 +168,8 @@ def _train(args:Arguments, data:TrainingData, contract:dict, checkpoint:Path|Non
     result = trainer.train(str(checkpoint) if checkpoint else None, checked=True) if t.do_train else None
     if result:
         with polled(), whole_result(folder): _save(trainer, args, folder)      # a signal waits for the model to be whole
-        if stop.asked: raise Interrupted(f"asked to stop after the last step; the model is in {folder}, its metrics are missing")
+        if stop.asked: raise Interrupted(
+            f"asked to stop after the last step; the model is in {folder}, its metrics are missing: {goes_on(folder)}")
         metrics |= _training_metrics(trainer, result, read_history(trainer.history) if is_first_process() else [])
     if args.data.packing and result and trainer.objective.unit == "tokens":
         metrics |= _packing_metrics(trainer, metrics["padding_share"])
@@ -237,6 +234,7 @@ def run(
     "Check, prepare and train; the whole of a training command. Raises `UserError` as its parts do."
     with listening():
         args = parse(given)
+        stop.expects(args.training.output_dir)
         preflight(args)
         return train(args, prepare_data(args))
 

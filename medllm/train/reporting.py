@@ -8,14 +8,14 @@ __all__ = ['reporters', 'reporting', 'reported']
 # %% ../../nbs/train/12_reporting.ipynb #imports
 import contextlib
 import functools
-import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
-from ..core import UserError, is_first_process, nearest, say
+from ..core import UserError, is_first_process, say
 from .arguments import Arguments
+from .supported import reporters_of
 
 # %% ../../nbs/train/12_reporting.ipynb #check
 _OURS = ("tensorboard", "mlflow")
@@ -24,21 +24,15 @@ def reporters(
     args:Arguments, # From `parse`
 )->list[str]:       # Of --report_to, without none
     "Where a run reports to. Raises `UserError` for a program that is not installed."
-    said = args.training.report_to
-    words = [w.strip() for part in ([said] if isinstance(said, str) else said or []) for w in part.split(",")]
-    wanted = args.training.report_to = [w for w in words if w and w != "none"]
+    wanted = args.training.report_to = reporters_of(args.training.report_to)
     for name in wanted:
-        from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK as known
-        if name not in known: raise UserError(f"--report_to {name}: unknown{nearest(name, known)}; known are {', '.join(known)}")
         if name not in _OURS: say(f"--report_to {name}: it gets what transformers sends it, wherever that is; "
             "medllm keeps nothing back from it")
-        elif importlib.util.find_spec(name) is None: raise UserError(
-            f"--report_to {name} needs the package {name}: pip install \"medllm[{name}]\"")
     return wanted
 
 # %% ../../nbs/train/12_reporting.ipynb #places
 @contextlib.contextmanager
-def _tensorboard(folder:Path):
+def _tensorboard(folder:Path, name:str):
     "Event files in the record, named after no machine."
     given = {} if "TENSORBOARD_LOGGING_DIR" in os.environ else {"TENSORBOARD_LOGGING_DIR": str(folder/"tensorboard")}
     with patch.dict(os.environ, given), patch("socket.gethostname", lambda: "machine"): yield
@@ -47,7 +41,7 @@ _QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "MLFLOW_EN
     "GIT_PYTHON_REFRESH": "quiet"}
 
 @contextlib.contextmanager
-def _mlflow(folder:Path):
+def _mlflow(folder:Path, called:str):
     "A run of MLflow in a database in the record, with nobody's name."
     with patch.dict(os.environ, _QUIET):
         import mlflow
@@ -59,8 +53,7 @@ def _mlflow(folder:Path):
         if mlflow.get_experiment_by_name(name) is None: mlflow.create_experiment(
             name, artifact_location=None if before else (folder.resolve()/"mlflow").as_uri())
         tags = {"mlflow.user": "", "mlflow.source.name": "medllm", "mlflow.source.type": "JOB"}
-        with mlflow.start_run(experiment_id=mlflow.get_experiment_by_name(name).experiment_id, run_name=folder.name, tags=tags):
-            yield
+        with mlflow.start_run(experiment_id=mlflow.get_experiment_by_name(name).experiment_id, run_name=called, tags=tags): yield
         mlflow.set_tracking_uri(before)
 
 @contextlib.contextmanager
@@ -69,11 +62,12 @@ def reporting(
 ):
     "What `--report_to` names is ready, while the block lasts. Raises `UserError` for a program that is not installed."
     wanted, folder = reporters(args), Path(args.training.output_dir)
+    called = args.training.run_name or folder.name
     ready = {"tensorboard": _tensorboard, "mlflow": _mlflow}
     with contextlib.ExitStack() as stack:
         folder.mkdir(parents=True, exist_ok=True)
         for name in wanted:
-            if name in ready and is_first_process(): stack.enter_context(ready[name](folder))
+            if name in ready and is_first_process(): stack.enter_context(ready[name](folder, called))
         yield
 
 def reported(

@@ -22,8 +22,8 @@ from transformers.trainer_callback import ExportableState
 from ..core import Interrupted, UserError, append_event, say, write_json
 from ..machine import writing_failed
 from medllm.train.checkpoints import (Unwritable, begin_behind, check, commit, committed, drop, room_for, rotate,
-    still_ours, way_on)
-from .interruption import Agreement, Left, leaving, listening, polled, stop
+    still_ours)
+from .interruption import Agreement, Left, goes_on, leaving, listening, polled, stop
 from .state import check_weights, random_state, read_state, readable, set_random_state, write_state
 
 # %% ../../nbs/train/13_resumable.ipynb #class
@@ -264,10 +264,9 @@ def _leave(self:ResumableTrainer):
             self._save_checkpoint(self.model, None, self.noted_end)
             self.settle()
     found = committed(where)
-    how = way_on(where)
     if step <= begun: raise Interrupted(f"{asked}; nothing was trained since, so nothing is lost")
-    if found: raise Interrupted(f"{asked}; {found[0][1].name} holds it: {how} goes on" if found[0][0] == step else
-        f"{asked}, which could not be saved; {found[0][1].name} is the newest checkpoint: {how} goes on from there")
+    if found: raise Interrupted(f"{asked}; {found[0][1].name} holds it: {goes_on(where)}" if found[0][0] == step else
+        f"{asked}, which could not be saved; {found[0][1].name} is the newest checkpoint: {goes_on(where)} from there")
     raise Interrupted(f"{asked}; no checkpoint could be written")
 
 @patch

@@ -38,7 +38,8 @@ class _Run:
 
     def preflight(self):
         "Find what cannot work without loading anything. Raises `UserError`."
-        preflight(parse(self.flags()))
+        folder = self.output_dir or f"{self.runs_dir}/{self.stage}/a new one"       # not where a plain command would write
+        preflight(parse(self.flags() | {"output_dir": folder}))
 
 # %% ../../nbs/train/33_runs.ipynb #parameters
 @dataclass

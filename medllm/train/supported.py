@@ -190,8 +190,8 @@ def check_optimiser(
     if t.optim.value.startswith(_LOW_RANK) or "lomo" in t.optim.value: return      # they want the model itself
     import torch
     from transformers import Trainer, get_scheduler
-    weight = torch.nn.Parameter(torch.ones(2, 2))
-    weight.grad = torch.ones(2, 2)
+    weight = torch.nn.Parameter(torch.ones(512, 256, device=t.device))       # bitsandbytes pages from 100,000 numbers on
+    weight.grad = torch.ones_like(weight)
     try:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(t, torch.nn.Linear(2, 2))
         optimiser = kind([{"params": [weight], "weight_decay": t.weight_decay}], **options)

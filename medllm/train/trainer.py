@@ -86,6 +86,7 @@ class StageTrainer(ChangedTrainer):
         if args.n_gpu > 1:
             say(f"using one of {args.n_gpu} GPUs; accelerate launch --num_processes {args.n_gpu} uses all")
             args._n_gpu = 1                   # Trainer would split each batch over threads of one process
+        self.caches = getattr(getattr(model, "config", None), "use_cache", None)      # Trainer turns it off for good
         super().__init__(
             model=model, args=args, train_dataset=train_units, eval_dataset=eval_units, processing_class=tokenizer,
             data_collator=objective.collate(pad or 0, 8 if torch.cuda.is_available() else 1, bool(pack_to)),
@@ -234,6 +235,7 @@ def evaluate(
     start, sharded = time.perf_counter(), self.is_fsdp_enabled or self.is_deepspeed_enabled
     model = self.model_wrapped if self.is_in_train and sharded else self.model   # DDP's would wait for a process without batches
     model.eval()
+    if self.optimizer is not None and hasattr(self.optimizer, "eval"): self.optimizer.eval()  # some keep two sets of weights
     sets = self.eval_dataset if eval_dataset is None else eval_dataset
     totals = {name: self._total(model, units) for name, units in (sets if isinstance(sets, dict) else {"": sets}).items()}
     metrics = self._named(metric_key_prefix, sum(totals.values()))
@@ -253,6 +255,23 @@ def train(self:StageTrainer, *args, **kwargs):
         result = super(StageTrainer, self).train(*args, **kwargs)
     self.ended = time.perf_counter()
     return result
+
+@patch
+def _update_auto_batch_size(self:StageTrainer, batch_size:int):
+    "Begin again with another batch size. Raises `UserError` when something was trained with the one before."
+    if batch_size != self._train_batch_size and self.state.global_step: raise UserError(
+        f"out of memory at step {self.state.global_step + 1} with batches of {self._train_batch_size}: begin again with a "
+        "smaller --per_device_train_batch_size (--auto_find_batch_size looks for one before the first step only)")
+    if batch_size != self._train_batch_size: say(f"out of memory: batches of {batch_size} from here on")
+    self.seen, self.sums = dict.fromkeys(self.seen, 0), dict.fromkeys(self.sums, 0.0)
+    super(StageTrainer, self)._update_auto_batch_size(batch_size)
+
+@patch
+def _track_num_input_tokens(self:StageTrainer, inputs:dict):
+    "Count the tokens that went in: all positions, or those that are no padding."
+    if (how := self.args.include_num_input_tokens_seen) == "no": return
+    count = torch.as_tensor(inputs["tokens"] if how == "non_padding" else inputs["input_ids"].numel(), device=self.args.device)
+    self.state.num_input_tokens_seen += int(self.accelerator.gather(count.long()).sum())
 
 # %% ../../nbs/train/15_trainer.ipynb #log
 def peak_memory()->float: # [GiB], of the GPU if there is one, else of this process
@@ -296,5 +315,7 @@ def _save(self:StageTrainer, output_dir:str|None=None, state_dict:dict|None=None
     "Save model and tokenizer: no pickled training arguments (with the hub token in them), no adapters that do not train."
     if not (self.args.should_save or self.is_distributed_loading_by_transformers): return
     folder, model = output_dir or self.args.output_dir, self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+    if self.optimizer is not None and hasattr(self.optimizer, "eval"): self.optimizer.eval()
+    if self.caches is not None: model.config.use_cache = self.caches                     # as it was, for who generates
     with trained_role(model): model.save_pretrained(folder, state_dict=state_dict, is_main_process=self.args.should_save)
     if self.args.should_save and self.processing_class is not None: self.processing_class.save_pretrained(folder)
