@@ -130,7 +130,7 @@ def _found(folder:Path)->tuple[TokenRows, Account]:
     "Rows and account of a finished folder."
     note = json.loads((folder/"account.json").read_text(encoding="utf-8"))
     account = Account(note["name"], note["read"], note["kept"], Counter(note["rejected"]), Counter(note["truncated"]),
-        note["examples"], [tuple(r) for r in note["rejects"]], Counter(note["faults"]))
+        note["examples"], [tuple(r) for r in note["rejects"]], note["whys"], Counter(note["unread"]), Counter(note["faults"]))
     return open_rows(folder), account
 
 # %% ../../nbs/data/10_cache.ipynb #cached

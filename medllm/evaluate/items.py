@@ -19,6 +19,7 @@ from ..core import UserError, find_path
 from ..data.answers import options_in
 from ..data.cache import source_files
 from ..data.json_reader import Bad
+from ..data.messages import joined_text
 from ..data.readers import read_file, read_rows
 from ..data.registry import find_sources
 
@@ -200,10 +201,10 @@ _chinese = re.compile(r"[\u4e00-\u9fff]")
 def _about(row:dict, question:str)->dict:
     "Id, passage, group, language and source of a row."
     text = lambda *names: next((str(row[n]) for n in names if row.get(n) not in (None, "")), "")
-    passage = row.get("context", row.get("CONTEXTS")) or ""
-    if isinstance(passage, dict): passage = passage.get("contexts", [])
-    if isinstance(passage, list): passage = "\n".join(map(str, passage))
-    return {"id": text("id", "pubid", "question_id"), "context": str(passage).strip(), "group": text(*_GROUPS),
+    passage = row.get("context", row.get("CONTEXTS"))
+    joined = joined_text(passage)                                        # as training reads it
+    passage = str(passage) if joined is None else joined
+    return {"id": text("id", "pubid", "question_id"), "context": passage, "group": text(*_GROUPS),
         "lang": text("lang", "language") or ("zh" if _chinese.search(question) else "en"), "source": text("source")}
 
 def read_items(
