@@ -99,7 +99,10 @@ class Turn(NamedTuple):
     thought:str = ""            # Thinking of an assistant's turn, without the marks around it
     train:bool = True           # False: this answer is not trained
 
-_thinking = re.compile(r"<think>\s*(.*?)\s*</think>\s*(.*)", re.DOTALL).fullmatch
+def _thinking(text:str)->tuple[str, str]|None:
+    "The thought that a text begins with, and the rest."
+    thought, end, rest = text.removeprefix("<think>").partition("</think>")   # an expression would try each blank twice
+    return (thought.strip(), rest.lstrip()) if end else None
 
 def answer_turn(
     text:str,                # What was answered, perhaps with <think>…</think> in front
@@ -110,7 +113,7 @@ def answer_turn(
     "An assistant's turn; thinking at the beginning of the text is taken out of it."
     found = text.startswith("<think>") and not thought and _thinking(text)
     if text.startswith("<think>") and not found and not thought: raise Rejected("unclosed_thought")
-    if found: thought, text = found.groups()
+    if found: thought, text = found
     return Turn("assistant", text, calls, thought, train)
 
 # %% ../../nbs/data/02_messages.ipynb #picture

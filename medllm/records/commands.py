@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..core import UserError, say
+from ..marks import conclusion
 
 # %% ../../nbs/records/22_commands.ipynb #look
 def _json(value)->int:
@@ -90,7 +91,7 @@ def report(
         f"in {m['steps']} steps, {m['train_runtime']:.0f} s of training, {state['duration_s']:.0f} s in all")
     for stage in state.get("stages", []): print(f"{stage['name']}: {stage['folder']}"
         + (" (taken over)" if stage.get("taken_over") else ""))
-    print(f"record: {run.folder}")
+    for line in filter(None, (conclusion(state.get("verdict") or []), f"record: {run.folder}")): print(line)
     return 0 if m.get("passed", True) else 1
 
 def _rerun(args)->int:

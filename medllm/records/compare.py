@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core import UserError
+from ..marks import mark_of
 from .listing import columns, read_lines, read_state
 from .seal import fingerprint, flat
 
@@ -59,7 +60,8 @@ def _sections(state:dict)->dict[str, dict]:
         "run": {"stage": state.get("stage"), "status": state.get("status"), "profile": state.get("profile")},
         "parameters": flat(place(given)), "arguments": flat(place({k: v for k, v in asked.items() if k not in given})),
         "contract": flat((state.get("contract") or {}).get("parts", {})), "environment": flat(state.get("provenance") or {}),
-        "data": _inputs(state), "metrics": flat(metrics)}
+        "data": _inputs(state), "metrics": flat(metrics),
+        "verdict": {str(row.get("what")): f"{mark_of(row)}: {row.get('measured')}" for row in state.get("verdict") or []}}
 
 @dataclass
 class Comparison:

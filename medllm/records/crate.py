@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..core import UserError, sha256, write_bytes
+from ..marks import conclusion
 from ..models.adapters import names
 from .page import KINDS, as_said, flat, used
 from .record import Run, status_of
@@ -158,8 +159,9 @@ def card_text(
     settings = [(k, as_said(v)) for k, v in flat(state.get("parameters") or {})
         if k not in ("output_dir", "runs_dir", "note", "dataset_dir") and v is not None]
     hashes = [*(state.get("weights") or {}).items(), ("code", f"{code.get('version', '')} {code.get('commit', '')}")]
-    table = lambda rows: as_markdown(rows) if rows else ""
-    parts = (("Intended use, and what it is not for", _USE), ("Verdict", table(state.get("verdict"))), ("Data", table(data)),
+    table = lambda rows: as_markdown(rows, coloured=False) if rows else ""
+    verdict = f"{conclusion(state.get('verdict') or [])}\n\n{table(state.get('verdict'))}".strip()
+    parts = (("Intended use, and what it is not for", _USE), ("Verdict", verdict), ("Data", table(data)),
         ("Metrics", _rows(numbers)), *more, ("Settings", _rows(settings)), ("Hashes", _rows(hashes)))
     head = _card_data(state, title)
     if library: head.library_name = library

@@ -27,7 +27,7 @@ from papermill.exceptions import PapermillExecutionError
 from papermill.iorw import papermill_io
 from traitlets import CaselessStrEnum, Unicode
 
-from ..core import RECORDED, Interrupted, UserError, say
+from ..core import RECORDED, SENTENCES, Interrupted, UserError, say
 from .cells import TrueManager
 from .parameters import check_parameters, declared, is_private, same
 from .record import ENDED, Run, now
@@ -158,13 +158,11 @@ def _died(self:RecordClient)->tuple[str, str]:
     if code is not None and code >= 0: return "failed", f"early_exit: a cell ended Python with exit code {code}"
     return "killed", "the kernel died (out of memory, or killed)" + (f" by {signal.Signals(-code).name}" if code else "")
 
-_OURS = ("UserError", "Interrupted", "Unwritable")
-
 @patch
 def _failed(self:RecordClient, error:CellExecutionError, cell)->tuple[str, str]:
     "The cell raised; a sentence is kept when it is one of ours."
     if error.ename == "SystemExit": return "failed", "early_exit: a cell ended Python with sys.exit"
-    told = [safe_error(o) for o in cell.outputs if o.output_type == "error" and o.ename in _OURS]
+    told = [safe_error(o) for o in cell.outputs if o.output_type == "error" and o.ename in SENTENCES]
     ours = told and told[-1]["evalue"] == plain(error.evalue)
     said = told[-1]["evalue"] if ours else f"{error.ename} (its text is in record.ipynb)"
     if self.stopper.status == "timed_out": return "timed_out", self.stopper.reason

@@ -19,11 +19,12 @@ def _row(run:dict, page:str, loss:list)->dict:
     "What the index shows of a record."
     from markupsafe import Markup
     data, model = used(run["state"])
-    met, asked = sum(bool(v.get("met")) for v in run["verdict"]), len(run["verdict"])
+    marks = "; ".join(f"{n} {mark}" for mark, n in run["tally"].items() if n)
     said, value = result_of(run["state"].get("metrics") or {})
     spark = drawn([{"name": "loss", "points": loss, "colour": 0}], 112, 26, False) if loss else ""
     return {"id": page, "page": page, "title": run["name"], "status": run["status"], "stage": run["stage"], "data": data,
-        "model": model, "verdict": f"{met} of {asked}" if asked else "", "result": f"{said} {as_said(value)}" if said else "",
+        "model": model, "verdict": marks, "missed": run["tally"].get("missed", 0), "open": run["tally"].get("cannot tell", 0),
+        "result": f"{said} {as_said(value)}" if said else "",
         "began": run["started"].removesuffix(" UTC")[:16], "took": run["duration"],
         "spark": Markup(f'<div class="spark">{spark}</div>') if loss else ""}
 
@@ -35,11 +36,12 @@ def _entry(run:dict, row:dict, curves:dict)->dict:
     hashes = lambda d: " ".join(h[:16] for h in (d.values() if isinstance(d, dict) else [str(d)]))
     text = (row["title"], row["status"], row["stage"], row["data"], row["model"], run["note"], run["reason"], run["kind"],
         given.get("tag", ""))
-    met = [bool(v.get("met")) for v in run["verdict"]]
+    marks, asked = run["tally"], sum(run["tally"].values())
     return {"id": row["id"], "title": f"{run['stage']} {run['name']}", "status": row["status"], "stage": row["stage"],
         "tag": given.get("tag") or "", "text": " ".join(map(str, text)).lower(), "curves": curves,
         "sort": {k: row[k] or None for k in ("title", "status", "stage", "data", "model", "began")} | {
-            "met": sum(met)/len(met) if met else None, "result": result_of(metrics)[1], "took": state.get("duration_s")},
+            "met": marks["shown"]/asked - marks["missed"] if asked else None, "result": result_of(metrics)[1],
+            "took": state.get("duration_s")},
         "metrics": {k: v for k, v in flat(metrics) if not isinstance(v, str | list)}, "parameters": dict(flat(kept)),
         "environment": dict(flat(state.get("provenance") or {})),
         "data": {f"{d.get('name')} sha256": hashes(d.get("sha256")) for d in (state.get("inputs") or {}).get("data", [])}}
@@ -53,7 +55,7 @@ def index_page(
         run, curves = view(folder), curves_of(folder, 200)
         rows.append(_row(run, page, curves.get("loss") or []))
         entries.append(_entry(run, rows[-1], curves))
-    return rendered("index.html", title="Records", columns=_COLUMNS, numeric=("met", "result", "began", "took"),
+    return rendered("index.html", title="Records", columns=_COLUMNS, numeric=("result", "began", "took"),
         rows=rows, data={"runs": entries})
 
 # %% ../../nbs/records/20_index.ipynb #export-html

@@ -14,6 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from ..core import UserError, find_path, nearest
+from ..marks import as_lines, conclusion
 from .record import read_lines, read_state, status_of
 
 # %% ../../nbs/records/13_listing.ipynb #find
@@ -254,7 +255,6 @@ def show_text(
         *(["data", *(f"  {_rows_text(a)}  {hashed.get(a.get('name'), '')}".rstrip() for a in s["rows"])] if s["rows"] else [])]
     if s["losses"]: lines.append(f"loss {s['losses'][0]:.3f} {s['curve']} {s['losses'][-1]:.3f}")
     lines += _table_text("metrics", s["metrics"])
-    lines += _table_text("verdict", {v["what"]: f"{v['measured']} ({'met' if v['met'] else 'NOT met'}: {v['target']})"
-        for v in s["verdict"]})
+    if s["verdict"]: lines += ["verdict", *(f"  {line}" for line in as_lines(s["verdict"])), f"  {conclusion(s['verdict'])}"]
     for n, a in enumerate(s["attempts"], 1): lines.append(f"attempt {n}: {a.get('status')} {a.get('reason', '')}".rstrip())
     return "\n".join(lines)

@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 
 from ..core import UserError, bundled
+from ..marks import MARKS, conclusion, mark_of, met_of, tally
 from .pedigree import ancestry, as_tree
 from .record import read_events, read_lines, read_state, status_of
 from .run import RUNS
@@ -209,8 +210,7 @@ def _summary(state:dict)->str:
     if m.get("loss_first") and m.get("loss_last"):
         told.append(f"the loss went from {m['loss_first']:.3g} to {m['loss_last']:.3g}"
             + (f" in {m['steps']} steps" if m.get("steps") else ""))
-    if asked := state.get("verdict"): told.append(f"{sum(bool(v.get('met')) for v in asked)} of {len(asked)} targets met")
-    return whole + ("." if not told else ": " + "; ".join(told) + ".")
+    return f"{whole}{': ' if told else ''}{'; '.join(told)}. {conclusion(state.get('verdict') or [])}".rstrip()
 
 # %% ../../nbs/records/18_page.ipynb #parts
 def _changed(state:dict)->list[tuple]:
@@ -275,6 +275,7 @@ def view(
     folder = Path(folder)
     state = read_state(folder) or {"reason": "run.json cannot be read: the record was torn"}
     m, (sealed, defects) = state.get("metrics") or {}, _sealed(folder)
+    verdict = state.get("verdict") or []
     metrics = {k: v for k, v in m.items() if k not in ("rows", "data", "parameters")}
     size = {k: v for k, v in (m.get("parameters") or {}).items() if k in ("trainable", "total")}
     told = lambda e: ", ".join(f"{k.replace('_', ' ')} {as_said(v)}" for k, v in e.items() if v != "" and k not in _HEAD)
@@ -282,7 +283,9 @@ def view(
         "status": status_of(folder), "kind": KINDS.get(state.get("stage"), folder.name), "stage": state.get("stage", ""),
         "name": folder.name, "summary": _summary(state), "reason": as_said(state["reason"]) if state.get("reason") else "",
         "note": (state.get("parameters") or {}).get("note", ""), "started": _when(state.get("started")),
-        "duration": _lasted(state.get("duration_s")), "verdict": state.get("verdict") or [], "tables": _tables(state),
+        "duration": _lasted(state.get("duration_s")), "tables": _tables(state), "tally": tally(verdict) if verdict else {},
+        "verdict": [{"what": "", "target": "", "measured": ""} | row | {"mark": mark_of(row),
+            "css": MARKS[met_of(row)].replace(" ", "-")} for row in verdict],
         "metrics": _facts(metrics | ({"weights": size} if size else {})), "data": _data(state.get("inputs") or {}),
         "changed": _changed(state), "parameters": _facts(state.get("parameters") or {}),
         "arguments": _facts(state.get("arguments") or {}), "pedigree": _pedigree(folder), "sealed": sealed, "defects": defects,

@@ -77,7 +77,8 @@ def describe_inputs(
     from medllm.data.cache import source_files       # brings numpy with it; a listing of records needs none
     tokenizer = data.renderer.tokenizer.backend_tokenizer.to_str()
     text_hash = lambda text: hashlib.sha256(text.encode()).hexdigest()
-    files = [{"name": s.name, "place": s.place, "sha256": source_files(s), "revision": s.revision or "",
+    files = [{"name": s.name, "place": s.files[0].name if s.made else s.place,
+        "sha256": {} if s.made else source_files(s), "revision": s.revision or "",
         "licence": s.licence, "private": s.private} for s in data.sources]
     return {
         "data": files, "rows": [a.as_dict() for a in data.accounts],

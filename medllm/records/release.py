@@ -60,6 +60,7 @@ def measured(
     "Figures of evaluations. Raises `UserError` for a folder without a result, or with results of another model."
     from medllm.evaluate.compare import comparison_rows
     from medllm.evaluate.result import as_markdown, markdown_table, read_result, summary
+    from medllm.marks import conclusion, marked
     tables = []
     for named in folders:
         where, found = find_path(named), {}
@@ -70,16 +71,18 @@ def measured(
                 f"--evaluation {named}: {result.name} was measured on other weights than those that are exported")
             found[result.name] = summary(result)
         if not found: raise UserError(f"--evaluation {named}: there is no result of an evaluation in it")
-        tables.append(as_markdown(found))
         beside = where.parent/"evaluation.json"
-        compared = json.loads(beside.read_text(encoding="utf-8")).get("comparisons") if beside.exists() else None
-        if compared: tables.append("Against the base model:\n\n" + markdown_table(comparison_rows(compared)))
+        stored = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
+        if asked := stored.get("verdict"): tables.append(f"{conclusion(asked)}\n\n{markdown_table(marked(asked))}")
+        tables.append(as_markdown(found, stored.get("base")))
+        if compared := stored.get("comparisons"):
+            tables.append("Against the base model:\n\n" + markdown_table(comparison_rows(compared)))
     return "\n\n".join(tables)
 
 # %% ../../nbs/records/24_release.ipynb #release
 def _card(report:dict, record:Path|None, figures:str)->str:
     "The card of an exported model."
-    proof = ("Equivalence", equivalence_text(report).partition("\n\n")[2].strip())
+    proof = ("Compared with the trained model", equivalence_text(report).partition("\n\n")[2].strip())
     extra = [("Evaluation", figures), proof]
     if record: return card_text(record, report["name"], "transformers", extra, "medllm export")
     return plain_card(report) + (f"\n## Evaluation\n\n{figures}\n" if figures else "")

@@ -60,7 +60,8 @@ class Conversation:
         try:
             for piece in self.queue.pieces(prompt, self.how, seed):
                 said, reason = said + piece.text, piece.reason
-                if reason == "error": raise UserError("the model failed on this question; out of memory is the usual reason")
+                if reason == "error": raise UserError(
+                    piece.fault or "the model failed on this question; out of memory is the usual reason")
                 if piece.text and not self.grounding: yield piece.text
             if self.grounding:
                 said, told = self.grounding.checked(said, passages)
