@@ -96,14 +96,14 @@ PICTURES = {
     "an id": (TEXT | {"img_id": 17}, "column 'img_id'"), "a path": (TEXT | {"Figure_path": "PMC1.jpg"}, "column 'Figure_path'"),
     "audio": (TEXT | {"audio": {"path": "a.wav", "array": [0.1]}}, "column 'audio'"),
     "video": (TEXT | {"videos": ["v.mp4"]}, "column 'videos'"),
-    "bytes": (TEXT | {"scan": {"bytes": "iVBOR", "path": None}}, "a column with a file"),
-    "image_url": (part({"type": "image_url", "image_url": {"url": "x"}}), "a part 'image_url' of a message"),
-    "image part": (part({"type": "image", "source": {"data": "iVBOR"}}), "a part 'image' of a message"),
-    "input_audio": (part({"type": "input_audio", "input_audio": {"data": "x"}}), "a part 'input_audio' of a message"),
-    "input_image": (part({"type": "input_image", "image_url": "x"}), "a part 'input_image' of a message"),
-    "video part": (part({"type": "video", "video": "x"}), "a part 'video' of a message"),
+    "bytes": (TEXT | {"scan": {"bytes": "iVBOR", "path": None}}, "column 'scan'"),
+    "image_url": (part({"type": "image_url", "image_url": {"url": "x"}}), "message part 'image_url'"),
+    "image part": (part({"type": "image", "source": {"data": "iVBOR"}}), "message part 'image'"),
+    "input_audio": (part({"type": "input_audio", "input_audio": {"data": "x"}}), "message part 'input_audio'"),
+    "input_image": (part({"type": "input_image", "image_url": "x"}), "message part 'input_image'"),
+    "video part": (part({"type": "video", "video": "x"}), "message part 'video'"),
     "key of a message": ({"messages": [{"role": "user", "content": "What?", "images": ["a.png"]},
-        {"role": "assistant", "content": "A lung."}]}, "'images' of a message")}
+        {"role": "assistant", "content": "A lung."}]}, "message part 'images'")}
 
 
 @pytest.mark.parametrize("what", PICTURES)

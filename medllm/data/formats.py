@@ -11,8 +11,9 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 from .json_reader import Row
+from .media import media_in
 from .messages import DEFECTS, REASONS, Call, shown_names  # noqa: F401 - part of what a row becomes
-from .messages import Rejected, Turn, answer_turn, joined_text, message_turn, picture_in, refused_picture, wrong_type
+from .messages import Rejected, Turn, answer_turn, joined_text, message_turn, refused_picture, wrong_type
 from .registry import OPENAI_TAGS, Source, Tags
 
 # %% ../../nbs/data/03_formats.ipynb #example
@@ -227,8 +228,8 @@ def to_examples(
     unread:Counter|None=None, # Takes the keys of messages that mean nothing here
 )->list[Example]:         # One, or several pairs
     "The examples of a row. Raises `Rejected` with one of `REASONS`."
-    if found := picture_in(row.data, {getattr(source.columns, name) for name in source.mapped}):
-        raise refused_picture(f"a column {found}" if " " in found else f"column '{found}'")
+    if found := media_in(row.data, {getattr(source.columns, name) for name in source.mapped}, marks=False):
+        raise refused_picture(found)
     kind = kind or kind_of(row, source)
     opens = not source.formatting and "messages" in row.data
     tags = OPENAI_TAGS if opens and source.tags == Tags() else source.tags
