@@ -92,7 +92,7 @@ def _preview(args)->int:
     rows, account = cached_rows(source, renderer, recipe)
     hide = source.private and not args.reveal
     print(Look(rows, renderer.tokenizer, hide=hide, picked=tuple(range(args.rows))))
-    print(f"\n{account}\n" + ", ".join(f"{k} {v}" for k, v in length_summary(rows).items()))
+    print("\n" + "\n".join(account.lines()) + "\n" + ", ".join(f"{k} {v}" for k, v in length_summary(rows).items()))
     print(length_bars(rows, args.cutoff_len))
     if hide: say("letters are hidden because the dataset is private; --reveal shows them")
     return 0

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import run
 from medllm.cli import main
 from medllm.core import UserError
 from medllm.data.accounts import OnBad, load_examples, write_rejects
@@ -145,7 +146,7 @@ BROKEN = {
     "D14 NUL": ("r.jsonl", (LINES + '{"instruction": "a\\u0000", "output": "b"}').encode(), "NUL"),
     "D14 half a surrogate": ("r.jsonl", (LINES + '{"instruction": "\\ud83d", "output": "b"}').encode(), "surrogate"),
     "D14 a million columns": ("r.jsonl", ("{" + ", ".join(f'"{word(i)}": 0' for i in range(10**6)) + "}").encode(),
-        "no column 'instruction' .there are: 1000000 other names"),
+        "no column 'instruction' .there are: .* and 999988 other names"),
     "D14 a row of 40 MB": ("r.jsonl", f'{GOOD}\n{{"instruction": "{"x"*40_000_000}", "output": "y"}}\n'.encode(),
         "longer than 16 MiB"),
     "D14 a bomb": ("r.jsonl.gz", gzip.compress(b'{"a": "' + b"x"*200_000_000), "longer than 16 MiB"),
@@ -380,7 +381,33 @@ def test_truncation_keeps_the_answer(tiny, chatml, talk, cutoff):
 
 
 def test_a_million_columns_do_not_flood_the_terminal(tmp_path):
-    "As a process, the way a user sees it; names that look like text are not shown."
-    (tmp_path/"r.csv").write_text("张三,hypertension\nx,y\n")
+    "As a process, the way a user sees it: with the names, which the user must find the right one of."
+    (tmp_path/"r.csv").write_text("张三,hypertension," + ",".join(map(str, range(10**6))) + "\nx,y\n")
     done = subprocess.run([sys.executable, "-m", "medllm.train", f"dataset={tmp_path}/r.csv"], capture_output=True, text=True)
-    assert done.returncode == 2 and "no column 'instruction' (there are: 2 other names)" in done.stderr, done.stderr
+    assert done.returncode == 2 and len(done.stderr) < 2000, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("row, names", [({"data": ["问：发烧怎么办？"]}, "data"),
+    ({"Question": "Gout?", "Complex_CoT": "Hm.", "Response": "No."}, "Question, Complex_CoT, Response"),
+    ({"张三": "x", "answer": "y", "z"*99: "z"}, "张三, answer, " + "z"*40 + "…")])
+def test_a_missing_column_names_those_that_are_there(row, names, kept, tmp_path, monkeypatch):
+    "To the person at the terminal; what is kept in a record has those in common use only, and how many others there are."
+    (tmp_path/"r.json").write_text(json.dumps([row]))
+    if kept: monkeypatch.setenv("MEDLLM_RECORDED", "1")
+    with pytest.raises(UserError) as raised: load_examples(find_sources(str(tmp_path/"r.json"))[0])
+    usual = [n for n in row if n.lower() in ("question", "answer", "response")]
+    said = ", ".join(usual) if kept else names
+    assert f"line 1: no column 'instruction' (there are: {said}" in str(raised.value)
+    assert not kept or f"{len(row) - len(usual)} other name" in str(raised.value) and "张三" not in str(raised.value)
+
+
+def test_what_a_run_notebook_keeps_names_no_column(tmp_path):
+    "As processes: the kernel of a record says less than the command that a person calls."
+    (tmp_path/"r.json").write_text(json.dumps([{"Complex_CoT": "x"}]))
+    done = run("medllm", "run", "sft", "-p", "dataset", tmp_path/"r.json", "--runs", tmp_path/"runs")
+    assert done.returncode and "there are: 1 other name, shown by medllm data preview" in done.stderr, done.stderr
+    kept = [f for f in (tmp_path/"runs").rglob("*") if f.is_file()]
+    assert kept and not any(b"Complex_CoT" in f.read_bytes() for f in kept)
+    done = run("medllm", "data", "preview", tmp_path/"r.json", "--model", "tiny")
+    assert "missing_column: no column 'instruction' (there are: Complex_CoT)" in done.stdout

@@ -229,7 +229,7 @@ def raw_mmlu(folder, subjects, questions=6):
         (folder/f"{subject}_test.csv").write_text("".join(lines))
 
 
-def test_mmlu_without_a_line_of_names(tmp_path):
+def test_mmlu_without_a_line_of_names(tmp_path, monkeypatch):
     from medllm.evaluate.items import load_items
     raw_mmlu(tmp_path, ["anatomy"])
     found = load_items(str(tmp_path/"anatomy_test.csv"))
@@ -242,6 +242,9 @@ def test_mmlu_without_a_line_of_names(tmp_path):
     (tmp_path/"cmmlu.csv").write_text(",Question,A,B,C,D,Answer\n0,钙的功能,一,二,三,四,C\n", encoding="utf-8-sig")
     assert load_items(str(tmp_path/"cmmlu.csv")).items[0].gold == {"C"}
     (tmp_path/"x.csv").write_text("a private question,of somebody\n1,2\n")
+    with pytest.raises(UserError, match="the columns a private question, of somebody are no multiple-choice format"):
+        load_items(str(tmp_path/"x.csv"))
+    monkeypatch.setenv("MEDLLM_RECORDED", "1")                # not in what is kept
     with pytest.raises(UserError, match="no multiple-choice format") as e: load_items(str(tmp_path/"x.csv"))
     assert "private" not in str(e.value)
 

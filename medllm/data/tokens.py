@@ -19,7 +19,8 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
 from ..core import UserError, say
-from .formats import Call, Example, Turn
+from .formats import Example
+from .messages import Call, Turn
 from .skeleton import Piece, Shape, shape_of, skeleton
 from .templates import chat_jinja, control_tokens
 

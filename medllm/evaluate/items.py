@@ -22,6 +22,7 @@ from ..data.cache import source_files
 from ..data.formats import shown_names
 from ..data.json_reader import MAX_ROW, Bad, find_encoding, open_bytes
 from ..data.media import media_in
+from ..data.messages import joined_text
 from ..data.readers import read_file, read_rows
 from ..data.registry import Source, find_sources
 from .language import language_of
@@ -153,10 +154,10 @@ def _given(row:dict, *names:str)->str:
 
 def _about(row:dict, text:str)->dict:
     "Id, passage, group, language and source of a row with the given words."
-    passage = row.get("context", row.get("CONTEXTS")) or ""
-    if isinstance(passage, dict): passage = passage.get("contexts", [])
-    if isinstance(passage, list): passage = "\n".join(map(str, passage))
-    return {"id": _given(row, "id", "pubid", "question_id"), "context": str(passage).strip(), "group": _given(row, *_GROUPS),
+    passage = row.get("context", row.get("CONTEXTS"))
+    joined = joined_text(passage)                                        # as training reads it
+    passage = str(passage) if joined is None else joined
+    return {"id": _given(row, "id", "pubid", "question_id"), "context": passage, "group": _given(row, *_GROUPS),
         "lang": _given(row, "lang", "language") or language_of(text), "source": _given(row, "source")}
 
 def read_items(

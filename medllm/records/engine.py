@@ -27,7 +27,7 @@ from papermill.exceptions import PapermillExecutionError
 from papermill.iorw import papermill_io
 from traitlets import CaselessStrEnum, Unicode
 
-from ..core import SENTENCES, Interrupted, UserError, say
+from ..core import RECORDED, SENTENCES, Interrupted, UserError, say
 from .cells import TrueManager
 from .parameters import check_parameters, declared, is_private, same
 from .record import ENDED, Run, now
@@ -219,8 +219,8 @@ _QUIET = {
 def _environment(profile:str)->dict:
     "Variables of the kernel: no progress bars, and those that make a run repeatable."
     try: from medllm.train.determinism import launch_environment
-    except ImportError: return os.environ | _QUIET
-    return os.environ | _QUIET | launch_environment(profile)
+    except ImportError: return os.environ | _QUIET | RECORDED
+    return os.environ | _QUIET | RECORDED | launch_environment(profile)
 
 def conclude(
     manager:TrueManager, # Of a notebook that has ended

@@ -8,12 +8,13 @@ __all__ = ['stage_key', 'find_finished', 'find_unfinished', 'note', 'run_stage',
 # %% ../../nbs/records/12_pipeline.ipynb #imports
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..core import Interrupted, UserError, find_path, sha256, write_json
+from ..core import RECORDED, Interrupted, UserError, find_path, sha256, write_json
 from ..data.cache import source_files
 from ..data.registry import find_sources
 from ..models.loading import model_location
@@ -128,7 +129,7 @@ def run_stage(
         "output_dir": str(folder), "note": f"stage {stage.name} of {run.folder.resolve()}"})
     with open(log, "w", encoding="utf-8") as out:
         command = _command("runs", "resume", old) if old else _command("run", stage.stage, "-f", file)
-        try: code = wait_for(subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT))
+        try: code = wait_for(subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | RECORDED))
         except Interrupted:
             note(run, stage.name, status=Run(folder).state.get("status", "interrupted"))
             raise

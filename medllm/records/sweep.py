@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core import Interrupted, UserError, nearest, say, write_bytes, write_json
+from ..core import RECORDED, Interrupted, UserError, nearest, say, write_bytes, write_json
 from ..data.look import picture
 from .page import result_of
 from .pipeline import find_finished, find_unfinished, note, stage_key
@@ -135,7 +135,7 @@ def _started(point:Point, jobs:int)->subprocess.Popen:
     threads = str(max(1, (os.cpu_count() or 1)//jobs))
     with open(point.log, "a", encoding="utf-8") as out: return subprocess.Popen(
         [sys.executable, "-c", _PROGRAM, str(point.file)], stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-        start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": threads})
+        start_new_session=True, env=os.environ | RECORDED | {"OMP_NUM_THREADS": threads})
 
 @contextlib.contextmanager
 def _asked_to_stop():
@@ -203,7 +203,8 @@ def on_ray(
         import subprocess
         import sys
         with open(log, "a", encoding="utf-8") as out:
-            return subprocess.run([sys.executable, "-c", _PROGRAM, file], stdout=out, stderr=subprocess.STDOUT).returncode
+            return subprocess.run([sys.executable, "-c", _PROGRAM, file], stdout=out, stderr=subprocess.STDOUT,
+                env=os.environ | RECORDED).returncode
     task = ray.remote(num_cpus=cores, max_retries=0)(work)
     try:
         live = {task.remote(str(p.file.resolve()), str(p.log.resolve())): p for p in points}

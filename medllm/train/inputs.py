@@ -108,7 +108,7 @@ def load_rows(
             f"dataset '{source.name}' is for evaluation only (eval_only in dataset_info.json); take it out of --dataset")
         rows, account = cached_rows(
             source, renderer, _recipe(args), args.data.tokenized_path, args.data.overwrite_cache, watched)
-        for line in (str(account), *fault_lines(account)): say(line)
+        for line in (*account.lines(), *fault_lines(account)): say(line)
         rows = _units(args, rows)
         if source.num_samples is not None:
             rows = rows.pick(sample_order(len(rows), source.num_samples, _seed(source.name, args.training.seed)))
