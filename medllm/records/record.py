@@ -25,7 +25,7 @@ import psutil
 from fastcore.basics import patch
 
 from ..core import Interrupted, UserError, append_event, boot, project_root, sha256, write_json
-from ..json_file import NUMBER, misfit, parse_json, read_bounded, read_json
+from ..json_file import NUMBER, misfit, parse_json, place, read_bounded, read_json
 from ..secrets import scrub_values
 
 # %% ../../nbs/records/00_record.ipynb #provenance
@@ -223,8 +223,8 @@ _COUNTS = {...: NUMBER}
 _ROLLOUT = {"reward": NUMBER}
 STATE = {        # the kinds of what is read out of run.json; all else is only shown
     **dict.fromkeys(("stage", "status", "started", "ended", "reason", "tag", "note", "profile"), str), "duration_s": NUMBER,
-    "parameters": {"extra": dict}, "arguments": dict, "effective": dict, "privacy": dict, "parent": _HASHES, "weights": _HASHES,
-    "contract": {"sha256": str, "parts": dict},
+    "parameters": {"extra": dict}, "arguments": dict, "effective": dict, "privacy": dict, "parent": {...: place},
+    "weights": _HASHES, "contract": {"sha256": str, "parts": dict},
     "provenance": {"code": {"version": str, "commit": str, "diff_sha256": str}, "python": str, "system": str, "processor": str,
         "packages": _HASHES, "gpus": [str], "determinism": {"threads": int}},
     "inputs": {"data": [{"name": str, "place": str, "sha256": (_HASHES, str), "revision": str, "licence": str, "private": bool}],
@@ -232,9 +232,9 @@ STATE = {        # the kinds of what is read out of run.json; all else is only s
         "model": {"hub": str, "sha256": _HASHES}},
     "metrics": {**dict.fromkeys(("loss_first", "loss_last", "steps", "train_runtime"), NUMBER),
         "first_rollout": _ROLLOUT, "last_rollout": _ROLLOUT, "reference": (str, dict), "parameters": dict},
-    "consumed": [{"role!": str, "name!": str, "place!": str, "weights!": _HASHES}], "verdict": [{"what": str}],
-    "stages": [{"name!": str, **dict.fromkeys(("folder", "status", "stage", "reason"), str), "sets": dict}], "points": [dict],
-    "cells": [{"id": str, "source_sha256": str}], "attempts": [{"status": str, "reason": str}]}
+    "consumed": [{"role!": str, "name!": str, "place!": place, "weights!": _HASHES}], "verdict": [{"what": str}],
+    "stages": [{"name!": str, "folder": place, **dict.fromkeys(("status", "stage", "reason"), str), "sets": dict}],
+    "points": [dict], "cells": [{"id": str, "source_sha256": str}], "attempts": [{"status": str, "reason": str}]}
 
 def _read(folder:str|Path)->tuple[dict, str]:
     "run.json, or what is wrong with it."
