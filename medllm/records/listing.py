@@ -11,10 +11,12 @@ import os
 import re
 from collections.abc import Iterable
 from datetime import datetime, timezone
+from math import isfinite
 from pathlib import Path
 
-from ..core import UserError, find_path, nearest
-from .record import read_lines, read_state, status_of
+from ..core import UserError, find_path, nearest, visible
+from ..json_file import read_json
+from .record import read_lines, read_state, status_of, why_torn
 
 # %% ../../nbs/records/13_listing.ipynb #find
 def records_in(
@@ -23,7 +25,9 @@ def records_in(
 )->list[Path]:     # Unsorted
     "Folders with a `run.json`."
     found = []
-    for entry in os.scandir(runs):
+    try: entries = list(os.scandir(runs))
+    except OSError: return found                      # not for us to read
+    for entry in entries:
         if not entry.is_dir() or entry.name.startswith("."): continue
         if os.path.exists(f"{entry.path}/run.json"): found.append(Path(entry.path))
         elif deep > 1: found += records_in(entry.path, deep - 1)
@@ -33,8 +37,9 @@ def _begun(folder:Path, state:dict)->str:
     "When a run began: as it says, else by its folder's name, else by its file's time; ISO, UTC."
     if isinstance(state.get("started"), str): return state["started"]
     named = re.match(r"(\d{8}-\d{6})", folder.name)
-    moment = (datetime.strptime(named[1], "%Y%m%d-%H%M%S").replace(tzinfo=timezone.utc) if named
-        else datetime.fromtimestamp((folder/"run.json").stat().st_mtime, timezone.utc))
+    try: moment = datetime.strptime(named[1], "%Y%m%d-%H%M%S").replace(tzinfo=timezone.utc) if named else None
+    except ValueError: moment = None                  # digits, and no date
+    moment = moment or datetime.fromtimestamp((folder/"run.json").lstat().st_mtime, timezone.utc)
     return moment.isoformat(timespec="seconds")
 
 # %% ../../nbs/records/13_listing.ipynb #row
@@ -44,10 +49,10 @@ def _plain(metrics)->dict:
 
 def _result(m:dict)->str:
     "From where to where a run came: by reward when it sampled, else by loss."
-    first, last = (m.get(k) if isinstance(m.get(k), dict) else {} for k in ("first_rollout", "last_rollout"))
-    if "reward" in first and "reward" in last: return f"reward {first['reward']:.3f} -> {last['reward']:.3f}"
+    first, last = (m.get(k) or {} for k in ("first_rollout", "last_rollout"))
+    if None not in (a := (first.get("reward"), last.get("reward"))): return f"reward {a[0]:.3f} -> {a[1]:.3f}"
     if m.get("loss_first") and m.get("loss_last"): return f"loss {m['loss_first']:.3f} -> {m['loss_last']:.3f}"
-    return {True: "passed", False: "not passed"}.get(m.get("passed"), "")
+    return "passed" if m.get("passed") is True else "not passed" if m.get("passed") is False else ""
 
 def row_of(
     folder:Path, # Of a record
@@ -55,15 +60,17 @@ def row_of(
 )->dict:         # folder, name, stage, status, started, duration_s, data, result, tag, note, reason, metrics
     "What a listing says of a record."
     given = state.get("parameters") or {}
-    metrics = state.get("metrics") if isinstance(state.get("metrics"), dict) else {}
-    data = [d.get("name", "") for d in (state.get("inputs") or {}).get("data", [])]
+    metrics = state.get("metrics") or {}
+    data = [d.get("name") or "" for d in (state.get("inputs") or {}).get("data") or []]
     return {
         "folder": str(folder), "name": folder.name, "stage": state.get("stage") or folder.parent.name,
         "status": status_of(folder, state or None), "started": _begun(folder, state),
         "duration_s": state.get("duration_s"), "data": data or [x for x in str(given.get("dataset") or "").split(",") if x],
         "loss_first": metrics.get("loss_first"), "loss_last": metrics.get("loss_last"), "result": _result(metrics),
-        "tag": state.get("tag") or given.get("tag") or "", "note": state.get("note") or given.get("note") or "",
-        "reason": state.get("reason", "") if state else "its run.json is torn", "parent": state.get("parent") or {},
+        "tag": str(state.get("tag") or given.get("tag") or ""),
+        "note": str(state.get("note") or given.get("note") or ""),
+        "reason": state.get("reason", "") if state else f"its run.json is torn: {why_torn(folder)}",
+        "parent": state.get("parent") or {},
         "metrics": _plain(metrics)}
 
 # %% ../../nbs/records/13_listing.ipynb #where
@@ -135,6 +142,7 @@ def duration_text(
 )->str:
     "A duration as a person says it."
     if seconds is None: return ""
+    if not 0 <= seconds < 1e12: return "?"
     if seconds < 100: return f"{seconds:.0f} s"
     return f"{seconds/60:.0f} min" if seconds < 5400 else f"{seconds//3600:.0f} h {seconds%3600//60:02.0f} min"
 
@@ -148,8 +156,9 @@ def columns(
     table:list[list[str]], # Rows of cells, the first one is the head
 )->str:
     "Text in columns."
-    wide = [max(len(str(row[i])) for row in table) for i in range(len(table[0]))]
-    return "\n".join("  ".join(str(c).ljust(w) for c, w in zip(row, wide)).rstrip() for row in table)
+    cells = [[visible(str(c), lines=False) for c in row] for row in table]
+    wide = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, wide)).rstrip() for row in cells)
 
 def as_table(
     rows:list[dict], # From `list_runs`
@@ -187,6 +196,7 @@ def sparkline(
     width:int = 60,     # Longest line [characters]
 )->str:
     "Values as a line of blocks; many of them are averaged in groups."
+    values = [v for v in values if isfinite(v)]
     if not values: return ""
     count = min(width, len(values))
     groups = [values[n*len(values)//count:(n + 1)*len(values)//count] for n in range(count)]
@@ -206,19 +216,25 @@ def _changed(stage:str, given:dict)->dict:
     return {k: {"value": v, "default": usual.get(k)} for k, v in given.items()
         if k not in _NAMED and (k not in usual or v != usual[k])}
 
+def _digest(folder:Path)->str:
+    "What the seal says of itself; `verify` looks whether it is true."
+    try: sealed = read_json(folder/"seal.json")
+    except (OSError, ValueError): return ""
+    return sealed["digest"] if isinstance(sealed, dict) and isinstance(sealed.get("digest"), str) else ""
+
 def show(
     folder:str|Path, # Of a record
 )->dict:
     "What a person asks about one record."
     folder, state = Path(folder), read_state(folder)
     inputs, history = state.get("inputs") or {}, read_lines(folder/"history.jsonl")
-    losses = [h["loss"] for h in history if isinstance(h.get("loss"), int | float)]
+    losses = [h["loss"] for h in history if isinstance(h.get("loss"), int | float) and not isinstance(h["loss"], bool)]
     return row_of(folder, state) | {
         "parameters": _changed(state.get("stage", ""), state.get("parameters") or {}),
-        "provenance": state.get("provenance") or {}, "files": inputs.get("data", []), "rows": inputs.get("rows", []),
+        "provenance": state.get("provenance") or {}, "files": inputs.get("data") or [], "rows": inputs.get("rows") or [],
         "losses": losses, "curve": sparkline(losses), "verdict": state.get("verdict") or [],
         "attempts": state.get("attempts") or [], "privacy": state.get("privacy") or {},
-        "checkpoints": sorted(f.name for f in folder.glob("checkpoint-*"))}
+        "checkpoints": sorted(f.name for f in folder.glob("checkpoint-*")), "digest": _digest(folder)}
 
 # %% ../../nbs/records/13_listing.ipynb #text
 def _rows_text(account:dict)->str:
@@ -230,31 +246,31 @@ def _rows_text(account:dict)->str:
 
 def _table_text(title:str, table:dict)->list[str]:
     "A title and its lines, indented."
-    wide = max((len(str(k)) for k in table), default=0)
-    number = lambda v: f"{v:.6g}" if isinstance(v, float) else str(v)
-    return [title, *(f"  {str(k):{wide}}  {number(v)}" for k, v in table.items())] if table else []
+    said = lambda v: visible(f"{v:.6g}" if isinstance(v, float) else str(v), lines=False)
+    wide = max((len(said(k)) for k in table), default=0)
+    return [title, *(f"  {said(k):{wide}}  {said(v)}" for k, v in table.items())] if table else []
 
 def show_text(
     shown:dict, # From `show`
 )->str:
     "One record on a page, for a terminal."
     p, s = shown["provenance"], shown
-    code = p.get("code", {})
+    code, one = p.get("code") or {}, lambda text: visible(text, lines=False)
     facts = {"began": when_text(s["started"]) + " UTC, took " + (duration_text(s["duration_s"]) or "?"), "why": s["note"],
         "reason": s["reason"], "parent": ", ".join(f"{k} of {v}" for k, v in s["parent"].items()),
-        "code": f"{code.get('commit', '')[:7]}{' and changes' if code.get('dirty') else ''} medllm {code.get('version', '?')}",
+        "code": f"{(code.get('commit') or '')[:7]}{' and changes' if code.get('dirty') else ''} medllm {code.get('version')}",
         "machine": ", ".join(filter(None, [f"Python {p.get('python', '?')}", p.get("system"), p.get("processor"),
-            ", ".join(p.get("gpus", []))])),
-        "packages": ", ".join(f"{k} {v}" for k, v in p.get("packages", {}).items() if k != "medllm" and v),
-        "checkpoints": ", ".join(s["checkpoints"])}
-    hashed = {f["name"]: ", ".join(v[:12] for v in (f.get("sha256") or {}).values()) for f in s["files"]}
-    lines = [f"{s['stage']} {s['status']}  {s['folder']}", *_table_text("run", {k: v for k, v in facts.items() if v}),
+            ", ".join(p.get("gpus") or [])])),
+        "packages": ", ".join(f"{k} {v}" for k, v in (p.get("packages") or {}).items() if k != "medllm" and v),
+        "checkpoints": ", ".join(s["checkpoints"]), "seal": s["digest"]}
+    hashed = {f.get("name"): ", ".join(v[:12] for v in (f.get("sha256") or {}).values()) for f in s["files"]}
+    lines = [one(f"{s['stage']} {s['status']}  {s['folder']}"), *_table_text("run", {k: v for k, v in facts.items() if v}),
         *_table_text("parameters (where they are not the default)",
             {k: f"{v['value']}  (default {v['default']})" for k, v in s["parameters"].items()}),
-        *(["data", *(f"  {_rows_text(a)}  {hashed.get(a.get('name'), '')}".rstrip() for a in s["rows"])] if s["rows"] else [])]
+        *["data"]*bool(s["rows"]), *(one(f"  {_rows_text(a)}  {hashed.get(a.get('name'), '')}".rstrip()) for a in s["rows"])]
     if s["losses"]: lines.append(f"loss {s['losses'][0]:.3f} {s['curve']} {s['losses'][-1]:.3f}")
     lines += _table_text("metrics", s["metrics"])
-    lines += _table_text("verdict", {v["what"]: f"{v['measured']} ({'met' if v['met'] else 'NOT met'}: {v['target']})"
-        for v in s["verdict"]})
-    for n, a in enumerate(s["attempts"], 1): lines.append(f"attempt {n}: {a.get('status')} {a.get('reason', '')}".rstrip())
+    met = lambda v: "met" if v.get("met") else "NOT met"
+    lines += _table_text("verdict", {v.get("what"): f"{v.get('measured')} ({met(v)}: {v.get('target')})" for v in s["verdict"]})
+    for n, a in enumerate(s["attempts"], 1): lines.append(one(f"attempt {n}: {a.get('status')} {a.get('reason', '')}".rstrip()))
     return "\n".join(lines)
