@@ -8,11 +8,13 @@ __all__ = ['contract_parts', 'contract_differences', 'Comparison', 'compare', 'a
 # %% ../../nbs/records/14_compare.ipynb #imports
 import io
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 
-from ..core import UserError
+from ..core import UserError, visible
 from .listing import columns, read_lines, read_state
-from .seal import fingerprint, flat
+from .record import why_torn
+from .seal import fingerprint, flat, read_notebook
 
 # %% ../../nbs/records/14_compare.ipynb #contract
 _PLACES = ("output_dir", "runs_dir", "tag", "note", "logging_dir", "run_name", "overwrite_output_dir", "resume_from_checkpoint")
@@ -20,9 +22,9 @@ _PLACES = ("output_dir", "runs_dir", "tag", "note", "logging_dir", "run_name", "
 def _inputs(state:dict)->dict:
     "Hashes of data (by name, not by place), template, tokenizer and model; rows by reason."
     inputs = state.get("inputs") or {}
-    out = {f"files of {d['name']}": ",".join(sorted((d.get("sha256") or {}).values())) or d.get("revision", "")
-        for d in inputs.get("data", [])}
-    for a in inputs.get("rows", []):
+    out = {f"files of {d.get('name')}": ",".join(sorted((d.get("sha256") or {}).values())) or d.get("revision", "")
+        for d in inputs.get("data") or []}
+    for a in inputs.get("rows") or []:
         out |= {f"rows of {a.get('name')}: {path}": n for path, n in flat({k: v for k, v in a.items() if k != "name"}).items()}
     return out | flat({k: v for k, v in inputs.items() if k not in ("data", "rows")})
 
@@ -31,7 +33,7 @@ def contract_parts(
 )->dict:        # Name to value or hash
     "What has to be the same for two runs to be the same experiment."
     contract = state.get("contract") or {}
-    if contract: return flat(contract.get("parts", contract))
+    if contract: return flat(contract.get("parts") or contract)
     asked = state.get("arguments") or state.get("parameters") or {}
     return flat({k: v for k, v in asked.items() if k not in _PLACES}) | _inputs(state)
 
@@ -44,7 +46,7 @@ def contract_differences(
     if a and b:
         try:
             from medllm.train.contract import differences
-            return [(n, x, y) for n, x, y, kind in differences(a.get("parts", a), b.get("parts", b)) if kind != "noted"]
+            return [(n, x, y) for n, x, y, kind in differences(a.get("parts") or a, b.get("parts") or b) if kind != "noted"]
         except ImportError: pass
     a, b = contract_parts(then), contract_parts(now)
     return [(n, a.get(n), b.get(n)) for n in {**a, **b} if a.get(n) != b.get(n)]
@@ -58,7 +60,7 @@ def _sections(state:dict)->dict[str, dict]:
     return {
         "run": {"stage": state.get("stage"), "status": state.get("status"), "profile": state.get("profile")},
         "parameters": flat(place(given)), "arguments": flat(place({k: v for k, v in asked.items() if k not in given})),
-        "contract": flat((state.get("contract") or {}).get("parts", {})), "environment": flat(state.get("provenance") or {}),
+        "contract": flat((state.get("contract") or {}).get("parts") or {}), "environment": flat(state.get("provenance") or {}),
         "data": _inputs(state), "metrics": flat(metrics)}
 
 @dataclass
@@ -93,7 +95,7 @@ def _cell(value)->str:
 
 def _distance(values:list)->str:
     "How far the others are from the first, for numbers."
-    if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values): return ""
+    if not all(isinstance(v, int | float) and not isinstance(v, bool) and isfinite(v) for v in values): return ""
     first = values[0]
     return ", ".join(f"{v - first:+.4g}" + (f" ({v/first - 1:+.1%})" if first else "") for v in values[1:])
 
@@ -106,7 +108,7 @@ def compare(
     folders = [Path(f) for f in folders]
     states = [read_state(f) for f in folders]
     for folder, state in zip(folders, states):
-        if not state: raise UserError(f"{folder}/run.json cannot be read")
+        if not state: raise UserError(f"{folder}/run.json cannot be read: {why_torn(folder)}")
     parts, differ = [_sections(s) for s in states], {}
     for section in parts[0]:
         names = {name: None for p in parts for name in p[section]}
@@ -125,14 +127,15 @@ def as_text(
 )->str:
     "For a terminal."
     letters = [chr(65 + n) if n < 26 else f"#{n + 1}" for n in range(len(c.folders))]
-    lines = [f"{letter}  {folder}" for letter, folder in zip(letters, c.folders)] + [_head(c)]
+    said = (*(f"{letter}  {folder}" for letter, folder in zip(letters, c.folders)), _head(c))
+    lines = [visible(text, lines=False) for text in said]
     for section, fields in c.differ.items():
         if fields: lines += ["", columns([[section, *letters, f"from {letters[0]}"], *c.rows(section)])]
     return "\n".join(lines)
 
 def _markdown(c:Comparison)->str:
     "For a notebook."
-    line = lambda cells: "| " + " | ".join(str(x).replace("|", "\\|") for x in cells) + " |"
+    line = lambda cells: "| " + " | ".join(visible(str(x), lines=False).replace("|", "\\|") for x in cells) + " |"
     parts = [_head(c)]
     for section, fields in c.differ.items():
         if fields: parts += ["\n".join([line([section, *c.names, "difference"]), "|" + "---|"*(len(c.names) + 2),
@@ -143,6 +146,10 @@ Comparison.__str__ = as_text
 Comparison._repr_markdown_ = _markdown
 
 # %% ../../nbs/records/14_compare.ipynb #plot
+def _plain(text:str)->str:
+    "Text that matplotlib takes as it is: $ begins a formula."
+    return visible(text, lines=False).replace("$", r"\$")
+
 def plot(
     c:Comparison,              # From `compare`
     file:str|Path|None = None, # Where to save a PNG
@@ -154,13 +161,14 @@ def plot(
     axis, drawn = figure.subplots(), 0
     for folder, name in zip(c.folders, c.names):
         history = read_lines(folder/"history.jsonl")
-        pairs = lambda key: [(h["step"], h[key]) for h in history if isinstance(h.get(key), int | float)]
+        number = lambda value: isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+        pairs = lambda key: [(h["step"], h[key]) for h in history if number(h.get("step")) and number(h.get(key))]
         if not pairs(what): continue
-        line, = axis.plot(*zip(*pairs(what)), label=name, lw=1.2)
+        line, = axis.plot(*zip(*pairs(what)), label=_plain(name), lw=1.2)
         drawn += 1
         if pairs(f"eval_{what}"): axis.plot(*zip(*pairs(f"eval_{what}")), "o", ms=4, color=line.get_color())
     if not drawn: raise UserError(f"none of the runs logged '{what}'")
-    axis.set(xlabel="optimiser step", ylabel=what.replace("_", " "))
+    axis.set(xlabel="optimiser step", ylabel=_plain(what.replace("_", " ")))
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8)
     if file: figure.savefig(file, dpi=110)
@@ -172,13 +180,12 @@ def _code_only(folder:Path):
     import nbformat
     file = next((folder/n for n in ("record.ipynb", "source.ipynb") if (folder/n).exists()), None)
     if file is None: raise UserError(f"{folder} holds no notebook")
-    notebook = nbformat.read(file, 4)
-    notebook.cells = [c for c in notebook.cells if "injected-parameters" not in c.metadata.get("tags", [])]
-    for cell in notebook.cells:
-        cell.metadata = nbformat.NotebookNode()
-        if cell.cell_type == "code": cell.outputs, cell.execution_count = [], None
-    notebook.metadata = nbformat.NotebookNode()
-    return notebook
+    try: cells = read_notebook(file)["cells"]
+    except (OSError, ValueError) as e: raise UserError(f"{file} cannot be read: {e}") from None
+    kept = [c for c in cells if "injected-parameters" not in ((c.get("metadata") or {}).get("tags") or [])]
+    bare = lambda c: {"cell_type": c["cell_type"], "id": c.get("id") or "", "source": "".join(c["source"]), "metadata": {}} | (
+        {"outputs": [], "execution_count": None} if c["cell_type"] == "code" else {})
+    return nbformat.from_dict({"cells": [bare(c) for c in kept], "metadata": {}, "nbformat": 4, "nbformat_minor": 5})
 
 def notebook_differences(
     a:str|Path,         # A record
@@ -192,5 +199,6 @@ def notebook_differences(
     found = diff_notebooks(one, two)
     if not found: return ""
     out = io.StringIO()
-    pretty_print_notebook_diff("A", "B", one, found, PrettyPrintConfig(out=out, use_color=colour))
+    pretty_print_notebook_diff("A", "B", one, found, PrettyPrintConfig(
+        out=out, use_color=colour, use_git=False, use_diff=False))      # no program that a folder's git configuration names
     return out.getvalue()

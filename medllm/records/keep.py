@@ -7,9 +7,7 @@ __all__ = ['FREED', 'records_folder', 'Waste', 'waste', 'collect', 'promote']
 
 # %% ../../nbs/records/17_keep.ipynb #imports
 import contextlib
-import json
 import os
-import re
 import shutil
 import time
 from dataclasses import dataclass
@@ -19,10 +17,11 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..core import UserError, find_path, project_root
+from ..json_file import place, read_json
 from .listing import read_state, records_in
 from .record import BEAT, ENDED, Run, status_of
 from .rerun import MODELS
-from .seal import EVIDENCE
+from .seal import left_out
 from .verify import verify
 
 # %% ../../nbs/records/17_keep.ipynb #never
@@ -31,7 +30,7 @@ def _alive(folder:Path, state:dict)->bool:
     ended = state.get("status") in ENDED
     if not ended and state and status_of(folder, state) != "lost": return True
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        beat = json.loads((folder/"heartbeat.json").read_text(encoding="utf-8"))
+        beat = read_json(folder/"heartbeat.json")
         if abs(time.time() - beat["time"]) <= 3*BEAT and not ended: return True
         if not state and status_of(folder, {"status": "running"}) == "running": return True
     return _locked(folder)
@@ -47,17 +46,31 @@ def _named(state:dict)->list[str]:
     "Folders that a record descends from."
     parent, given = state.get("parent") or {}, state.get("parameters") or {}
     given = given | (given.get("extra") if isinstance(given.get("extra"), dict) else {})
-    asked = [place for name in MODELS for place in str(given.get(name) or "").split(",")]     # before training notes what it took
-    return [c.get("place", "") for c in state.get("consumed") or []] + [str(p) for p in parent.values()] + [
-        s.get("folder", "") for s in state.get("stages") or []] + [str(find_path(place)) for place in asked if place]
+    asked = [part for name in MODELS for part in str(given.get(name) or "").split(",")]     # before training notes what it took
+    stages = [s.get("folder") or "" for s in state.get("stages") or []]
+    return [c["place"] for c in state.get("consumed") or []] + list(parent.values()) + stages + [
+        str(find_path(name)) for name in asked if name and place(name)]
+
+def _strings(value)->list[str]:
+    "Every text in a JSON value that may be a path."
+    if isinstance(value, str): return [value]*place(value)
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [text for part in parts for text in _strings(part)]
+
+def _named_by(folder:Path, state:dict)->list[str]:
+    "Folders that a record names; of a torn one, whatever may be a folder: what it came from must not go for that."
+    if state: return _named(state)
+    try: return _strings(read_json(folder/"run.json"))
+    except (OSError, ValueError): return []
 
 def _parents(states:dict[Path, dict])->set[Path]:
     "Records that others descend from."
     known, found = {f.resolve(): f for f in states}, set()
     for folder, state in states.items():
-        for name in filter(None, _named(state)):
-            place = Path(name).resolve()
-            found |= {known[p] for p in (place, *place.parents) if p in known and known[p] != folder}
+        for name in filter(None, _named_by(folder, state)):
+            try: where = Path(name).resolve()
+            except (OSError, ValueError, RuntimeError): continue      # no path of this system, or a ring of links
+            found |= {known[p] for p in (where, *where.parents) if p in known and known[p] != folder}
     return found
 
 def records_folder()->Path:
@@ -103,9 +116,15 @@ def _kept(folder:Path, numbered:list[Path])->set[Path]:
     best = set()
     for place in [*newest, folder]:
         with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-            state = json.loads((place/"trainer_state.json").read_text(encoding="utf-8"))
+            state = read_json(place/"trainer_state.json")
             best |= {folder/Path(state["best_model_checkpoint"]).name} if state.get("best_model_checkpoint") else set()
     return {*newest, *best}
+
+def _ended_at(folder:Path, state:dict)->datetime:
+    "When a run ended, as it says; else when its run.json was written."
+    try: told = datetime.fromisoformat(state.get("ended") or state.get("started") or "")
+    except ValueError: return datetime.fromtimestamp((folder/"run.json").lstat().st_mtime, timezone.utc)
+    return told if told.tzinfo else told.replace(tzinfo=timezone.utc)
 
 def _of_run(folder:Path, state:dict, failed_days:float|None)->list[Waste]:
     "What one record could do without."
@@ -116,8 +135,7 @@ def _of_run(folder:Path, state:dict, failed_days:float|None)->list[Waste]:
         kept = _kept(folder, numbered)
         return [Waste(folder, f.name, _bytes(f), "not the last, nor the best") for f in numbered if f not in kept]
     if status not in _FAILED or failed_days is None: return []
-    at = state.get("ended") or state.get("started")
-    began = datetime.fromisoformat(at) if at else datetime.fromtimestamp((folder/"run.json").stat().st_mtime, timezone.utc)
+    began = _ended_at(folder, state)
     days = (datetime.now(timezone.utc) - began).total_seconds()/86400
     return [Waste(folder, ".", _bytes(folder), f"{status}, {days:.0f} days ago")] if days >= failed_days else []
 
@@ -164,16 +182,6 @@ def collect(
     return freed
 
 # %% ../../nbs/records/17_keep.ipynb #promote
-_LARGE = 500_000   # [bytes]
-_MODEL = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".model")
-_TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json", "special_tokens_map.json")
-
-def _left_out(file:Path, folder:Path)->bool:
-    "Whether a file of a record is part of the model, or too large for a repository."
-    if file.parent == folder and (file.name in EVIDENCE or re.fullmatch(r"record\.\d+\.ipynb", file.name)): return False
-    return (file.relative_to(folder).parts[0].startswith("checkpoint-") or file.suffix in _MODEL or file.name in _TOKENIZER
-        or file.stat().st_size > _LARGE)
-
 def promote(
     folder:str|Path,            # Of a record
     to:str|Path|None = None,    # Where promoted records are; default nbs/_records of the checkout
@@ -187,8 +195,8 @@ def promote(
     if goal.exists(): raise UserError(f"{goal} is there already")
     part = goal.with_name(f".{goal.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    files = [f for f in sorted(folder.rglob("*")) if f.is_file() and f.name not in ("heartbeat.json", ".lock")]
-    left = [f for f in files if _left_out(f, folder)]
+    files = [f for f in sorted(folder.rglob("*")) if f.is_file() and f not in (folder/"heartbeat.json", folder/".lock")]
+    left = [f for f in files if left_out(f.relative_to(folder).as_posix(), f.stat().st_size)]
     for file in files:
         if file in left: continue
         (part/file.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)

@@ -232,7 +232,7 @@ STATE = {        # the kinds of what is read out of run.json; all else is only s
         "model": {"hub": str, "sha256": _HASHES}},
     "metrics": {**dict.fromkeys(("loss_first", "loss_last", "steps", "train_runtime"), NUMBER),
         "first_rollout": _ROLLOUT, "last_rollout": _ROLLOUT, "reference": (str, dict), "parameters": dict},
-    "consumed": [{"role!": str, "name!": str, "place!": place, "weights!": _HASHES}], "verdict": [{"what": str}],
+    "consumed": [{"role": str, "name": str, "place!": place, "weights": _HASHES}], "verdict": [{"what": str}],
     "stages": [{"name!": str, "folder": place, **dict.fromkeys(("status", "stage", "reason"), str), "sets": dict}],
     "points": [dict], "cells": [{"id": str, "source_sha256": str}], "attempts": [{"status": str, "reason": str}]}
 
@@ -245,7 +245,9 @@ def _read(folder:str|Path)->tuple[dict, str]:
     state = {name: value for name, value in state.items() if value is not None}
     if why := misfit(state, STATE): return {}, why
     for d in (state.get("inputs") or {}).get("data") or []:
-        if d and isinstance(d.get("sha256"), str): d["sha256"] = {}     # one hash of several files, in data records of 2026
+        if isinstance(d.get("sha256"), str): d["sha256"] = {}           # one hash of several files, in data records of 2026
+    for c in state.get("consumed", []): c |= {"role": c.get("role") or "", "name": c.get("name") or c["place"],
+        "weights": c.get("weights") or {}}
     return state, ""
 
 def read_state(
