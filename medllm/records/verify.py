@@ -18,7 +18,8 @@ from ..models.loading import model_location
 from .listing import field_of, find_record
 from .pedigree import ancestry
 from .record import RUNNING, read_events, read_lines, read_state, status_of, why_torn
-from .seal import SealState, broken, cell_names, fingerprint, flat, hashes, look_at_seal, read_notebook, signature
+from .seal import SealState, broken, cell_names, fingerprint, flat, hashes, look_at_seal, read_notebook
+from .signing import signature
 
 # %% ../../nbs/records/16_verify.ipynb #status
 def _status(folder:Path, state:dict, found:dict)->str:
