@@ -11,11 +11,12 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..core import UserError, say
+from ..core import UserError, say, visible
+from ..json_file import finite
 
 # %% ../../nbs/records/25_commands.ipynb #look
 def _json(value)->int:
-    print(json.dumps(value, ensure_ascii=False, indent=1, default=str))
+    print(json.dumps(finite(value), ensure_ascii=False, indent=1, default=str))
     return 0
 
 def _list(args)->int:
@@ -57,9 +58,12 @@ def _compare(args)->int:
 def _verify(args)->int:
     from medllm.records.verify import check_tables, verify
     if not args.record and not args.tables: raise UserError("verify wants a record, or --tables FILE.md")
-    held = [verify(_record(args), args.record_only)] if args.record else []
+    for flag in ("allowed_signers", "digest"):
+        if getattr(args, flag) and not args.record: raise UserError(f"--{flag.replace('_', '-')} wants a record")
+    held = [verify(_record(args), args.record_only, args.allowed_signers, args.digest)] if args.record else []
     held += [check_tables(file, args.runs) for file in args.tables]
-    if args.json: _json([{"what": str(h.folder), "checked": h.checked, "defects": h.defects} for h in held])
+    if args.json: _json([{"what": str(h.folder), "checked": h.checked, "defects": h.defects, "notes": h.notes,
+        "digest": h.digest} for h in held])
     else: print(*held, sep="\n")
     if not all(held): return 1
     return _verify_rerun(args) if args.rerun else 0
@@ -67,10 +71,16 @@ def _verify(args)->int:
 def _verify_rerun(args)->int:
     from medllm.records.rerun import check_by_rerun
     if not args.record: raise UserError("--rerun wants a record")
-    found, run = check_by_rerun(_record(args), args.runs, args.tolerance)
+    found, run = check_by_rerun(_record(args), args.runs, args.tolerance, args.trust)
     if args.json: _json(vars(found) | {"record": str(run.folder)})
     else: print(f"{found.verdict}: {found.sentence}\nrecord of the rerun: {run.folder}")
     return 0 if found else 1
+
+def _sign(args)->int:
+    from medllm.records.signing import sign
+    folder = _record(args)
+    print(f"signed: {folder/'seal.json.sig'}\ndigest of the seal: {sign(folder, args.key)}")
+    return 0
 
 # %% ../../nbs/records/25_commands.ipynb #run
 EXIT = {"completed": 0, "rejected": 2, "interrupted": 75, "timed_out": 124}   # any other end: 1
@@ -79,33 +89,38 @@ def report(
     run,   # `medllm.records.record.Run` that has ended
 )->int:    # The exit code
     "Say how a run ended and where its record is."
+    from medllm.records.record import read_state
+    from medllm.records.seal import digest_of
     state = run.state
     if state["status"] != "completed":
         say(f"{state['status']}: {state.get('reason', '')}\nrecord: {run.folder}")
         return 74 if "in a row could not be written" in state.get("reason", "") else EXIT.get(state["status"], 1)
-    m = state.get("metrics") or {}             # a notebook that keeps no record of its own has none
+    m = read_state(run.folder).get("metrics") or {}       # a notebook that keeps no record of its own has none
     if "passed" in m: print(f"the data {'passed' if m['passed'] else 'did not pass'}: {run.folder/'card.md'}")
-    if m.get("loss_first"): print(
+    known = all(m.get(name) is not None for name in ("loss_first", "loss_last", "steps", "train_runtime")) and m["loss_first"]
+    if known: print(
         f"loss {m['loss_first']:.3f} -> {m['loss_last']:.3f} ({m['loss_last']/m['loss_first'] - 1:+.0%}) "
         f"in {m['steps']} steps, {m['train_runtime']:.0f} s of training, {state['duration_s']:.0f} s in all")
     for stage in state.get("stages", []): print(f"{stage['name']}: {stage['folder']}"
         + (" (taken over)" if stage.get("taken_over") else ""))
+    if digest := digest_of(run.folder): print(f"digest of its seal: {digest}")
     print(f"record: {run.folder}")
     return 0 if m.get("passed", True) else 1
 
 def _rerun(args)->int:
     from medllm.records.rerun import likeness, rerun
     folder = _record(args)
-    run = rerun(folder, dict(args.parameter), args.runs, args.tag)
+    run = rerun(folder, dict(args.parameter), args.runs, args.tag, args.trust)
     code = report(run)
     if run.state["status"] == "completed":
         found = likeness(folder, run.folder)
-        print(f"{found.verdict}{' from' if found.verdict == 'different' else ' as'} {folder.name}: {found.sentence}")
+        said = f"{found.verdict}{' from' if found.verdict == 'different' else ' as'} {folder.name}: {found.sentence}"
+        print(visible(said, lines=False))
     return code
 
 def _resume(args)->int:
     from medllm.records.rerun import resume
-    return report(resume(_record(args), dict(args.parameter) | ({"allow": args.allow} if args.allow else {})))
+    return report(resume(_record(args), dict(args.parameter) | ({"allow": args.allow} if args.allow else {}), args.trust))
 
 # %% ../../nbs/records/25_commands.ipynb #keep
 def size_text(
@@ -141,6 +156,14 @@ def _settings(p):
     p.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
         help="change a parameter; may be repeated")
 
+def _trust(p):
+    p.add_argument("--trust", action="store_true",
+        help="run a notebook that is not medllm's own, or parameters that reach out of the run: read them first")
+
+def _sign_words(p):
+    _one(p)
+    p.add_argument("--key", required=True, metavar="FILE", help="SSH key: ~/.ssh/id_ed25519, or the public one of an agent's key")
+
 def _list_words(p):
     p.add_argument("stage", nargs="?", metavar="STAGE", help="only runs of this stage: sft, dpo …")
     p.add_argument("--where", nargs="+", action="extend", default=[], metavar="FIELD=VALUE",
@@ -160,17 +183,22 @@ def _verify_words(p):
     p.add_argument("--record-only", action="store_true", help="leave this machine's data, models and packages out")
     p.add_argument("--tables", nargs="+", action="extend", default=[], metavar="FILE.md",
         help="compare numbers in a text with their records; mark them by <!-- record: FOLDER metrics.NAME --> behind them")
+    p.add_argument("--allowed-signers", metavar="FILE", help="who may have signed it, as in ssh-keygen(1); no other will do")
+    p.add_argument("--digest", default="", metavar="HEX", help="the seal's digest as it was noted elsewhere")
     p.add_argument("--rerun", action="store_true", help="run it again in a clean kernel: exact, within tolerance, or different")
     p.add_argument("--tolerance", type=float, default=0.02, help="largest difference of a loss (default 0.02)")
+    _trust(p)
 
 def _rerun_words(p):
     _one(p)
     _settings(p)
+    _trust(p)
     p.add_argument("--tag", default="", help="word at the end of the new record's name")
 
 def _resume_words(p):
     _one(p)
     _settings(p)
+    _trust(p)
     p.add_argument("--allow", default="", metavar="lr,seed", help="parts of the contract that may differ")
 
 def _gc_words(p):
@@ -190,7 +218,15 @@ def _export(args)->int:
     if args.kind == "html": print(f"index: {export_html(named, args.output)}")
     else:
         from medllm.records.crate import EXPORTS
-        for record in named: print(f"{args.kind}: {EXPORTS[args.kind](_record(args, record), args.output)}")
+        return max([_export_one(EXPORTS[args.kind], args, record) for record in named])
+    return 0
+
+def _export_one(export:Callable, args, record)->int:
+    "Write one record; what is wrong with it is said, and stops no other."
+    try: print(f"{args.kind}: {export(_record(args, record), args.output)}")
+    except UserError as e:
+        say(f"error: {e}")
+        return 2
     return 0
 
 def _export_words(p):
@@ -233,6 +269,7 @@ VERBS = {
     "show": Verb(_show, _one, "one run on a page: parameters, provenance, rows, curve, metrics, where it comes from", True),
     "compare": Verb(_compare, _compare_words, "what differs between runs: contract, environment, data, metrics, notebooks", True),
     "verify": Verb(_verify, _verify_words, "whether a record still holds; names each defect, exit code 1", True),
+    "sign": Verb(_sign, _sign_words, "vouch for a record with an SSH key; prints the digest of its seal"),
     "rerun": Verb(_rerun, _rerun_words, "run a record again, into a new one"),
     "resume": Verb(_resume, _resume_words, "go on with a run that stopped, from its newest whole checkpoint"),
     "gc": Verb(_gc, _gc_words, "free checkpoints that nobody needs; shows first, --yes does it", True),
@@ -250,6 +287,7 @@ def add_verbs(
   medllm runs show last
   medllm runs compare 1103 1104 --plot ab.png       parts of names are enough
   medllm runs verify last --rerun                   does it hold, and does it come out again?
+  medllm runs sign last --key ~/.ssh/id_ed25519     vouch for it; verify --allowed-signers FILE reads it
   medllm runs resume last                           after a power cut
   medllm runs gc --failed 14                        what could be freed; add --yes"""
     inner = p.add_subparsers(metavar="VERB", required=True)

@@ -7,37 +7,43 @@ __all__ = ['EXPORTS', 'export_crate', 'card_text', 'export_card']
 
 # %% ../../nbs/records/22_crate.ipynb #imports
 import json
+import re
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 
-from ..core import UserError, sha256, write_bytes
+from ..core import UserError, sha256, visible, write_bytes
 from ..models.adapters import names
 from .page import KINDS, as_said, flat, used
-from .record import Run, status_of
+from .record import read_state, status_of, why_torn
 from .verdict import as_markdown
 
 # %% ../../nbs/records/22_crate.ipynb #read
 _FILES = ("run.json", "record.ipynb", "source.ipynb", "events.jsonl", "history.jsonl", "metrics.json", "loss.png", "seal.json",
-    "contract.json", "report_card.json", "report_card.png", "table.md", "sweep.png", "card.json", "card.md")
+    "seal.json.sig", "contract.json", "report_card.json", "report_card.png", "table.md", "sweep.png", "card.json", "card.md")
 
 def _ended(folder:Path)->dict:
     "run.json of a run that is over."
-    try: state = Run(folder).state
-    except ValueError: raise UserError(f"{folder}/run.json cannot be read: the record was torn") from None
-    if not state: raise UserError(f"{folder} holds no record: there is no run.json in it")
+    if not (folder/"run.json").exists(): raise UserError(f"{folder} holds no record: there is no run.json in it")
+    if not (state := read_state(folder)): raise UserError(
+        f"{folder}/run.json cannot be read: the record was torn ({why_torn(folder)})")
     if (status := status_of(folder, state)) in ("created", "running"): raise UserError(f"{folder} is still running")
     return state | {"status": status}
 
 def _new(output:str|Path, name:str)->Path:
     "A new folder below the output."
-    folder = Path(output).expanduser()/name
+    folder = Path(output).expanduser()/(re.sub(r"[^\w.-]", "_", name)[:120] or "record")
     if folder.exists() and any(folder.iterdir()): raise UserError(f"{folder} exists already; name another folder with --output")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
-def _data_hashes(d:dict)->list[str]:
-    found = d.get("sha256") or {}
-    return list(found.values()) if isinstance(found, dict) else [found]
+def _data_hashes(d:dict)->list[str]: return list((d.get("sha256") or {}).values())
+
+def _plain(value):
+    "Text that a reader of a file sees, and a number that JSON has."
+    if isinstance(value, float) and not isfinite(value): return str(value)
+    if isinstance(value, list): return [_plain(v) for v in value]
+    return visible(value) if isinstance(value, str) else value
 
 # %% ../../nbs/records/22_crate.ipynb #crate
 _PROFILE = "https://w3id.org/ro/wfrun/process/0.5"
@@ -46,13 +52,13 @@ _STATUS = {"completed": "http://schema.org/CompletedActionStatus"}
 def _entity(crate, id_:str, **properties):
     "A thing that the crate speaks of."
     from rocrate.model import ContextEntity
-    return crate.add(ContextEntity(crate, id_, properties={k: v for k, v in properties.items() if v not in ("", None)}))
+    return crate.add(ContextEntity(crate, id_, properties={k: _plain(v) for k, v in properties.items() if v not in ("", None)}))
 
 def _inputs(crate, state:dict)->list:
     "Data sets, models and parameters that the run started from."
     out = []
-    for n, d in enumerate((state.get("inputs") or {}).get("data", []), 1):
-        out.append(_entity(crate, f"#data-{n}", **{"@type": "Dataset"}, name=d.get("name", ""), license=d.get("licence", ""),
+    for n, d in enumerate((state.get("inputs") or {}).get("data") or [], 1):
+        out.append(_entity(crate, f"#data-{n}", **{"@type": "Dataset"}, name=d.get("name") or "", license=d.get("licence", ""),
             identifier=[f"sha256:{h}" for h in _data_hashes(d)], version=d.get("revision", "")))
     for n, c in enumerate(state.get("consumed") or [], 1):
         hashes = [f"sha256:{h}" for h in (c.get("weights") or {}).values()]
@@ -60,8 +66,9 @@ def _inputs(crate, state:dict)->list:
         out.append(_entity(crate, f"#model-{n}", **{"@type": "CreativeWork"}, name=name, identifier=hashes))
     given = {k: v for k, v in flat(state.get("parameters") or {}) if k not in ("output_dir", "runs_dir") and v is not None}
     for name, value in given.items():
-        plain = value if isinstance(value, str | int | float) else json.dumps(value, ensure_ascii=False)
-        out.append(_entity(crate, f"#parameter-{name.replace(' · ', '.')}", **{"@type": "PropertyValue"}, name=name, value=plain))
+        plain = value if isinstance(value, str | int | float) else json.dumps(value)
+        id_ = f"#parameter-{_plain(name).replace(' · ', '.')}"
+        out.append(_entity(crate, id_, **{"@type": "PropertyValue"}, name=name, value=plain))
     return out
 
 def _results(crate, folder:Path, state:dict)->list:
@@ -69,10 +76,11 @@ def _results(crate, folder:Path, state:dict)->list:
     out = []
     for name in _FILES:
         file = folder/name
-        if file.is_file(): out.append(crate.add_file(str(file), name, properties={
+        if file.is_file() and not file.is_symlink(): out.append(crate.add_file(str(file), name, properties={
             "name": name, "contentSize": str(file.stat().st_size), "sha256": sha256(file)}))
     for name, digest in (state.get("weights") or {}).items():
-        out.append(_entity(crate, f"#weights-{name}", **{"@type": "CreativeWork"}, name=name, identifier=f"sha256:{digest}"))
+        out.append(_entity(
+            crate, f"#weights-{_plain(name)}", **{"@type": "CreativeWork"}, name=name, identifier=f"sha256:{digest}"))
     return out
 
 # %% ../../nbs/records/22_crate.ipynb #action
@@ -88,7 +96,7 @@ def export_crate(
     where = _new(output, f"{folder.resolve().name}-crate")
     code = (state.get("provenance") or {}).get("code") or {}
     crate.metadata.extra_contexts.append("https://w3id.org/ro/terms/workflow-run/context")
-    crate.name = f"{KINDS.get(state.get('stage'), 'Run')}: {folder.resolve().name}"
+    crate.name = _plain(f"{KINDS.get(state.get('stage'), 'Run')}: {folder.resolve().name}")
     crate.description = "An experiment of medllm"
     crate.root_dataset["conformsTo"] = _entity(
         crate, _PROFILE, **{"@type": "CreativeWork"}, name="Process Run Crate", version="0.5")
@@ -117,8 +125,8 @@ def _card_data(state:dict, title:str):
     from huggingface_hub import EvalResult, ModelCardData
     given, m = state.get("parameters") or {}, state.get("metrics") or {}
     data, model = used(state)
-    numbers = {k: v for k, v in m.items() if k.startswith("eval_") and isinstance(v, int | float) and not k.endswith(
-        ("_before", "_runtime", "_tokens"))}
+    numbers = {k: v for k, v in m.items() if k.startswith("eval_") and isinstance(v, int | float) and isfinite(v)
+        and not k.endswith(("_before", "_runtime", "_tokens"))}
     named = data or "unknown"
     results = [EvalResult(task_type="text-generation", dataset_type=named, dataset_name=f"{named}, held out",
         metric_type=k.removeprefix("eval_"), metric_value=float(v)) for k, v in numbers.items()]
@@ -149,22 +157,24 @@ def card_text(
     state = _ended(folder)
     if state["status"] != "completed" or state.get("stage") in ("data", "pipeline", "sweep"): raise UserError(
         f"{folder} is {state['status']}, a {state.get('stage')} run: there is no model to describe")
-    title, rows = title or folder.resolve().name, {r.get("name"): r for r in (state.get("inputs") or {}).get("rows", [])}
-    data = [{"data": d.get("name", ""), "licence": d.get("licence") or "not stated",
+    title, rows = title or folder.resolve().name, {r.get("name"): r for r in (state.get("inputs") or {}).get("rows") or []}
+    data = [{"data": d.get("name") or "", "licence": d.get("licence") or "not stated",
         "rows used": rows.get(d.get("name"), {}).get("kept", ""), "sha256": " ".join(h[:16] for h in _data_hashes(d))}
-        for d in (state.get("inputs") or {}).get("data", [])]
+        for d in (state.get("inputs") or {}).get("data") or []]
     m, code = state.get("metrics") or {}, (state.get("provenance") or {}).get("code") or {}
     numbers = [(k.replace("_", " "), as_said(v)) for k, v in m.items() if isinstance(v, int | float) and not isinstance(v, bool)]
     settings = [(k, as_said(v)) for k, v in flat(state.get("parameters") or {})
         if k not in ("output_dir", "runs_dir", "note", "dataset_dir") and v is not None]
     hashes = [*(state.get("weights") or {}).items(), ("code", f"{code.get('version', '')} {code.get('commit', '')}")]
-    table = lambda rows: as_markdown(rows) if rows else ""
+    head_of = lambda rows: {name: "" for row in rows for name in row}
+    table = lambda rows: as_markdown([head_of(rows) | row for row in rows]) if any(rows or ()) else ""
     parts = (("Intended use, and what it is not for", _USE), ("Verdict", table(state.get("verdict"))), ("Data", table(data)),
         ("Metrics", _rows(numbers)), *more, ("Settings", _rows(settings)), ("Hashes", _rows(hashes)))
     head = _card_data(state, title)
     if library: head.library_name = library
     text = f"---\n{head.to_yaml()}\n---\n\n# {KINDS.get(state.get('stage'), 'Model')}: {title}\n\n"
     text += "".join(_section(*p) for p in parts) + f"Made by `{made_by}` from the record of the run.\n"
+    text = visible(text)
     ModelCard(text)                                                                       # parses what a hub would parse
     return text
 

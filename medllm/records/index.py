@@ -6,9 +6,10 @@
 __all__ = ['index_page', 'records_in', 'export_html']
 
 # %% ../../nbs/records/23_index.ipynb #imports
+import re
 from pathlib import Path
 
-from ..core import UserError, write_bytes
+from ..core import UserError, say, write_bytes
 from .page import as_said, curves_of, drawn, flat, rendered, result_of, run_page, used, view
 
 # %% ../../nbs/records/23_index.ipynb #index
@@ -37,24 +38,38 @@ def _entry(run:dict, row:dict, curves:dict)->dict:
         given.get("tag", ""))
     met = [bool(v.get("met")) for v in run["verdict"]]
     return {"id": row["id"], "title": f"{run['stage']} {run['name']}", "status": row["status"], "stage": row["stage"],
-        "tag": given.get("tag") or "", "text": " ".join(map(str, text)).lower(), "curves": curves,
+        "tag": str(given.get("tag") or ""), "text": " ".join(map(str, text)).lower(), "curves": curves,
         "sort": {k: row[k] or None for k in ("title", "status", "stage", "data", "model", "began")} | {
             "met": sum(met)/len(met) if met else None, "result": result_of(metrics)[1], "took": state.get("duration_s")},
         "metrics": {k: v for k, v in flat(metrics) if not isinstance(v, str | list)}, "parameters": dict(flat(kept)),
         "environment": dict(flat(state.get("provenance") or {})),
-        "data": {f"{d.get('name')} sha256": hashes(d.get("sha256")) for d in (state.get("inputs") or {}).get("data", [])}}
+        "data": {f"{d.get('name')} sha256": hashes(d.get("sha256")) for d in (state.get("inputs") or {}).get("data") or []}}
+
+_SORTED = ("title", "status", "stage", "data", "model", "began", "met", "result", "took")
+
+def _torn_row(folder:Path, page:str, why:str)->tuple[dict, dict]:
+    "The line of a record that cannot be shown, and what the script knows of it."
+    row = dict.fromkeys(("stage", "data", "model", "verdict", "began", "took", "spark"), "") | {
+        "id": page, "page": page, "title": folder.name, "status": "lost", "result": why}
+    known = {k: row[k] for k in ("id", "title", "status", "stage")} | {"tag": "", "text": folder.name.lower(), "curves": {}}
+    return row, known | {"sort": dict.fromkeys(_SORTED) | {"title": folder.name},
+        **{part: {} for part in ("metrics", "parameters", "environment", "data")}}
+
+def _lines(folder:Path, page:str)->tuple[dict, dict]:
+    "What the index shows of a record and what its script knows of it. Any error of it stays its own."
+    try:
+        run, curves = view(folder), curves_of(folder, 200)
+        row = _row(run, page, curves.get("loss") or [])
+        return row, _entry(run, row, curves)
+    except Exception as e: return _torn_row(folder, page, f"cannot be shown: {type(e).__name__}")
 
 def index_page(
     pages:list[tuple[Path, str]], # Each record, and the name of its page
 )->str:
     "All records in one page."
-    rows, entries = [], []
-    for folder, page in pages:
-        run, curves = view(folder), curves_of(folder, 200)
-        rows.append(_row(run, page, curves.get("loss") or []))
-        entries.append(_entry(run, rows[-1], curves))
+    found = [_lines(folder, page) for folder, page in pages]
     return rendered("index.html", title="Records", columns=_COLUMNS, numeric=("met", "result", "began", "took"),
-        rows=rows, data={"runs": entries})
+        rows=[row for row, _ in found], data={"runs": [entry for _, entry in found]})
 
 # %% ../../nbs/records/23_index.ipynb #export-html
 def records_in(
@@ -70,6 +85,23 @@ def records_in(
         found += [f for f in inside if f not in found]
     return found
 
+def _named(records:list[Path])->list[tuple[Path, str]]:
+    "A file name for each record, of letters that an address can hold, and none twice."
+    pages, used = [], set()
+    for folder in records:
+        name = re.sub(r"[^\w.-]", "_", f"{folder.resolve().parent.name}-{folder.name}")[:60]
+        name = next(n for n in (name, *(f"{name}-{k}" for k in range(2, 10**6))) if n not in used)
+        used.add(name)
+        pages.append((folder, f"{name}.html"))
+    return pages
+
+def _page(folder:Path)->str:
+    "A record's page; one that says why where it cannot be made."
+    try: return run_page(folder, index=True)
+    except Exception as e:
+        say(f"{folder}: its page cannot be made ({type(e).__name__}); the others are not touched by that")
+        return rendered("broken.html", title=folder.name, folder=str(folder), why=f"{type(e).__name__}: {str(e)[:200]}", data={})
+
 def export_html(
     places:list[str|Path],       # Records, or folders of records
     output:str|Path = "export",  # Folder of the pages
@@ -80,11 +112,6 @@ def export_html(
         if r.resolve() in (output.resolve(), *output.resolve().parents): raise UserError(
             f"--output {output} lies in the record {r}, which is sealed; name another folder")
     output.mkdir(parents=True, exist_ok=True)
-    pages, used = [], set()
-    for folder in records:
-        name = f"{folder.resolve().parent.name}-{folder.name}"
-        name = next(n for n in (name, *(f"{name}-{k}" for k in range(2, 10**6))) if n not in used)
-        used.add(name)
-        pages.append((folder, f"{name}.html"))
-    for folder, page in pages: write_bytes(output/page, run_page(folder, index=True).encode(), sync=False)
-    return write_bytes(output/"index.html", index_page(pages).encode(), sync=False)
+    pages = _named(records)
+    for folder, page in pages: write_bytes(output/page, _page(folder).encode(errors="replace"), sync=False)
+    return write_bytes(output/"index.html", index_page(pages).encode(errors="replace"), sync=False)

@@ -15,8 +15,8 @@ from math import isfinite
 from pathlib import Path
 
 from ..core import UserError, find_path, nearest, visible
-from ..json_file import read_json
 from .record import read_lines, read_state, status_of, why_torn
+from .seal import digest_of
 
 # %% ../../nbs/records/14_listing.ipynb #find
 def records_in(
@@ -216,12 +216,6 @@ def _changed(stage:str, given:dict)->dict:
     return {k: {"value": v, "default": usual.get(k)} for k, v in given.items()
         if k not in _NAMED and (k not in usual or v != usual[k])}
 
-def _digest(folder:Path)->str:
-    "What the seal says of itself; `verify` looks whether it is true."
-    try: sealed = read_json(folder/"seal.json")
-    except (OSError, ValueError): return ""
-    return sealed["digest"] if isinstance(sealed, dict) and isinstance(sealed.get("digest"), str) else ""
-
 def show(
     folder:str|Path, # Of a record
 )->dict:
@@ -234,7 +228,7 @@ def show(
         "provenance": state.get("provenance") or {}, "files": inputs.get("data") or [], "rows": inputs.get("rows") or [],
         "losses": losses, "curve": sparkline(losses), "verdict": state.get("verdict") or [],
         "attempts": state.get("attempts") or [], "privacy": state.get("privacy") or {},
-        "checkpoints": sorted(f.name for f in folder.glob("checkpoint-*")), "digest": _digest(folder)}
+        "checkpoints": sorted(f.name for f in folder.glob("checkpoint-*")), "digest": digest_of(folder)}
 
 # %% ../../nbs/records/14_listing.ipynb #text
 def _rows_text(account:dict)->str:

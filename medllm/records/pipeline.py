@@ -127,7 +127,8 @@ def run_stage(
     log, file = run.folder/f"{stage.name}.log", write_json(run.folder/f"{stage.name}.json", given | {
         "output_dir": str(folder), "note": f"stage {stage.name} of {run.folder.resolve()}"})
     with open(log, "w", encoding="utf-8") as out:
-        command = _command("runs", "resume", old) if old else _command("run", stage.stage, "-f", file)
+        asked = ("-p", "extra", json.dumps(given["extra"])) if given.get("extra") else ()        # whoever runs this means them
+        command = _command("runs", "resume", old, *asked) if old else _command("run", stage.stage, "-f", file)
         try: code = wait_for(subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT))
         except Interrupted:
             note(run, stage.name, status=Run(folder).state.get("status", "interrupted"))

@@ -231,7 +231,7 @@ STATE = {        # the kinds of what is read out of run.json; all else is only s
         "rows": [{"name": str, "read": int, "kept": int, **dict.fromkeys(("truncated", "rejected", "faults"), _COUNTS)}],
         "model": {"hub": str, "sha256": _HASHES}},
     "metrics": {**dict.fromkeys(("loss_first", "loss_last", "steps", "train_runtime"), NUMBER),
-        "first_rollout": _ROLLOUT, "last_rollout": _ROLLOUT, "reference": (str, dict), "parameters": dict},
+        "passed": bool, "first_rollout": _ROLLOUT, "last_rollout": _ROLLOUT, "reference": (str, dict), "parameters": dict},
     "consumed": [{"role": str, "name": str, "place!": place, "weights": _HASHES}], "verdict": [{"what": str}],
     "stages": [{"name!": str, "folder": place, **dict.fromkeys(("status", "stage", "reason"), str), "sets": dict}],
     "points": [dict], "cells": [{"id": str, "source_sha256": str}], "attempts": [{"status": str, "reason": str}]}

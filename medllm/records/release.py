@@ -15,7 +15,7 @@ from pathlib import Path
 from ..core import UserError, find_path, say
 from ..models.chat import ModelChoice
 from .crate import card_text
-from .record import Run
+from .record import read_state
 from ..use.export import ExportPlan, equivalence_text, export, facts_of, plain_card
 from ..use.merge import stored_dtype
 
@@ -40,7 +40,7 @@ def as_trained(
     record:Path|None,   # Of its training
 )->ModelChoice:
     "The choice with what its training used where nothing else was said."
-    given = (Run(record).state.get("arguments") or {}) if record else {}
+    given = (read_state(record).get("arguments") or {}) if record else {}
     empty = ModelChoice()
     return replace(choice, **{name: given[name] for name in _USED
         if given.get(name) is not None and getattr(choice, name) == getattr(empty, name)})

@@ -8,7 +8,6 @@ __all__ = ['RUNS', 'find_notebook', 'Progress', 'read_source', 'execute']
 # %% ../../nbs/records/12_run.ipynb #imports
 import contextlib
 import errno
-import json
 import logging
 import os
 import signal
@@ -20,12 +19,14 @@ from pathlib import Path
 
 import nbformat
 
-from ..core import Interrupted, UserError, bundled, nearest, say, write_bytes
+from ..core import Interrupted, UserError, bundled, nearest, progress_line, say, write_bytes
+from ..json_file import NUMBER
 from ..data.check import DataRun
 from ..evaluate.runs import EvaluateRun
 from .parameters import check_value, declared
 from .plan import PipelineRun
-from .record import ENDED, RUNNING, Run, new_folder, now, status_of
+from .record import ENDED, RUNNING, Run, new_folder, now, read_lines, read_state, status_of
+from .seal import read_notebook
 from ..secrets import scrub_values
 from ..train.runs import STAGE_RUNS, run_parameters
 from ..use.predict import pace_line
@@ -46,6 +47,8 @@ def find_notebook(
     return stage, path
 
 # %% ../../nbs/records/12_run.ipynb #progress
+_LOGGED = dict.fromkeys("step loss progress tokens_per_second rows of seconds_left".split(), NUMBER)
+
 class Progress:
     "Says how far a run is, while the block lasts."
     def __init__(self, folder:Path, every:float=30.0):
@@ -59,21 +62,18 @@ class Progress:
         if not now: return self._step(self.file)
         stage = stages[now - 1]
         if stage["name"] != self.stage: self.stage, self.began = stage["name"], time.monotonic()
-        return f"stage {now}, {stage['name']}: {self._step(Path(stage['folder'])/'history.jsonl') or 'begins'}"
+        return f"stage {now}, {stage['name']}: {self._step(Path(stage.get('folder') or '.')/'history.jsonl') or 'begins'}"
 
     def _stages(self)->list:
         "The stages of a pipeline, as its record has them."
-        try: return Run(self.file.parent).state.get("stages", [])
-        except (OSError, ValueError): return []
+        return read_state(self.file.parent).get("stages", [])
 
     def _step(self, file:Path)->str:
         "The newest logged step of a history."
-        if not file.exists(): return ""
-        steps = [json.loads(s) for s in file.read_text(encoding="utf-8").split("\n")[:-1]]
-        logged = [h for h in steps if "loss" in h or "rows" in h]
+        logged = [h for h in read_lines(file, shape=_LOGGED) if None not in (h.get("loss"), h.get("step")) or "rows" in h]
         if not logged: return ""
         if "rows" in logged[-1]: return pace_line(logged[-1])
-        h, share = logged[-1], logged[-1].get("progress", 0)
+        h, share = logged[-1], logged[-1].get("progress") or 0
         left = (time.monotonic() - self.began)*(1 - share)/share if share else 0
         return (f"step {h['step']} ({share:.0%}), loss {h['loss']:.3f}, "
             f"{h.get('tokens_per_second', 0):,.0f} tokens/s, about {left/60:.1f} min left")
@@ -84,8 +84,7 @@ class Progress:
             waited += 1
             text = self.line()
             if not text or text == self.last or (not self.tty and waited < self.every): continue
-            sys.stderr.write(f"\r\033[K{text}" if self.tty else f"{text}\n")
-            sys.stderr.flush()
+            progress_line(text) if self.tty else say(text)
             self.last, waited = text, 0.0
 
     def __enter__(self):
@@ -96,15 +95,18 @@ class Progress:
     def __exit__(self, *error):
         self.stop.set()
         self.thread.join()
-        if self.tty and self.last: sys.stderr.write("\r\033[K")
+        if self.tty and self.last: progress_line("")
 
 # %% ../../nbs/records/12_run.ipynb #source
 def read_source(
     notebook:Path,   # As found
     names,           # Parameters that it must declare
 ):                   # A notebook without outputs
-    "The notebook that will be executed. Raises `UserError` when it does not declare a parameter."
-    nb = nbformat.read(notebook, 4)
+    "The notebook that will be executed. Raises `UserError` for a torn one, and when it does not declare a parameter."
+    try:
+        read_notebook(notebook)                                  # bounds and kinds, before a library asks for more
+        nb = nbformat.read(notebook, 4)
+    except Exception as e: raise UserError(f"{notebook} cannot be read as a notebook: {str(e) or type(e).__name__}") from None
     known = declared(nb)
     for name in names:
         if name not in known: raise UserError(f"{notebook}: its parameters cell does not declare {name}{nearest(name, known)}")
@@ -129,7 +131,7 @@ def _go_on(folder:Path)->Run:
     attempts = [*run.state.get("attempts", []), kept]
     for name in _OF_AN_ATTEMPT: run.state.pop(name, None)
     if (folder/"record.ipynb").exists(): os.replace(folder/"record.ipynb", folder/f"record.{len(attempts)}.ipynb")
-    (folder/"seal.json").unlink(missing_ok=True)
+    for name in ("seal.json", "seal.json.sig"): (folder/name).unlink(missing_ok=True)
     run.state["attempts"] = attempts
     return run
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST_NOTEBOOK', 'EVIDENCE', 'fingerprint', 'flat', 'read_notebook', 'cell_names', 'cell_hashes', 'hashes', 'seal',
-           'left_out', 'SealState', 'look_at_seal', 'broken', 'unsealed']
+           'left_out', 'SealState', 'look_at_seal', 'broken', 'unsealed', 'digest_of']
 
 # %% ../../nbs/records/07_seal.ipynb #imports
 import hashlib
@@ -262,3 +262,9 @@ def unsealed(
 )->list[str]:        # A sentence each; empty when nothing was changed
     "What was changed since a record was sealed."
     return list(broken(folder).values())
+
+def digest_of(
+    folder:str|Path, # Of a record
+)->str:              # 64 hex digits; "" without a seal that can be read
+    "What a seal calls its digest, to be noted elsewhere; `broken` looks whether it is true."
+    return _read_seal(Path(folder))[0].get("digest", "")

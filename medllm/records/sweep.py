@@ -91,7 +91,7 @@ def run_point(
     "Run a point of a sweep, or go on with it; called in a process of its own."
     p = json.loads(Path(file).read_text(encoding="utf-8"))
     try:
-        if p["resume"]: run = resume(p["folder"])
+        if p["resume"]: run = resume(p["folder"], {"extra": p["given"]["extra"]} if p["given"].get("extra") else {})
         else: run = execute(p["stage"], p["given"] | {"output_dir": p["folder"]}, parent={"sweep": p["sweep"]})
     except UserError as e:
         say(f"error: {e}")
