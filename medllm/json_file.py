@@ -37,6 +37,7 @@ def _unique(pairs:list)->dict:
 
 def _integer(text:str)->int|float: return int(text) if len(text) < 19 else float(text)
 
+_HOLDERS = {dict, list}
 _decode = json.JSONDecoder(object_pairs_hook=_unique, parse_int=_integer).decode
 
 def parse_json(
@@ -50,9 +51,9 @@ def parse_json(
     except UnicodeDecodeError: raise ValueError("it is not UTF-8") from None
     except RecursionError: raise ValueError("it is nested too deep") from None
     except json.JSONDecodeError as e: raise ValueError(f"it is no JSON: {e.msg} at line {e.lineno}") from None
-    level = [value] if isinstance(value, dict | list) else []
+    level = [value] if type(value) in _HOLDERS else ()
     for _ in range(deepest + 1):
-        level = [v for part in level for v in (part.values() if isinstance(part, dict) else part) if isinstance(v, dict | list)]
+        level = [v for part in level for v in (part.values() if type(part) is dict else part) if type(v) in _HOLDERS]
         if not level: return value
     raise ValueError("it is nested too deep")
 
@@ -73,26 +74,47 @@ def misfit(
     path:str = "", # Where it stands
 )->str:            # "metrics.steps is text"; "" when it fits
     "What is of another kind than it should be."
-    kind = dict if isinstance(shape, dict) else list if isinstance(shape, list) else shape
-    if callable(shape) and not isinstance(shape, type): return "" if shape(value) else _is(path, value)
-    if isinstance(shape, tuple): return "" if any(not misfit(value, s, path) for s in shape) else _is(path, value)
-    if not isinstance(value, kind) or isinstance(value, bool) and kind is not bool: return _is(path, value)
-    if kind is dict and shape is not dict: return _misfit_table(value, shape, path)
-    if kind is list and shape is not list:
-        return next(filter(None, (misfit(v, shape[0], f"{path}.{n}") for n, v in enumerate(value))), "")
-    return ""
+    if _fits(value, shape): return ""
+    if isinstance(shape, list) and isinstance(value, list):
+        n = next(n for n, v in enumerate(value) if not _fits(v, shape[0]))
+        return misfit(value[n], shape[0], f"{path}.{n}")
+    if not isinstance(shape, dict) or not isinstance(value, dict):
+        return f"{path or 'it'} is {_KINDS.get(type(value), 'something else')}"
+    where, (named, rest) = f"{path}." if path else "", _parts(shape)
+    for name, must, inner in named:
+        if must and value.get(name) is None: return f"{where}{name} is missing"
+        if value.get(name) is not None and not _fits(value[name], inner): return misfit(value[name], inner, where + name)
+    name = next(name for name in _others(value, shape) if not _fits(value[name], rest))
+    return misfit(value[name], rest, where + name)
 
-def _misfit_table(table:dict, shape:dict, path:str)->str:
-    "The first misfit of a table."
-    where = f"{path}." if path else ""
-    for name, inner in shape.items():
-        name, must = (name, False) if name is ... else (name.removesuffix("!"), name.endswith("!"))
-        if must and table.get(name) is None: return f"{where}{name} is missing"
-        others = lambda n: n not in shape and f"{n}!" not in shape
-        named = filter(others, table) if name is ... else [name]*(table.get(name) is not None)
-        for n in named:
-            if found := misfit(table[n], inner, f"{where}{n}"): return found
-    return ""
+_known = {}      # shapes are constants of modules, and are taken apart once
+
+def _parts(shape:dict)->tuple[list, object]:
+    "Name, whether it must be there, and shape of each listed part; and the shape of the others."
+    if len(_known) > 500: _known.clear()
+    if id(shape) not in _known: _known[id(shape)] = shape, [(n.removesuffix("!"), n.endswith("!"), inner)
+        for n, inner in shape.items() if n is not ...], shape.get(...)
+    return _known[id(shape)][1:]
+
+def _fits(value, shape)->bool:
+    "Whether a value is of a shape."
+    if type(shape) is type: return isinstance(value, shape) and (type(value) is not bool or shape is bool)
+    if type(shape) is dict: return isinstance(value, dict) and _fits_table(value, shape)
+    if type(shape) is list: return isinstance(value, list) and all([_fits(v, shape[0]) for v in value])
+    if type(shape) is tuple: return any([_fits(value, s) for s in shape])
+    return bool(shape(value))
+
+def _fits_table(table:dict, shape:dict)->bool:
+    "Whether the parts of a table are."
+    named, rest = _parts(shape)
+    for name, must, inner in named:
+        part = table.get(name)
+        if part is None:
+            if must: return False
+        elif not _fits(part, inner): return False
+    return rest is None or all([_fits(table[name], rest) for name in _others(table, shape)])
+
+def _others(table:dict, shape:dict)->list[str]: return [name for name in table if name not in shape and f"{name}!" not in shape]
 
 def place(
     value, # Of a file
@@ -101,8 +123,6 @@ def place(
     if not isinstance(value, str) or "\0" in value: return False
     parts = value.encode("utf-8", "surrogatepass").split(b"/")
     return max(map(len, parts)) <= 255 and sum(map(len, parts)) + len(parts) <= 4096
-
-def _is(path:str, value)->str: return f"{path or 'it'} is {_KINDS.get(type(value), 'something else')}"
 
 # %% ../nbs/03_json_file.ipynb #finite
 def finite(

@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Iterable
 from datetime import datetime, timezone
-from math import isfinite
 from pathlib import Path
 
 from ..core import UserError, find_path, nearest, visible
@@ -196,7 +195,7 @@ def sparkline(
     width:int = 60,     # Longest line [characters]
 )->str:
     "Values as a line of blocks; many of them are averaged in groups."
-    values = [v for v in values if isfinite(v)]
+    values = [v for v in values if abs(v) < 1e100]            # neither infinite nor NaN
     if not values: return ""
     count = min(width, len(values))
     groups = [values[n*len(values)//count:(n + 1)*len(values)//count] for n in range(count)]

@@ -38,13 +38,14 @@ def flat(
 # %% ../../nbs/records/07_seal.ipynb #cells
 MOST_NOTEBOOK = 256*2**20   # [bytes]
 _CELL = {"cell_type!": str, "source!": (str, [str]), "id": str, "metadata": {"tags": [str]}, "outputs": [{"output_type": str}]}
+_NOTEBOOK = {"cells!": [_CELL], "metadata": dict}
 
 def read_notebook(
     file:str|Path, # Of a record, or anybody's
 )->dict:           # As its JSON has it
     "A notebook's cells and metadata. Raises `ValueError` with the reason in a few words, `OSError` where there is none."
     found = read_json(file, MOST_NOTEBOOK)
-    if why := misfit(found, {"cells!": [_CELL], "metadata": dict}): raise ValueError(why)
+    if why := misfit(found, _NOTEBOOK): raise ValueError(why)
     return found
 
 def cell_names(
@@ -168,7 +169,7 @@ def _later(folder:Path, sealed:dict)->tuple[list[dict], str]:
         try: event = parse_json(line)
         except ValueError: event = None
         ours = isinstance(event, dict) and event.get("event") in ("freed", "promoted")
-        if not ours or misfit(event, {"time!": str, "names!": [str]}):
+        if not ours or misfit(event, {"time": str, "names!": [str]}):
             return found, f"events.jsonl: {len(rest)} lines were added since the record was sealed, and not all by gc or promote"
         found.append(event)
     return found, ""
