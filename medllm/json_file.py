@@ -35,10 +35,18 @@ def _unique(pairs:list)->dict:
     if len(table) != len(pairs): raise ValueError("it holds a key twice")
     return table
 
-def _integer(text:str)->int|float: return int(text) if len(text) < 19 else float(text)
+_LONG = 40    # digits of an integer that no format and no other language takes
+
+def _integer(text:str)->int|float: return int(text) if len(text) < _LONG else float(text)
 
 _HOLDERS = {dict, list}
-_decode = json.JSONDecoder(object_pairs_hook=_unique, parse_int=_integer).decode
+_ZEROS = bytes.maketrans(b"123456789", b"0"*9)
+_decode = json.JSONDecoder(object_pairs_hook=_unique).decode
+_decode_long = json.JSONDecoder(object_pairs_hook=_unique, parse_int=_integer).decode
+
+def _inner(values)->list:
+    "The tables and lists among values; most have none."
+    return [] if _HOLDERS.isdisjoint(map(type, values)) else [v for v in values if type(v) in _HOLDERS]
 
 def parse_json(
     text:str|bytes,        # Of one value
@@ -47,14 +55,15 @@ def parse_json(
     "The value of a JSON text. Raises `ValueError` with the reason in a few words, whatever the text is."
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
     if sum(map(data.count, (b"{", b"[", b","))) > MOST_PARTS: raise ValueError(f"it holds more than {MOST_PARTS:,} parts")
-    try: value = _decode(text if isinstance(text, str) else data.decode("utf-8"))
+    decode = _decode_long if b"0"*_LONG in data.translate(_ZEROS) else _decode       # a function for each integer takes its time
+    try: value = decode(text if isinstance(text, str) else data.decode("utf-8"))
     except UnicodeDecodeError: raise ValueError("it is not UTF-8") from None
     except RecursionError: raise ValueError("it is nested too deep") from None
     except json.JSONDecodeError as e: raise ValueError(f"it is no JSON: {e.msg} at line {e.lineno}") from None
-    level = [value] if type(value) in _HOLDERS else ()
+    level = _inner([value])
     for _ in range(deepest + 1):
-        level = [v for part in level for v in (part.values() if type(part) is dict else part) if type(v) in _HOLDERS]
         if not level: return value
+        level = [v for part in level for v in _inner(part.values() if type(part) is dict else part)]
     raise ValueError("it is nested too deep")
 
 def read_json(
@@ -129,6 +138,7 @@ def finite(
     value, # That JSON can hold
 ):         # The same, with None in the place of every number that is not finite
     "A value that every reader of JSON takes."
-    if isinstance(value, float): return value if math.isfinite(value) else None
-    if isinstance(value, dict): return {k: finite(v) for k, v in value.items()}
-    return [finite(v) for v in value] if isinstance(value, list | tuple) else value
+    kind = type(value)
+    if kind is float: return value if math.isfinite(value) else None
+    if kind is dict: return {k: finite(v) for k, v in value.items()}
+    return [finite(v) for v in value] if kind is list or kind is tuple else value
