@@ -41,13 +41,33 @@ def _integer(text:str)->int|float: return int(text) if len(text) < _LONG else fl
 
 _HOLDERS = {dict, list}
 _ZEROS = bytes.maketrans(b"123456789", b"0"*9)
-_decode = json.JSONDecoder(object_pairs_hook=_unique).decode
-_decode_long = json.JSONDecoder(object_pairs_hook=_unique, parse_int=_integer).decode
+_quick, _careful = json.JSONDecoder().decode, json.JSONDecoder(object_pairs_hook=_unique, parse_int=_integer).decode
 
 def _inner(values)->list:
     "The tables and lists among values; most have none."
     return [] if _HOLDERS.isdisjoint(map(type, values)) else [v for v in values if type(v) in _HOLDERS]
 
+def _keys(value, deepest:int)->int:
+    "How many keys a value has. Raises `ValueError` when it is too deep."
+    level, keys = _inner([value]), 0
+    for _ in range(deepest + 1):
+        if not level: return keys
+        tables = [part for part in level if type(part) is dict]
+        keys += sum(map(len, tables))
+        level = [v for part in level for v in _inner(part.values() if type(part) is dict else part)]
+    raise ValueError("it is nested too deep")
+
+def _decoded(text:str, data:bytes, deepest:int):
+    "A value in which no key is there twice: as many keys were read as there are quotes with a colon behind."
+    bare = data.translate(_ZEROS, b" \t\n\r")                # digits are zeros, blanks are gone
+    if b"0"*_LONG not in bare:
+        value = _quick(text)
+        if _keys(value, deepest) == bare.count(b'":'): return value
+    value = _careful(text)
+    _keys(value, deepest)
+    return value
+
+# %% ../nbs/03_json_file.ipynb #parse-json
 def parse_json(
     text:str|bytes,        # Of one value
     deepest:int = DEEPEST, # Levels that it may have
@@ -55,16 +75,10 @@ def parse_json(
     "The value of a JSON text. Raises `ValueError` with the reason in a few words, whatever the text is."
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
     if sum(map(data.count, (b"{", b"[", b","))) > MOST_PARTS: raise ValueError(f"it holds more than {MOST_PARTS:,} parts")
-    decode = _decode_long if b"0"*_LONG in data.translate(_ZEROS) else _decode       # a function for each integer takes its time
-    try: value = decode(text if isinstance(text, str) else data.decode("utf-8"))
+    try: return _decoded(text if isinstance(text, str) else data.decode("utf-8"), data, deepest)
     except UnicodeDecodeError: raise ValueError("it is not UTF-8") from None
     except RecursionError: raise ValueError("it is nested too deep") from None
     except json.JSONDecodeError as e: raise ValueError(f"it is no JSON: {e.msg} at line {e.lineno}") from None
-    level = _inner([value])
-    for _ in range(deepest + 1):
-        if not level: return value
-        level = [v for part in level for v in _inner(part.values() if type(part) is dict else part)]
-    raise ValueError("it is nested too deep")
 
 def read_json(
     file:str|Path,   # Any path

@@ -512,6 +512,7 @@ def test_fifty_crashes_within_gc(tmp_path):
         shutil.copytree(tmp_path/"first", runs)
         for file in (runs/"sft").glob("*/trainer_state.json"): change(file, str(tmp_path/"first"), str(runs))
         for file in (runs/"dpo").glob("*/run.json"): change(file, str(tmp_path/"first"), str(runs))
+        for file in (runs/"sft").glob("live*/heartbeat.json"): write(file, json.loads(file.read_text()) | {"time": time.time()})
         crashed += crash_at(k, runs)
         assert stays(before) <= places(runs), k
         for half in (runs/"sft").glob("[!.]*/checkpoint-*"):      # what lost a file is no checkpoint any more

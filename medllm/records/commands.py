@@ -16,7 +16,9 @@ from ..json_file import finite
 
 # %% ../../nbs/records/25_commands.ipynb #look
 def _json(value)->int:
-    print(json.dumps(finite(value), ensure_ascii=False, indent=1, default=str))
+    said = lambda value: json.dumps(value, ensure_ascii=False, indent=1, default=str, allow_nan=False)
+    try: print(said(value))
+    except ValueError: print(said(finite(value)))             # NaN is no JSON
     return 0
 
 def _list(args)->int:
