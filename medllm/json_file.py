@@ -20,9 +20,13 @@ def read_bounded(
     most:int = MOST,  # Longest that is read [bytes]
 )->bytes:
     "A file's bytes. Raises `ValueError` for one that is too long or no file, `OSError` where there is none."
-    with open(os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb") as f:
-        if not stat.S_ISREG(os.fstat(f.fileno()).st_mode): raise ValueError("it is no file")
-        data = f.read(most + 1)
+    handle = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with open(handle, "rb", buffering=0) as f:
+        told = os.fstat(handle)
+        if not stat.S_ISREG(told.st_mode): raise ValueError("it is no file")
+        if told.st_size > most: raise ValueError(f"it is longer than {most/2**20:.3g} MiB")
+        data = f.read(told.st_size + 1)
+        while len(data) <= most and (more := f.read(2**20)): data += more       # one that grows, or that the system makes up
     if len(data) > most: raise ValueError(f"it is longer than {most/2**20:.3g} MiB")
     return data
 
@@ -43,18 +47,14 @@ _HOLDERS = {dict, list}
 _ZEROS = bytes.maketrans(b"123456789", b"0"*9)
 _quick, _careful = json.JSONDecoder().decode, json.JSONDecoder(object_pairs_hook=_unique, parse_int=_integer).decode
 
-def _inner(values)->list:
-    "The tables and lists among values; most have none."
-    return [] if _HOLDERS.isdisjoint(map(type, values)) else [v for v in values if type(v) in _HOLDERS]
-
 def _keys(value, deepest:int)->int:
     "How many keys a value has. Raises `ValueError` when it is too deep."
-    level, keys = _inner([value]), 0
+    level, keys = [value] if type(value) in _HOLDERS else [], 0
     for _ in range(deepest + 1):
         if not level: return keys
-        tables = [part for part in level if type(part) is dict]
-        keys += sum(map(len, tables))
-        level = [v for part in level for v in _inner(part.values() if type(part) is dict else part)]
+        keys += sum([len(part) for part in level if type(part) is dict])
+        values = [part.values() if type(part) is dict else part for part in level]
+        level = [v for part in values if not _HOLDERS.isdisjoint(map(type, part)) for v in part if type(v) in _HOLDERS]
     raise ValueError("it is nested too deep")
 
 def _decoded(text:str, data:bytes, deepest:int):
