@@ -57,12 +57,12 @@ def _keys(value, deepest:int)->int:
         level = [v for part in values if not _HOLDERS.isdisjoint(map(type, part)) for v in part if type(v) in _HOLDERS]
     raise ValueError("it is nested too deep")
 
-def _decoded(text:str, data:bytes, deepest:int):
+def _decoded(text:str, data:bytes, deepest:int, unique:bool):
     "A value in which no key is there twice: as many keys were read as there are quotes with a colon behind."
     bare = data.translate(_ZEROS, b" \t\n\r")                # digits are zeros, blanks are gone
     if b"0"*_LONG not in bare:
         value = _quick(text)
-        if _keys(value, deepest) == bare.count(b'":'): return value
+        if not unique or _keys(value, deepest) == bare.count(b'":'): return value
     value = _careful(text)
     _keys(value, deepest)
     return value
@@ -71,11 +71,12 @@ def _decoded(text:str, data:bytes, deepest:int):
 def parse_json(
     text:str|bytes,        # Of one value
     deepest:int = DEEPEST, # Levels that it may have
+    unique:bool = True,    # Look whether a key is there twice, and how deep it is: False for those who read a few known parts
 ):                         # The value
     "The value of a JSON text. Raises `ValueError` with the reason in a few words, whatever the text is."
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
     if sum(map(data.count, (b"{", b"[", b","))) > MOST_PARTS: raise ValueError(f"it holds more than {MOST_PARTS:,} parts")
-    try: return _decoded(text if isinstance(text, str) else data.decode("utf-8"), data, deepest)
+    try: return _decoded(text if isinstance(text, str) else data.decode("utf-8"), data, deepest, unique)
     except UnicodeDecodeError: raise ValueError("it is not UTF-8") from None
     except RecursionError: raise ValueError("it is nested too deep") from None
     except json.JSONDecodeError as e: raise ValueError(f"it is no JSON: {e.msg} at line {e.lineno}") from None
@@ -83,9 +84,10 @@ def parse_json(
 def read_json(
     file:str|Path,   # Any path
     most:int = MOST, # Longest that is read [bytes]
+    unique:bool = True, # As for `parse_json`
 ):                   # Its value
     "What a JSON file holds. Raises `ValueError` with the reason in a few words, `OSError` where there is none."
-    return parse_json(read_bounded(file, most))
+    return parse_json(read_bounded(file, most), unique=unique)
 
 # %% ../nbs/03_json_file.ipynb #shape
 NUMBER = (int, float)

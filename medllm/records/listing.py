@@ -15,7 +15,6 @@ from pathlib import Path
 
 from ..core import UserError, find_path, nearest, visible
 from .record import read_lines, read_state, status_of, why_torn
-from .seal import digest_of
 
 # %% ../../nbs/records/14_listing.ipynb #find
 def records_in(
@@ -115,7 +114,7 @@ def list_runs(
     "Records under a folder. Raises `UserError` for a folder or a field that is not there."
     place = find_path(runs)
     if not place.is_dir(): raise UserError(f"there are no records: {runs} is not a folder; --runs names another")
-    pairs = [(row_of(f, state), state) for f in records_in(place) for state in (read_state(f),)]
+    pairs = [(row_of(f, state), state) for f in records_in(place) for state in (read_state(f, whole=False),)]
     value = lambda pair, path: field_of(pair[0], path) if field_of(pair[0], path) is not None else field_of(pair[1], path)
     conditions = [_condition(text) for text in where]
     for path in [c[0] for c in conditions] + [sort]*bool(sort): _known(path, pairs, value)
@@ -219,6 +218,7 @@ def show(
     folder:str|Path, # Of a record
 )->dict:
     "What a person asks about one record."
+    from medllm.records.seal import digest_of                     # a listing needs none
     folder, state = Path(folder), read_state(folder)
     inputs, history = state.get("inputs") or {}, read_lines(folder/"history.jsonl")
     losses = [h["loss"] for h in history if isinstance(h.get("loss"), int | float) and not isinstance(h["loss"], bool)]

@@ -236,9 +236,9 @@ STATE = {        # the kinds of what is read out of run.json; all else is only s
     "stages": [{"name!": str, "folder": place, **dict.fromkeys(("status", "stage", "reason"), str), "sets": dict}],
     "points": [dict], "cells": [{"id": str, "source_sha256": str}], "attempts": [{"status": str, "reason": str}]}
 
-def _read(folder:str|Path)->tuple[dict, str]:
+def _read(folder:str|Path, whole:bool = True)->tuple[dict, str]:
     "run.json, or what is wrong with it."
-    try: state = read_json(Path(folder)/"run.json", 2**24)
+    try: state = read_json(Path(folder)/"run.json", 2**24, unique=whole)
     except OSError as e: return {}, f"it cannot be read: {e.strerror}"
     except ValueError as e: return {}, str(e)
     if not isinstance(state, dict): return {}, "it is no table"
@@ -251,10 +251,11 @@ def _read(folder:str|Path)->tuple[dict, str]:
     return state, ""
 
 def read_state(
-    folder:str|Path, # Of a record
-)->dict:             # Empty when it is torn, or a part of it is of another kind than it should be
+    folder:str|Path,    # Of a record
+    whole:bool = True,  # Look at all of it; False for a listing, which reads a thousand and shows a few parts of each
+)->dict:                # Empty when it is torn, or a part of it is of another kind than it should be
     "run.json as it is."
-    return _read(folder)[0]
+    return _read(folder, whole)[0]
 
 def why_torn(
     folder:str|Path, # Of a record
