@@ -7,6 +7,7 @@ __all__ = ['index_page', 'records_in', 'export_html']
 
 # %% ../../nbs/records/23_index.ipynb #imports
 import re
+from itertools import chain, count
 from pathlib import Path
 
 from ..core import UserError, say, write_bytes
@@ -90,7 +91,7 @@ def _named(records:list[Path])->list[tuple[Path, str]]:
     pages, used = [], set()
     for folder in records:
         name = re.sub(r"[^\w.-]", "_", f"{folder.resolve().parent.name}-{folder.name}")[:60]
-        name = next(n for n in (name, *(f"{name}-{k}" for k in range(2, 10**6))) if n not in used)
+        name = next(n for n in chain([name], (f"{name}-{k}" for k in count(2))) if n not in used)
         used.add(name)
         pages.append((folder, f"{name}.html"))
     return pages

@@ -8,6 +8,7 @@ __all__ = ['sanitised', 'notebook_html']
 # %% ../../nbs/records/20_sanitiser.ipynb #imports
 import logging
 import re
+from functools import cache
 from pathlib import Path
 
 from ..json_file import misfit
@@ -70,17 +71,22 @@ def _cell(cell:dict)->dict:
     return {"cell_type": "code", "metadata": {}, "source": source, "outputs": [_showable(o) for o in outputs],
         "execution_count": count if isinstance(count, int) else None}
 
+@cache
+def _exporter():
+    "nbconvert's exporter, which takes longer to make than a page."
+    from nbconvert import HTMLExporter
+    log = logging.getLogger("medllm.page")
+    log.setLevel(logging.ERROR)                                # it would complain of pictures without a text
+    return HTMLExporter(template_name="basic", exclude_anchor_links=True, log=log)
+
 def notebook_html(
     file:str|Path,  # record.ipynb
 )->tuple[str, int]: # HTML for the middle of a page, and how many cells it shows; "" for a missing or torn one
     "The executed notebook as harmless HTML."
     import nbformat
-    from nbconvert import HTMLExporter
     try: cells = read_notebook(file)["cells"]
     except (OSError, ValueError): return "", 0                  # the page says that there is none
     notebook = nbformat.from_dict({"cells": [_cell(c) for c in cells[:1000]], "nbformat": 4, "nbformat_minor": 5,
         "metadata": {"language_info": {"name": "python"}}})
-    log = logging.getLogger("medllm.page")
-    log.setLevel(logging.ERROR)                                # it would complain of pictures without a text
-    body, _ = HTMLExporter(template_name="basic", exclude_anchor_links=True, log=log).from_notebook_node(notebook)
+    body, _ = _exporter().from_notebook_node(notebook)
     return sanitised(body), len(notebook.cells)
