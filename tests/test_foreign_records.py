@@ -64,7 +64,7 @@ def record(folder, **state):
     write_json(folder/"metrics.json", metrics)
     write_json(folder/"contract.json", {"stage": "sft", "seed": 42, "model": "0"*16, "adapters": []})
     write_json(folder/"heartbeat.json", {"time": 1.7e9, "pid": 1, "begun": 1.7e9, "boot": "x"})
-    (folder/"history.jsonl").write_text("".join(json.dumps({"step": n, "loss": 3 - n/3, "learning_rate": 1e-3, "progress": n/3,
+    (folder/"history.jsonl").write_text("".join(json.dumps({"step": n, "loss": 3.5 - n/2, "learning_rate": 1e-3, "progress": n/3,
         "tokens_per_second": 10.0}) + "\n" for n in range(1, 4)))
     (folder/"events.jsonl").write_text('{"time": "2026-11-22T10:00:00+00:00", "event": "status", "status": "running", "reason": ""}\n'
         '{"time": "2026-11-22T10:01:00+00:00", "event": "status", "status": "completed", "reason": ""}\n')

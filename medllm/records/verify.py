@@ -28,14 +28,16 @@ def _status(folder:Path, state:dict, found:dict)->str:
     status, told = state.get("status"), status_of(folder, state)
     if told != status: found["status"] = f"run.json: status is {status}, but nobody is there to run it: {told}"
     try: events = [e for e in read_events(folder, strict=True) if e.get("event") == "status"]
-    except ValueError: events, found["events.jsonl"] = [], "events.jsonl: it holds a line that is not JSON"
+    except ValueError:
+        events = []
+        found.setdefault("events.jsonl", "events.jsonl: it holds a line that is no event")
     if events and events[-1].get("status") != status:
         found["status"] = f"run.json: status is {status}, the last event says {events[-1].get('status')}"
     return "status"
 
 def _checkpoints(folder:Path, found:dict)->str:
     "Committed checkpoints against their commits."
-    commits = sorted(folder.glob("checkpoint-*/COMMIT.json"))
+    commits = [f for f in sorted(folder.glob("checkpoint-*/COMMIT.json")) if re.fullmatch(r"checkpoint-\d+", f.parent.name)]
     if not commits: return ""
     try: from medllm.train.checkpoints import check
     except ImportError: return ""
