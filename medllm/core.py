@@ -69,8 +69,13 @@ def find_path(
     "Where `path` is: from the working directory, else from the project's root."
     path = Path(path).expanduser()
     root = project_root()
-    if path.exists() or path.is_absolute() or root is None: return path
-    return root/path if (root/path).exists() else path
+    if _is_there(path) or path.is_absolute() or root is None: return path
+    return root/path if _is_there(root/path) else path
+
+def _is_there(path:Path)->bool:
+    "Whether a path exists; a name that is too long for the system does not."
+    try: return path.exists()
+    except OSError: return False
 
 # %% ../nbs/00_core.ipynb #files
 def sha256(
@@ -117,7 +122,7 @@ def write_json(
     "Write `value` as JSON, whole or not at all."
     plain = lambda x: x.item() if hasattr(x, "item") else str(x)
     return write_bytes(path, (json.dumps(value, ensure_ascii=False, indent=1, default=plain) + "\n").encode(
-        errors="backslashreplace"), sync)         # half of a pair, as in a file name that is no UTF-8, is \\udce9 in JSON too
+        errors="backslashreplace"), sync)         # half of a pair, as in a file name that is no UTF-8, is \udce9 in JSON too
 
 # %% ../nbs/00_core.ipynb #events
 def append_event(

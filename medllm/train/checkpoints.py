@@ -21,6 +21,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from ..core import UserError, append_event, boot, say, sync_folder, write_bytes, write_json
+from ..json_file import misfit, read_json
 from ..machine import described, digest, first_difference, writing_failed
 from .interruption import goes_on
 
@@ -60,18 +61,24 @@ def commit(
     return note
 
 # %% ../../nbs/train/09_checkpoints.ipynb #check
+_NOTE = {"schema!": int, "step!": int, "files!": {...: {"sha256!": str, "bytes!": int}}}
+
 def _read(folder:Path)->tuple[dict, str]:
     "What the commit file says, or why it is not believed."
-    try: note = json.loads((folder/COMMIT).read_text(encoding="utf-8"))
+    try: note = read_json(folder/COMMIT)
     except FileNotFoundError: return {}, f"it has no {COMMIT}: its writing did not come to an end"
     except (OSError, ValueError): return {}, f"its {COMMIT} cannot be read"
-    if not isinstance(note, dict) or not isinstance(note.get("schema"), int): return {}, f"its {COMMIT} cannot be read"
+    if misfit(note, {"schema!": int}): return {}, f"its {COMMIT} cannot be read"
     if note["schema"] > SCHEMA: return note, (
         f"it was written by a newer medllm (schema {note['schema']}, this one reads {SCHEMA}): update medllm")
+    if misfit(note, _NOTE) or not all(map(_inside, note["files"])): return {}, f"its {COMMIT} cannot be read"
     rest = {name: value for name, value in note.items() if name != "sha256"}
     if note.get("sha256") != digest(rest): return {}, f"its {COMMIT} was changed"
     return note, "" if folder.name == f"checkpoint-{note['step']}" else f"its {COMMIT} is of step {note['step']}"
 
+def _inside(name:str)->bool:
+    "Whether a committed name stays in its checkpoint."
+    return bool(name) and "\0" not in name and not name.startswith("/") and ".." not in Path(name).parts
 def check(
     folder:str|Path,    # A checkpoint
     hashed:bool = True, # Read every byte; False compares names and sizes only

@@ -150,8 +150,15 @@ def train(
         contract = contract_of(args, data)
         if checkpoint: _agreed(args, contract, checkpoint)
         elif args.training.do_train and is_first_process(): _clear(folder)
-        if is_first_process(): write_json(folder/"contract.json", contract)
+        if is_first_process(): _note_begin(args, folder, contract)
         return _train(args, data, contract, checkpoint)
+
+def _note_begin(args:Arguments, folder:Path, contract:dict):
+    "Write the contract; and, where no record says it, what the run starts from: who asks later finds only the model."
+    write_json(folder/"contract.json", contract)
+    if (folder/"run.json").exists(): return
+    append_event(folder, "begins", model=args.model.model_name_or_path, adapters=args.model.adapter_name_or_path,
+        dataset=args.data.dataset)
 
 def _train(args:Arguments, data:TrainingData, contract:dict, checkpoint:Path|None)->dict:
     "The run itself, in a folder that is ours."
