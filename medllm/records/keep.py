@@ -42,6 +42,7 @@ def _locked(folder:Path)->bool:
         with FileLock(folder/".lock", timeout=0): return False
     except (Timeout, OSError): return True
 
+# %% ../../nbs/records/19_keep.ipynb #named
 def _named(state:dict)->list[str]:
     "Folders that a record descends from."
     parent, given = state.get("parent") or {}, state.get("parameters") or {}
