@@ -7,6 +7,8 @@ __all__ = ['whole_number', 'add_evaluate', 'add_export', 'add_chat', 'add_serve'
 
 # %% ../nbs/98_model_cli.ipynb #imports
 import argparse
+import os
+import sys
 
 from .core import say
 
@@ -26,12 +28,23 @@ _EVALUATE = {"model_name_or_path": "model folder, hub id, or a folder that train
     "scorer": "letter, text or generate (default letter)", "limit": "items of each set, drawn (default all)",
     "dataset_dir": "folder with dataset_info.json (default data)"}
 
+def _coloured()->bool:
+    "Whether the output is a terminal that may have colours."
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+def _told(found:dict)->str:
+    "An evaluation for a terminal: the verdict, the figures, the comparison, and the conclusion again."
+    from medllm.evaluate.compare import comparison_rows
+    from medllm.evaluate.result import as_markdown
+    from medllm.marks import as_lines, conclusion, markdown_table
+    said = conclusion(found["verdict"])
+    parts = (said, "\n".join(as_lines(found["verdict"], _coloured())), as_markdown(found["tuned"], found["base"]),
+        markdown_table(comparison_rows(found["comparisons"])), said)
+    return "\n\n".join(filter(None, parts))
+
 def _evaluate(args)->int:
     import tempfile
     from pathlib import Path
-    from medllm.evaluate.benchmarks import verdict_rows
-    from medllm.evaluate.compare import comparison_rows
-    from medllm.evaluate.result import as_markdown, markdown_table
     from medllm.evaluate.runs import EvaluateRun, evaluate
     from medllm.train.runs import run_parameters
     from medllm.yaml_file import read_yaml
@@ -40,8 +53,7 @@ def _evaluate(args)->int:
     if args.names: given["dataset"] = ",".join(args.names)
     wanted = EvaluateRun(**run_parameters(EvaluateRun, given))
     with tempfile.TemporaryDirectory() as d: found = evaluate(wanted, Path(args.output or d))
-    tables = comparison_rows(found["comparisons"]), verdict_rows(found)
-    print("\n\n".join(filter(None, (as_markdown(found["tuned"]), *map(markdown_table, tables)))))
+    print(_told(found))
     if args.output: print(f"\nitems and figures: {args.output}")
     return 0
 

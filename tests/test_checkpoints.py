@@ -334,7 +334,7 @@ def test_c11_in_the_third_epoch(tmp_path, flags):
     at = steps*5//8
     half = flags | dict(save_strategy="steps", save_steps=at, save_total_limit=1)
     from medllm.train.interruption import stop
-    from medllm.train.trainer import TokenLoss
+    from medllm.train.objectives import TokenLoss
     original = TokenLoss.__call__
     def stopping(self, trainer, model, batch):
         if trainer.state.global_step == at - 1: stop.asked = 15
@@ -419,7 +419,7 @@ def test_c14_a_newer_schema(copy, asked):
 
 
 def test_c15_what_is_not_finite_stops_within_three_steps(tmp_path, monkeypatch):
-    from medllm.train.trainer import TokenLoss
+    from medllm.train.objectives import TokenLoss
     original = TokenLoss.__call__
     def poisoned(self, trainer, model, batch):
         loss, sums = original(self, trainer, model, batch)

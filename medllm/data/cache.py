@@ -131,7 +131,7 @@ def _make(source:Source, renderer:Renderer, recipe:Recipe, folder:Path, watch:Ca
 def _account(note:dict)->Account:
     "The account in a note."
     return Account(note["name"], note["read"], note["kept"], Counter(note["rejected"]), Counter(note["truncated"]),
-        note["examples"], [tuple(r) for r in note["rejects"]], Counter(note["faults"]))
+        note["examples"], [tuple(r) for r in note["rejects"]], note["whys"], Counter(note["unread"]), Counter(note["faults"]))
 
 def _read_note(folder:Path)->tuple[dict, str]:
     "What `account.json` says, and why it is not believed; both empty where there is none."

@@ -18,7 +18,8 @@ import torch
 
 from ..core import UserError, nearest
 from ..data.formats import Turn
-from .items import MCQItem
+from ..data.tokens import begin_ids
+from .options import MCQItem
 from ..models.chat import ChatModel
 from ..models.sampling import NotFinite, at_rest, rows_that_fit
 
@@ -123,9 +124,7 @@ def plain_row(
     asked:Asked,    # Prompt and continuations
 )->Row:
     "Tokens of running text, as lm-evaluation-harness cuts them."
-    tokenizer, plain = chat.tokenizer, chat.renderer.plain
-    whole, inner = (tokenizer("a", add_special_tokens=special).input_ids for special in (True, False))
-    before, prompt = whole[:whole.index(inner[0])], asked.prompt.rstrip()
+    plain, before, prompt = chat.renderer.plain, begin_ids(chat.tokenizer), asked.prompt.rstrip()
     context, *both = plain([prompt, *(f"{prompt} {c}" for c in asked.continuations)], "start")
     return _fitting(chat, before + context, [ids[len(context):] for ids in both], head=0)
 

@@ -6,15 +6,13 @@
 __all__ = ['QUESTIONS', 'Answer', 'answer', 'sample', 'as_table']
 
 # %% ../../nbs/use/00_generate.ipynb #imports
-import gc
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..data.formats import Turn
 from ..data.tokens import Renderer
-from ..models.adapters import load_adapter
-from ..models.chat import ChatModel
-from ..models.loading import LoadPlan, load_model
+from ..models.chat import ChatModel, saved_chat
+from ..models.loading import LoadPlan
 from ..models.sampling import Sampling
 
 # %% ../../nbs/use/00_generate.ipynb #answer
@@ -48,16 +46,7 @@ def sample(
     questions:tuple = QUESTIONS, # What is asked
 )->list[Answer]:
     "Answers of a model as it lies on the disk."
-    import torch
-    whole = bool(trained) and not (Path(trained)/"adapter_config.json").exists()
-    model = load_model(str(trained) if whole else model_name, plan)
-    if trained and not whole: model = load_adapter(model, str(trained))
-    if torch.cuda.is_available() and not plan.bits: model = model.to("cuda")
-    answers = answer(model, renderer, list(questions))
-    del model
-    gc.collect()
-    if torch.cuda.is_available(): torch.cuda.empty_cache()
-    return answers
+    with saved_chat(model_name, plan, renderer, trained) as chat: return answer(chat.model, renderer, list(questions))
 
 def as_table(
     before:list[Answer], # From the base model

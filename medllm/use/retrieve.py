@@ -252,7 +252,7 @@ def _read(folder:Path, dense:Dense|None)->Index|None:
         if json.loads(note.read_text()) != {k: v for k, v in _folder_hash(folder).items() if k != "index.json"}:
             raise ValueError("hash")
         lines = (folder/"passages.jsonl").read_text(encoding="utf-8", errors="surrogatepass").split("\n")
-        passages = [Passage(*row[:4], tuple(row[4])) for row in map(json.loads, filter(None, lines))]
+        passages = [Passage(*row[:4], tuple(row[4]), *row[5:]) for row in map(json.loads, filter(None, lines))]
         bm25 = _library("bm25s").BM25.load(folder/"bm25", load_corpus=False, show_progress=False)
         if dense: dense.vectors = np.load(folder/"vectors.npy")
         return Index(passages, bm25, json.loads((folder/"held.json").read_text(encoding="utf-8")), dense)
