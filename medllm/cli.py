@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from .core import Interrupted, UserError, say, spelled, terminal
+from .machine import arrive, place_fault
 from .model_cli import add_chat, add_evaluate, add_export, add_knowledge, add_serve, whole_number
 from .records.commands import add_verbs, report
 from .use.runs import add_predict
@@ -211,8 +212,9 @@ def main(
     argv:Sequence[str]|None = None, # Words; None takes the program's own
 )->int:                             # 0; 1 when a run failed; 2 for a user's mistake
     "The `medllm` command; returns the exit code: also 75 when it was asked to stop, 124 out of time, 130 by the keyboard."
-    argv = sys.argv[1:] if argv is None else list(argv)
+    own, argv = argv is None, sys.argv[1:] if argv is None else list(argv)
     try:
+        arrive(own)
         if argv[:1] == ["train"]: return _train(argparse.Namespace(words=argv[1:]))
         args = parser().parse_args(argv)
         if not hasattr(args, "function"):
@@ -226,3 +228,7 @@ def main(
     except BrokenPipeError:                     # the reader of the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
+    except OSError as e:
+        if not (why := place_fault(e)): raise
+        say(f"error: {why}")
+        return 2

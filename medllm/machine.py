@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['writing_failed', 'place_fault', 'placed', 'can_write', 'check_writable', 'sweep', 'beside', 'take_place',
-           'substitute', 'home', 'settle_home', 'cache_home', 'tolerant_console', 'described', 'differs',
-           'all_described', 'first_difference', 'digest']
+           'substitute', 'home', 'settle_home', 'cache_home', 'tolerant_console', 'speak_utf8', 'arrive', 'described',
+           'differs', 'all_described', 'first_difference', 'digest']
 
 # %% ../nbs/04_machine.ipynb #imports
 import atexit
@@ -219,6 +219,24 @@ def tolerant_console():
     for stream in (sys.stdout, sys.stderr):
         known = (getattr(stream, "encoding", None) or "").lower().replace("-", "") in ("utf8", "utf8sig")
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace" if known else "replace")
+
+def speak_utf8():
+    "Begin this program again in UTF-8 mode where ASCII was taken for everything; after that, give the console back its encoding."
+    if console := os.environ.pop("MEDLLM_CONSOLE", ""):
+        for stream in (sys.stdout, sys.stderr): stream.reconfigure(encoding=console)
+    elif sys.getfilesystemencoding() == "ascii":
+        os.environ.update(PYTHONUTF8="1", MEDLLM_CONSOLE=sys.stdout.encoding)
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+# %% ../nbs/04_machine.ipynb #arrive
+def arrive(
+    own:bool = False, # Whether this process is there for the command alone
+):
+    "What a command does first on a machine that it does not know. Raises `UserError` when nothing can be written anywhere."
+    if own: speak_utf8()
+    tolerant_console()
+    settle_home()
 
 # %% ../nbs/04_machine.ipynb #whole
 def described(

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import psutil
 from fastcore.basics import patch
+from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
 from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from papermill.clientwrap import PapermillNotebookClient
@@ -286,6 +287,8 @@ def _raise(manager:TrueManager):
         if manager.plain: say(f"{manager.status}: {manager.reason}")
         raise Ended(manager.status, manager.reason)
     if manager.status == "killed": raise DeadKernelError(manager.reason)
+    if manager.status == "completed" and manager.plain and manager._unsaved:     # the notebook is all that there was to be
+        raise Ended("failed", f"{manager.output_path} could not be saved")
     if manager.status == "completed": return
     index, cell = next(((i, c) for i, c in enumerate(manager.nb.cells)
         if c.metadata.papermill["status"] == "failed"), (0, None))
@@ -324,6 +327,9 @@ class RecordEngine(Engine):
         "Check the parameters, then run the cells in a kernel that nobody else can talk to."
         try: values = check_parameters(nb_man.nb)
         except UserError as error: return nb_man.end("rejected", str(error))
+        try: KernelSpecManager().get_kernel_spec(kernel_name)
+        except NoSuchKernel: return nb_man.end("rejected", f"this machine has no kernel '{kernel_name}', which the notebook asks "
+            "for: give one that it has with -k python3")
         defaults = declared(nb_man.nb)
         whole = {n: d for n, (_, d) in defaults.items()} | values
         nb_man.policy.private = is_private(whole)

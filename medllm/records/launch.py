@@ -61,7 +61,7 @@ def launch(
     log, environment = folder/"train.log", os.environ | launch_environment(flags.get("profile")) | {
         "MEDLLM_WITH": str(os.getpid())}                    # they end when this process does
     with open(log, "w", encoding="utf-8") as out:
-        child = subprocess.Popen(_command(file, processes), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        child = subprocess.Popen(_command(file, processes), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
             errors="replace", env=environment)
         safe = SafeLog(out, private)
         reader = threading.Thread(target=lambda: [safe.write(line) for line in child.stdout], daemon=True)

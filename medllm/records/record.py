@@ -39,7 +39,8 @@ def _git(*words:str)->str:
     root = project_root()
     if root is None: return ""
     try: return subprocess.run(
-        ["git", *words], cwd=root, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+        ["git", *words], cwd=root, capture_output=True, encoding="utf-8", errors="backslashreplace", timeout=20,
+        check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError): return ""
 
 def code_version()->dict: # commit (40 hex or ""), dirty, and a hash of the differences
@@ -55,7 +56,7 @@ def _version(package:str)->str:
 def _processor()->str:
     "Name of the processor."
     info = Path("/proc/cpuinfo")
-    named = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    named = re.search(r"model name\s*:\s*(.+)", info.read_text(encoding="utf-8", errors="replace")) if info.exists() else None
     return named[1].strip() if named else platform.processor()
 
 def provenance()->dict:

@@ -152,7 +152,8 @@ def _papermill(source:Path, run:Run, parameters:dict, **options):
     logging.getLogger("papermill").setLevel(logging.CRITICAL)
     whole = lambda path: str(path).replace("{", "{{").replace("}", "}}")      # papermill formats paths
     try: execute_notebook(whole(source), whole(run.folder.resolve()/"record.ipynb"), parameters=parameters, engine_name="medllm",
-        kernel_name="python3", progress_bar=False, log_output=False, record=str(run.folder.resolve()), **options)
+        kernel_name="python3", language="python", progress_bar=False, log_output=False, record=str(run.folder.resolve()),
+        **options)
     except (DeadKernelError, PapermillExecutionError, Ended): pass            # run.json says it better
 
 @contextlib.contextmanager

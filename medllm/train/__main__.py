@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 
 from ..core import Interrupted, UserError, say
+from ..machine import place_fault, settle_home, speak_utf8, tolerant_console
 
 # %% ../../nbs/train/32_main.ipynb #help
 _HEAD = """usage: python -m medllm.train [FILE.yaml] [--flag value …] [flag=value …]
@@ -93,6 +94,8 @@ def main(
 )->int:      # 0; 2 for a user's mistake; 74 when nothing can be written; 75 when it was asked to stop
     "Train by a command line; returns the exit code."
     own, argv = own or argv is None, sys.argv[1:] if argv is None else list(argv)
+    if own: speak_utf8()
+    tolerant_console()
     if {"-h", "--help"} & set(argv):
         print(help_text())
         return 0
@@ -115,6 +118,7 @@ def end_with(
 def _train(argv:list[str], own:bool)->int:
     "The exit code of a training command; a signal ends it in a way that can be gone on from."
     try:
+        settle_home()
         from medllm.train.arguments import read_command
         from medllm.train.determinism import begin_anew
         from medllm.train.loop import run
@@ -128,6 +132,10 @@ def _train(argv:list[str], own:bool)->int:
     except UserError as e:
         say(f"error: {e}")
         return 75 if isinstance(e, Interrupted) else 74 if type(e).__name__ == "Unwritable" else 2
+    except OSError as e:
+        if not (why := place_fault(e)): raise
+        say(f"error: {why}")
+        return 2
     except KeyboardInterrupt: return 130
 
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())   # a notebook has no __file__
