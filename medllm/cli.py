@@ -7,11 +7,12 @@ __all__ = ['parser', 'main']
 
 # %% ../nbs/99_cli.ipynb #imports
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
 
-from .core import Interrupted, UserError, say
+from .core import Interrupted, UserError, say, spelled, terminal
 from .model_cli import add_chat, add_evaluate, add_export, add_knowledge, add_serve, whole_number
 from .records.commands import add_verbs, report
 from .use.runs import add_predict
@@ -91,8 +92,8 @@ def _preview(args)->int:
         trust_remote_code=args.trust_remote_code)
     rows, account = cached_rows(source, renderer, recipe)
     hide = source.private and not args.reveal
-    print(Look(rows, renderer.tokenizer, hide=hide, picked=tuple(range(args.rows))))
-    print(f"\n{account}\n" + ", ".join(f"{k} {v}" for k, v in length_summary(rows).items()))
+    print(Look(rows, renderer.tokenizer, hide=hide, picked=tuple(range(args.rows))), file=terminal())     # its colours are ours
+    print("\n" + "\n".join(account.lines()) + "\n" + ", ".join(f"{k} {v}" for k, v in length_summary(rows).items()))
     print(length_bars(rows, args.cutoff_len))
     if hide: say("letters are hidden because the dataset is private; --reveal shows them")
     return 0
@@ -204,6 +205,8 @@ def _data_commands(p):
     v.add_argument("--reveal", action="store_true", help="show the text of a private dataset")
 
 # %% ../nbs/99_cli.ipynb #main
+_TALKING = ("chat", "serve")   # commands that read the terminal's lines, or are read by a program
+
 def main(
     argv:Sequence[str]|None = None, # Words; None takes the program's own
 )->int:                             # 0; 1 when a run failed; 2 for a user's mistake
@@ -215,7 +218,7 @@ def main(
         if not hasattr(args, "function"):
             parser().print_help()
             return 0
-        return args.function(args)
+        with contextlib.nullcontext() if argv[0] in _TALKING else spelled(): return args.function(args)
     except UserError as e:
         say(f"error: {e}")
         return 75 if isinstance(e, Interrupted) else 2

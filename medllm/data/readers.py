@@ -75,8 +75,8 @@ def _arrow(file:Path, name:str, encoding:str)->Iterator[Row|Bad]:
                 whole = pa.ipc.open_file(file)
                 batches = (whole.get_batch(i) for i in range(whole.num_record_batches))
         rows = (row for batch in batches for row in batch.to_pylist())
-        for n, row in enumerate(rows, 1): yield Row(row, name, n) if is_text(row) else Bad(
-            "bad_text", name, n, 0, "a text holds a NUL or half a surrogate pair; take it out")
+        for n, row in enumerate(rows, 1): yield Row(row, name, n, number=n) if is_text(row) else Bad(
+            "bad_text", name, n, 0, "a text holds a NUL or half a surrogate pair; take it out", n)
     except (pa.ArrowException, OSError) as e:
         raise UserError(f"{name}: not a readable {file.suffix} file ({type(e).__name__}); write it anew") from None
 
@@ -161,16 +161,37 @@ def read_file(
         if _state(file) != before: raise UserError(f"{file} changed while it was read; start again")
 
 # %% ../../nbs/data/02_readers.ipynb #source
+_TABLES = "csv json text parquet arrow".split()
+
+def _hub_builder(source:Source):
+    "What reads a hub set: data files of its own, of a type that holds rows."
+    from datasets import load_dataset_builder
+    local = source.hub.startswith(("/", ".", "~"))            # a local copy, from Python: a registry names owner/name
+    builder = load_dataset_builder(source.hub if local else f"hf://datasets/{source.hub}", name=source.subset,
+        revision=source.revision, data_dir=source.folder)
+    kind = type(builder).__module__.split(".")[-1]
+    if kind not in _TABLES: raise UserError(
+        f"dataset '{source.name}': {source.hub} holds no rows but files for '{kind}'; known are {', '.join(_TABLES)}")
+    own = f"{Path(source.hub).resolve()}/" if local else f"hf://datasets/{source.hub}@"
+    for file in (f for files in (builder.config.data_files or {}).values() for f in files):
+        where = str(Path(file).resolve()) if local else str(file)
+        if not where.startswith(own) or ".." in where.split("/"): raise UserError(
+            f"dataset '{source.name}': the card of {source.hub} names {file}, which is no file of it")
+    return builder
+
 def _hub_rows(source:Source, streaming:bool=False)->Iterator[Row]:
     "Rows of a dataset repository on the hub, or of a local copy of one."
-    from datasets import load_dataset
     try:
-        rows = load_dataset(source.hub, name=source.subset, split=source.split,
-            revision=source.revision, data_dir=source.folder, streaming=streaming)
+        builder = _hub_builder(source)
+        if streaming: rows = builder.as_streaming_dataset(split=source.split)
+        else:
+            builder.download_and_prepare()
+            rows = builder.as_dataset(split=source.split)
+    except UserError: raise
     except Exception as e:
         raise UserError(f"dataset '{source.name}': the hub set {source.hub} cannot be loaded ({type(e).__name__}); "
                         "check the network, or download it and register it with file_name") from None
-    return (Row(dict(row), source.hub, n) for n, row in enumerate(rows, 1))
+    return (Row(dict(row), source.hub, n, number=n) for n, row in enumerate(rows, 1))
 
 def _cloud_rows(source:Source)->Iterator[Row|Bad]:
     "Rows of a file that fsspec can fetch."
@@ -178,8 +199,8 @@ def _cloud_rows(source:Source)->Iterator[Row|Bad]:
     with tempfile.TemporaryDirectory() as d:
         try:
             system, path = fsspec.core.url_to_fs(source.cloud)
-            file = Path(d)/Path(path).name
-            system.get(path, str(file))
+            file = Path(d)/f"rows{''.join(Path(path).suffixes[-2:])}"       # the name is somebody else's
+            system.get_file(path, str(file))
         except Exception as e:
             raise UserError(f"dataset '{source.name}': {source.cloud} cannot be fetched ({type(e).__name__}); "
                             "check the address and the credentials") from None
@@ -192,6 +213,8 @@ def _builder(source:Source, cache:str):
     from datasets import DatasetBuilder
     file = source.script/f"{source.script.name}.py"
     if not file.is_file(): raise UserError(f"dataset '{source.name}': there is no loading script {file}")
+    if not file.resolve().is_relative_to(source.script.resolve()): raise UserError(
+        f"dataset '{source.name}': the loading script {file} is a link to another folder; put the script itself there")
     spec = importlib.util.spec_from_file_location(f"medllm_script_{source.script.name}", file)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)   # the builder looks itself up
     spec.loader.exec_module(module)
@@ -212,7 +235,7 @@ def _script_rows(source:Source)->Iterator[Row]:
             if source.split not in splits: raise UserError(
                 f"dataset '{source.name}': the script has no split '{source.split}'; it has {', '.join(splits)}")
             rows = builder._generate_examples(**splits[source.split].gen_kwargs)
-            yield from (Row(dict(row), source.name, n) for n, (_, row) in enumerate(rows, 1))
+            yield from (Row(dict(row), source.name, n, number=n) for n, (_, row) in enumerate(rows, 1))
         except UserError: raise
         except Exception as e: raise UserError(f"dataset '{source.name}': the loading script failed "
             f"({type(e).__name__}); run it by itself to see why") from None

@@ -73,6 +73,7 @@ class Source:
     eval_only:bool = False               # Refused as training data
     licence:str = ""                     # As its owner names it
     language:str = ""                    # "en", "zh" …
+    made:bool = False                    # Written by the run itself, into its own folder
 
     @property
     def place(self)->str:
@@ -96,7 +97,8 @@ def _named(kind:type, given:dict, what:str, start=None):
     "A `Columns` or `Tags`: the defaults, with what the registry says put over them."
     known = kind.__dataclass_fields__
     for key, value in given.items():
-        if key in _TEXT_ONLY: raise UserError(f"{what} '{key}': medllm trains on text only; take the key out")
+        if key in _TEXT_ONLY: raise UserError(f"{what} '{key}': medllm trains on text only; take out the key "
+            "and the rows that need it")
         if key not in known: raise UserError(
             f"{what} '{key}' is unknown{nearest(key, known)}; known are {', '.join(known)}")
         if value is not None and not isinstance(value, str): raise UserError(
@@ -153,14 +155,34 @@ def _inside(folder:Path, name:str, file_name:str)->Path:
                         "put the file inside, or give its path to --dataset")
     return file
 
+# %% ../../nbs/data/00_registry.ipynb #elsewhere
+_REMOTE = "s3 s3a gs gcs az abfs abfss adl oss hf http https".split()
+_CACHES = "simplecache filecache blockcache".split()
+
+def _address(name:str, address:str)->str:
+    "An address of a store elsewhere, which `fsspec` opens."
+    *caches, last = address.split("::")
+    protocol, mark, path = last.partition("://")
+    if not mark or protocol not in _REMOTE or not path.strip("/") or any(c.removesuffix("://") not in _CACHES for c in caches):
+        raise UserError(f"dataset '{name}': cloud_file_name '{address}' is no address of a store elsewhere "
+            f"({', '.join(_REMOTE)}); for a local file use file_name")
+    return address
+
+def _hub_set(name:str, entry:dict)->str:
+    "A dataset repository on the hub, which no local folder stands for."
+    hub, folder, revision = entry["hf_hub_url"], entry.get("folder") or "", entry.get("revision") or "main"
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", hub): raise UserError(
+        f"dataset '{name}': hf_hub_url '{hub}' must be owner/name; for a local file use file_name")
+    for key, value in (("folder", folder), ("revision", revision)):
+        if value.startswith(("/", "~")) or ".." in value.split("/") or re.search(r"[:\\\0]", value): raise UserError(
+            f"dataset '{name}': {key} '{value}' leaves the hub set; name a {key} inside it")
+    return hub
+
 def _place(name:str, entry:dict, folder:Path)->dict:
     "Where the rows are: hub before script before cloud before file, as LLaMA-Factory has it."
-    for key in ("hf_hub_url", "cloud_file_name"):
-        if (there := entry.get(key) or "").startswith(("/", ".", "~", "file:")): raise UserError(
-            f"dataset '{name}': {key} '{there}' is a local place; use file_name")
-    if entry.get("hf_hub_url"): return {"hub": entry["hf_hub_url"]}
+    if entry.get("hf_hub_url"): return {"hub": _hub_set(name, entry)}
     if entry.get("script_url"): return {"script": _inside(folder, name, entry["script_url"])}
-    if entry.get("cloud_file_name"): return {"cloud": entry["cloud_file_name"]}
+    if entry.get("cloud_file_name"): return {"cloud": _address(name, entry["cloud_file_name"])}
     if entry.get("file_name"):
         files = data_files(_inside(folder, name, entry["file_name"]))
         return {"files": tuple(_inside(folder, name, str(f.relative_to(folder.resolve()))) for f in files)}

@@ -19,6 +19,7 @@ from pathlib import Path
 from ..core import UserError, find_path, nearest, say
 from ..data.registry import find_sources
 from ..data.templates import check_template_name
+from ..machine import check_writable
 from ..models.adapters import AdaptPlan, names
 from ..models.loading import LoadPlan, model_location
 from .flags import (OURS, DataArguments, FinetuningArguments, ModelArguments, PreferenceArguments,
@@ -260,10 +261,10 @@ def check_output_dir(
     resume:bool = False,    # A checkpoint in it is resumed
     checkpoints:bool = True,# Whether checkpoints count
 ):
-    "Raise `UserError` when the folder already holds a model or checkpoints and nothing allows writing there."
+    "Raise `UserError` when the folder cannot be written, or holds a model or checkpoints and nothing allows writing there."
     where = Path(folder).expanduser()
+    check_writable(where, "--output_dir")
     if overwrite or resume or not where.exists(): return
-    if not where.is_dir(): raise UserError(f"--output_dir {folder} is a file")
     held = [f.name for f in where.iterdir() if f.name in _MODEL_FILES or checkpoints and f.name.startswith("checkpoint-")]
     if held: raise UserError(f"--output_dir {folder} already holds a model ({sorted(held)[0]}); "
                              "name another folder, or give --overwrite_output_dir")

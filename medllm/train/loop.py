@@ -15,11 +15,14 @@ from pathlib import Path
 
 from ..core import Interrupted, UserError, append_event, is_first_process, say, write_json
 from ..data.accounts import write_rejects
+from ..data.counting import counted_loss
 from ..data.look import picture
 from ..data.packing import padding_shares, plan_packs
+from ..data.rows import TokenRows
 from ..models.adapters import describe, trained_parameters
+from ..machine import placed
 from .arguments import Arguments, check_output_dir, goes_on_there, parse, preflight, resumes
-from .checkpoints import check, newest, owned
+from .checkpoints import check, newest, owned, whole_result
 from .contract import as_change, check_changes, compare, contract_of
 from .determinism import apply, in_force
 from .inputs import TrainingData, prepare_data
@@ -138,17 +141,24 @@ def train(
     data:TrainingData, # From `prepare_data`
 )->dict:               # The metrics, as in metrics.json
     ("Train, and write model, history, metrics and curve to the output folder. Raises `UserError` when the plan does not fit the "
-        "model or a checkpoint is of another run, `Interrupted` when the run was asked to stop.")
+        "model, a checkpoint is of another run or a place cannot be written, `Interrupted` when the run was asked to stop.")
     folder = Path(args.training.output_dir)
     check_metric(args.finetuning.stage, args.training.metric_for_best_model, list(data.eval))
     apply(args.finetuning.profile, args, data)
-    with owned(folder) if is_first_process() else nullcontext(), listening():
+    with placed(), owned(folder) if is_first_process() else nullcontext(), listening():
         checkpoint = find_checkpoint(args)
         contract = contract_of(args, data)
         if checkpoint: _agreed(args, contract, checkpoint)
         elif args.training.do_train and is_first_process(): _clear(folder)
-        if is_first_process(): write_json(folder/"contract.json", contract)
+        if is_first_process(): _note_begin(args, folder, contract)
         return _train(args, data, contract, checkpoint)
+
+def _note_begin(args:Arguments, folder:Path, contract:dict):
+    "Write the contract; and, where no record says it, what the run starts from: who asks later finds only the model."
+    write_json(folder/"contract.json", contract)
+    if (folder/"run.json").exists(): return
+    append_event(folder, "begins", model=args.model.model_name_or_path, adapters=args.model.adapter_name_or_path,
+        dataset=args.data.dataset)
 
 def _train(args:Arguments, data:TrainingData, contract:dict, checkpoint:Path|None)->dict:
     "The run itself, in a folder that is ours."
@@ -164,13 +174,14 @@ def _train(args:Arguments, data:TrainingData, contract:dict, checkpoint:Path|Non
         if name.startswith("eval_") and not name.endswith("_runtime")}
     result = trainer.train(str(checkpoint) if checkpoint else None, checked=True) if t.do_train else None
     if result:
-        with polled(): _save(trainer, args, folder)      # a signal waits for the model to be whole
+        with polled(), whole_result(folder): _save(trainer, args, folder)      # a signal waits for the model to be whole
         if stop.asked: raise Interrupted(
             f"asked to stop after the last step; the model is in {folder}, its metrics are missing: {goes_on(folder)}")
         metrics |= _training_metrics(trainer, result, read_history(trainer.history) if is_first_process() else [])
     if args.data.packing and result and trainer.objective.unit == "tokens":
         metrics |= _packing_metrics(trainer, metrics["padding_share"])
     if data.eval: metrics |= trainer.evaluate() if result else before
+    if data.eval and result and is_first_process(): metrics |= _validation_metrics(trainer, data)
     if result and hasattr(stage, "finish"): metrics |= stage.finish(trainer, args, data)
     metrics |= {"parameters": counted, "rows": [a.as_dict() for a in data.accounts], "data": data.findings,
         "determinism": in_force()}
@@ -198,6 +209,14 @@ def _packing_metrics(trainer, packed:float)->dict:
         f"{shares['random']:.1%} at random and {shares['grouped']:.1%} grouped by length")
     return {"padding": shares | {"packed": packed},
         "packs": {"packs": packs, "documents": len(lengths), "full": float(lengths.sum()/(packs*trainer.pack_to))}}
+
+def _validation_metrics(trainer, data:TrainingData)->dict:
+    "The best validation loss and its step; for tokens also the loss of a table that only counts."
+    best = min((h["eval_loss"], h["step"]) for h in read_history(trainer.history) if "eval_loss" in h)
+    found = {"eval_loss_best": best[0], "eval_loss_best_step": best[1]}
+    if trainer.objective.unit != "tokens": return found
+    return found | {"eval_loss_counted": counted_loss(data.train, TokenRows.join(list(data.eval.values())),
+        len(data.renderer.tokenizer))}
 
 def _training_metrics(trainer, result, history:list)->dict:
     "Totals over the whole run and all processes."

@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..core import UserError, find_path, say
+from ..core import UserError, find_path, say, write_json
 from ..data.cache import cache_folder
+from ..machine import described, differs
 from ..models.adapters import AdaptPlan, adapt, names
 from ..models.loading import load_model, load_tokenizer
 from ..models.roles import copy_adapter, load_role, speaking
@@ -236,22 +237,38 @@ def reference_sums(
         total[torch.from_numpy(numbers).to(a.device)] = sums.view(-1, len(numbers)).T
     return (trainer.accelerator.reduce(total, "sum") if a.world_size > 1 else total).cpu().numpy()
 
+# %% ../../nbs/train/21_reference.ipynb #stored
 _KEEP = 30*24*3600 # unused sums are removed after [s]
+
+def _found(file:Path)->np.ndarray|None:
+    "The array in a file, if the note beside it says that it is the one that was written."
+    try:
+        known = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+        if differs(file, known): return None
+        os.utime(file)
+        return np.load(file)
+    except (OSError, ValueError, KeyError, TypeError): return None
+
+def _keep(file:Path, made:np.ndarray):
+    "Put an array into a file, and the note beside it; what is old goes."
+    for old in (f for f in file.parent.glob("*.npy") if time.time() - f.stat().st_mtime > _KEEP):
+        for one in (old, old.with_suffix(".json")): one.unlink(missing_ok=True)
+    part = file.with_suffix(f".{os.getpid()}.part")
+    try:
+        with open(part, "wb") as f: np.save(f, made)
+        known = described(part)
+        part.replace(file)
+        write_json(file.with_suffix(".json"), known)
+    except OSError as e: say(f"the reference's log-probabilities cannot be kept in {file.parent} ({e.strerror})")
+    finally: part.unlink(missing_ok=True)
 
 def _stored(file:Path, trainer, compute:Callable[[], np.ndarray])->np.ndarray:
     "An array from a file that every process sees, or computed and put there by the first."
-    there = torch.tensor(float(file.exists()), device=trainer.args.device)
+    there = torch.tensor(float((found := _found(file)) is not None), device=trainer.args.device)
     if trainer.args.world_size > 1: there = trainer.accelerator.reduce(there, "mean")
-    if there == 1:
-        os.utime(file)
-        return np.load(file)
+    if there == 1: return found
     with torch.random.fork_rng(devices=[]): made = compute()
-    if trainer.is_world_process_zero():
-        for old in file.parent.glob("*.npy"):
-            if time.time() - old.stat().st_mtime > _KEEP: old.unlink(missing_ok=True)
-        part = file.with_suffix(f".{os.getpid()}.part")
-        with open(part, "wb") as f: np.save(f, made)
-        part.replace(file)
+    if trainer.is_world_process_zero(): _keep(file, made)
     return made
 
 # %% ../../nbs/train/21_reference.ipynb #beside

@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 from fastcore.basics import patch
-from safetensors import SafetensorError
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 
 from ..core import Interrupted, UserError, append_event, say, write_json
+from ..machine import writing_failed
 from medllm.train.checkpoints import (Unwritable, begin_behind, check, commit, committed, drop, room_for, rotate,
-    writing_failed)
+    still_ours)
 from .interruption import Agreement, Left, goes_on, leaving, listening, polled, stop
 from .state import check_weights, random_state, read_state, readable, set_random_state, write_state
 
@@ -184,7 +184,7 @@ def _together(self:ResumableTrainer, write)->str:
     "Do something with the disk; empty when it went well in all processes, else why not. Other errors are raised."
     why = ""
     try: write()
-    except (OSError, RuntimeError, SafetensorError) as e:
+    except Exception as e:                    # tokenizers has no other name for a disk without room for a name
         why = writing_failed(e)
         if not why: raise
     failed, = self.agree(int(bool(why)))
@@ -204,7 +204,7 @@ def _write(self:ResumableTrainer, folder:Path, notes:dict)->str:
     main = self.args.should_save
     def prepare():
         if not main: return
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        still_ours(folder.parent)
         if short := room_for(folder.parent, self._expected()): raise OSError(28, short)
         drop(folder)
         folder.mkdir()

@@ -60,6 +60,8 @@ def make_trainer(
     finish_start(data, model)
     pad = scoring_pad(tokenizer, data.renderer.stop_ids)
     if pad is not None: model.config.get_text_config().pad_token_id = pad
+    else: say("the tokenizer has no token to pad with but the one that ends answers: scores are right here, wrong in programs "
+        "that find the last token by the pad token; add a pad token and resize the embeddings")
     return StageTrainer(model, args.training, PairLoss(r.rm_margin, r.center_rewards_coefficient or 0.0),
         data.train, data.eval, tokenizer, args.data.group_by_length, args.data.cutoff_len if args.data.packing else None)
 

@@ -15,7 +15,7 @@ from ..core import UserError, nearest
 from .arguments import parse, preflight
 from .flags import OURS, flag
 
-# %% ../../nbs/train/33_runs.ipynb #parameters
+# %% ../../nbs/train/33_runs.ipynb #flags
 _FLAGS = {f.name: f for kind in OURS for f in fields(kind)}
 _TYPES = {name: kind for ours in OURS for name, kind in typing.get_type_hints(ours).items()} # a parser changes f.type
 _HELP = {name: f.metadata["help"] for name, f in _FLAGS.items()}
@@ -27,9 +27,12 @@ def _like(name:str, default):
 class _Run:
     stage = "sft"
 
+    def __post_init__(self):
+        if getattr(self, "memorisation", 0) < 0: raise UserError(f"memorisation {self.memorisation}: must be at least 0 rows")
+
     def flags(self)->dict:
         "The flags of training among the parameters: name to value."
-        record = ("num_processes", "time_limit", "extra", "runs_dir", "tag", "note", "reveal")
+        record = ("num_processes", "time_limit", "extra", "runs_dir", "tag", "note", "reveal", "memorisation")
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in record}
         return {"stage": self.stage} | {name: value for name, value in own.items() if value is not None} | self.extra
 
@@ -38,6 +41,7 @@ class _Run:
         folder = self.output_dir or f"{self.runs_dir}/{self.stage}/a new one"       # not where a plain command would write
         preflight(parse(self.flags() | {"output_dir": folder}))
 
+# %% ../../nbs/train/33_runs.ipynb #parameters
 @dataclass
 class SftRun(_Run):
     "Parameters of nbs/runs/sft.ipynb."
@@ -67,6 +71,8 @@ class SftRun(_Run):
     logging_steps:int = flag(10, "Steps between two logged losses")
     save_steps:int = flag(500, "Steps between two checkpoints")
     seed:int = flag(42, "Seed of weights, split and order")
+    canaries:int = _like("canaries", 0)
+    memorisation:int = flag(32, "Rows, and pieces of personal data, that the trained model is asked for at the end; 0 for none")
     profile:str = _like("profile", "fast")
     num_processes:int = flag(1, "Processes; more than one are started with accelerate launch")
     time_limit:float|None = flag(None, "Longest time of the run [min]; a checkpoint is taken when it is over")
@@ -78,13 +84,16 @@ class SftRun(_Run):
     reveal:bool = flag(False, "Show row text and answers although a dataset is private")
 
 # %% ../../nbs/train/33_runs.ipynb #stages
+_OF_SOME = {"canaries": ("pt", "sft"), "memorisation": ("pt", "sft", "dpo", "kto")} # Parameters that not all stages have
+
 def _stage(stage:str, own:str, **defaults)->type:
     "A stage's parameters: its own flags, by name, then those of every stage, some with another default."
     first = [(f.name, _TYPES[f.name], flag(defaults.get(f.name, f.default), f.metadata["help"]))
         for f in map(_FLAGS.get, own.split())]
     same = lambda f: flag(defaults[f.name], f.metadata["help"]) if f.name in defaults else field(
         default=f.default, default_factory=f.default_factory, metadata=f.metadata)
-    run = make_dataclass(f"{stage.title()}Run", [*first, *((f.name, f.type, same(f)) for f in fields(SftRun))], bases=(_Run,))
+    others = [f for f in fields(SftRun) if stage in _OF_SOME.get(f.name, (stage,))]
+    run = make_dataclass(f"{stage.title()}Run", [*first, *((f.name, f.type, same(f)) for f in others)], bases=(_Run,))
     run.stage, run.__doc__, run.__module__ = stage, f"Parameters of nbs/runs/{stage}.ipynb.", __name__
     return run
 

@@ -8,7 +8,7 @@ __all__ = ['activation_bytes', 'needs_checkpointing', 'most_positions', 'check_m
 # %% ../../nbs/train/16_start.ipynb #imports
 from ..core import say
 from ..models.adapters import adapt
-from ..models.loading import load_model
+from ..models.loading import check_vocabulary, load_model
 from .arguments import Arguments
 from .inputs import TrainingData
 
@@ -63,8 +63,10 @@ def start_model(
     data:TrainingData, # From `prepare_data`
 ):
     "The language model of a run, ready to be trained. Raises `UserError` when the plan does not fit the model."
-    model = adapt(
-        load_model(args.model.model_name_or_path, args.load_plan()), args.adapt_plan(), args.finetuning.pure_bf16)
+    name = args.model.model_name_or_path
+    model = load_model(name, args.load_plan())
+    check_vocabulary(name, data.renderer.tokenizer, model.get_input_embeddings().weight.shape[0])
+    model = adapt(model, args.adapt_plan(), args.finetuning.pure_bf16)
     check_memory(args, data, model)
     if args.finetuning.stage != "pt": finish_start(data, model)      # a base model stays without a template
     return model
@@ -74,5 +76,7 @@ def finish_start(
     model,             # Any that was loaded for a run
 ):
     "Put what was trained with into what is saved: the template, and the ids that end an answer."
-    if getattr(model, "generation_config", None) is not None: model.generation_config.eos_token_id = data.renderer.stop_ids
+    if (given := getattr(model, "generation_config", None)) is not None:
+        data.renderer.stop_also(given.eos_token_id)
+        given.eos_token_id = data.renderer.stop_ids
     data.renderer.tokenizer.chat_template = data.renderer.jinja

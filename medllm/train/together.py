@@ -29,7 +29,8 @@ _STAGES_OF = {   # flags that mean something in some stages only
     **dict.fromkeys((f.name for f in fields(ReinforcementArguments) if f.name.startswith("ppo_")), ("ppo",)),
     **dict.fromkeys("kl_coef kl_limit log_completions".split(), _ONLINE), "missing_eos_penalty": ("ppo",),
     "replay_dataset": ("pt",), "replay_share": ("pt",), "replay_share_end": ("pt",),
-    "train_on_prompt": ("sft",), "mask_history": ("sft",), "label_smoothing_factor": ("pt", "sft")}
+    "train_on_prompt": ("sft",), "mask_history": ("sft",),
+    **dict.fromkeys("label_smoothing_factor canaries".split(), ("pt", "sft"))}
 _DRAWING = ("temperature", "top_p", "top_k", "max_new_tokens")
 
 def drop_unused(
@@ -45,7 +46,7 @@ def drop_unused(
 _LEAST = {"kto_chosen_weight": 0, "kto_rejected_weight": 0, "center_rewards_coefficient": 0, "rm_margin": 0, "pref_beta": 0,
     "pref_ftx": 0, "kl_coef": 0, "kl_limit": 0, "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "seed": 0,
     "data_seed": 0, "dataloader_num_workers": 0, "eval_delay": 0, "neftune_noise_alpha": 0,
-    "gradient_accumulation_steps": 1, "ddp_timeout": 1}
+    "gradient_accumulation_steps": 1, "ddp_timeout": 1, "canaries": 0}
 _ABOVE = ("num_train_epochs", "logging_steps", "save_steps", "lora_alpha")
 _ADAPTER = "lora_target lora_rank lora_alpha lora_dropout use_dora use_rslora additional_target create_new_adapter".split()
 _FREEZE = "freeze_trainable_layers freeze_trainable_modules freeze_extra_modules".split()

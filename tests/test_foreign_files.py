@@ -1,0 +1,96 @@
+"""What other people's files may do here: nothing but be read. Registries, models, adapters, templates, tables."""
+import json
+
+import pytest
+from fastcore.test import test_fail as fails
+
+from medllm.core import UserError
+from medllm.data.readers import read_rows
+from medllm.data.registry import Source, find_sources, parse_entry
+
+
+@pytest.fixture
+def secret(tmp_path):
+    "A folder beside the registry with a file that no registry may name."
+    place = tmp_path/"mine"
+    place.mkdir()
+    (place/"rows.jsonl").write_text('{"instruction": "secret", "output": "words"}\n')
+    (tmp_path/"registry").mkdir()
+    return place
+
+
+ADDRESSES = (
+    "file://{}/rows.jsonl", "FILE://{}/rows.jsonl", " file://{}/rows.jsonl", "local://{}/rows.jsonl", "{}/rows.jsonl",
+    "mine/rows.jsonl", "simplecache::file://{}/rows.jsonl", "filecache::local://{}/rows.jsonl", "blockcache::{}/rows.jsonl", "simplecache://{}/rows.jsonl",
+    "simplecache::blockcache::file://{}/rows.jsonl", "zip://rows.jsonl::file://{}/x.zip", "tar://rows.jsonl::file://{}/x.tar",
+    "dir::file://{}", "dir://rows.jsonl::file://{}", "reference://rows::file://{}/x.json", "libarchive://rows.jsonl::{}/x.zip",
+    "s3://bucket/rows.jsonl::file://{}/rows.jsonl", "s3://", "s3:///", "arrow_hdfs://{}/rows.jsonl", "hdfs://{}/rows.jsonl",
+    "github://owner:name@/rows.jsonl", "git://{}:rows.jsonl", "jar://{}", "generic://{}/rows.jsonl", "asynclocal://{}/rows.jsonl",
+    "sftp://localhost{}/rows.jsonl", "ssh://localhost{}/rows.jsonl", "smb://localhost{}/rows.jsonl", "ftp://localhost{}/rows.jsonl",
+    "jupyter://localhost", "root://localhost{}/rows.jsonl", "data:,x", "memory://rows.jsonl", "pyfilesystem:osfs://{}")
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_an_address_in_a_registry_names_no_local_file(address, secret, monkeypatch):
+    monkeypatch.chdir(secret.parent)
+    theirs = lambda: parse_entry("theirs", {"cloud_file_name": address.format(secret)}, secret.parent/"registry")
+    fails(lambda: list(read_rows(theirs())), contains="use file_name", exc=UserError)
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/rows.jsonl", "gs://bucket/rows.csv", "https://x.org/rows.json", "simplecache::s3://b/r.jsonl",
+    "filecache://::gs://bucket/rows.jsonl", "hf://datasets/owner/name/rows.parquet"])
+def test_an_address_of_a_store_elsewhere_is_taken(address, tmp_path):
+    assert parse_entry("theirs", {"cloud_file_name": address}, tmp_path).cloud == address
+
+
+@pytest.mark.parametrize("entry", [
+    {"hf_hub_url": "json", "folder": "{}"}, {"hf_hub_url": "text", "folder": "{}"}, {"hf_hub_url": "csv"},
+    {"hf_hub_url": "mine"}, {"hf_hub_url": "{}"}, {"hf_hub_url": "../mine"}, {"hf_hub_url": "owner/../mine"},
+    {"hf_hub_url": "hf://datasets/json"}, {"hf_hub_url": "owner/.."}, {"hf_hub_url": "owner/name", "folder": "{}"},
+    {"hf_hub_url": "owner/name", "folder": "../../mine"},
+    {"hf_hub_url": "owner/name", "folder": "en/../../.."}, {"hf_hub_url": "owner/name", "folder": "~"},
+    {"hf_hub_url": "owner/name", "folder": "file://{}"}, {"hf_hub_url": "owner/name", "folder": "zip://x::{}/x.zip"},
+    {"hf_hub_url": "owner/name", "revision": "../../x"}], ids=lambda entry: " ".join(entry.values()))
+def test_a_hub_set_is_an_owner_and_a_name(entry, secret, monkeypatch):
+    monkeypatch.chdir(secret.parent)
+    entry = {key: value.format(secret) for key, value in entry.items()}
+    fails(lambda: list(read_rows(parse_entry("theirs", entry, secret.parent/"registry"))),
+        contains="leaves the hub set" if entry["hf_hub_url"] == "owner/name" else "must be owner/name", exc=UserError)
+
+
+def test_a_local_folder_does_not_stand_for_a_hub_set(secret, monkeypatch):
+    "`datasets` takes `owner/name` for a folder where there is one."
+    (secret/"set").mkdir()
+    (secret/"rows.jsonl").rename(secret/"set/rows.jsonl")
+    monkeypatch.chdir(secret.parent)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    source = parse_entry("theirs", {"hf_hub_url": "mine/set"}, secret.parent/"registry")
+    fails(lambda: list(read_rows(source)), contains="cannot be loaded", exc=UserError)
+
+
+@pytest.mark.parametrize("names", ["{}/rows.jsonl", "../mine/rows.jsonl", "file://{}/rows.jsonl"])
+def test_the_card_of_a_set_names_no_file_outside_it(names, secret):
+    copy = secret.parent/"set"
+    copy.mkdir()
+    (copy/"README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files: {names.format(secret)}\n---\n")
+    with pytest.raises(UserError): list(read_rows(Source("theirs", hub=str(copy))))
+
+
+def test_a_link_in_a_registry_leads_nowhere_else(secret):
+    "Of a file, of a folder, of a file in a folder, and of a loading script."
+    registry = secret.parent/"registry"
+    (registry/"rows.jsonl").symlink_to(secret/"rows.jsonl")
+    (registry/"linked").symlink_to(secret)
+    (registry/"inner").mkdir()
+    (registry/"inner/rows.jsonl").symlink_to(secret/"rows.jsonl")
+    (registry/"script").mkdir()
+    (secret/"own.py").write_text("raise SystemExit")
+    (registry/"script/script.py").symlink_to(secret/"own.py")
+    entries = {"file": {"file_name": "rows.jsonl"}, "folder": {"file_name": "linked"}, "inner": {"file_name": "inner"},
+        "up": {"file_name": "../mine/rows.jsonl"}, "from root": {"file_name": str(secret/"rows.jsonl")},
+        "script": {"script_url": "linked"},
+        "script up": {"script_url": "../mine"}, "script from root": {"script_url": str(secret)}}
+    (registry/"dataset_info.json").write_text(json.dumps(entries | {"linked script": {"script_url": "script"}}))
+    for name in entries: fails(lambda: find_sources(name, str(registry)), contains="leaves the folder", exc=UserError)
+    source, = find_sources("linked script", str(registry))
+    fails(lambda: list(read_rows(source, trust_remote_code=True)), contains="is a link", exc=UserError)
