@@ -1,4 +1,4 @@
-"""Records that somebody else wrote, or nobody: torn, hostile, of another kind; they are told, and they tell nothing to a terminal."""
+"""Records that somebody else wrote, or nobody: torn, hostile, of another kind; they are told, and steer no terminal."""
 import contextlib
 import io
 import json
@@ -33,12 +33,12 @@ def command(*words):
 
 
 def cell(name, source, *outputs, count=1):
-    return {"cell_type": "code", "id": name, "source": [source], "outputs": list(outputs), "execution_count": count, "metadata": {}}
+    return {"cell_type": "code", "id": name, "source": [source], "outputs": list(outputs), "execution_count": count,
+        "metadata": {}}
 
 
 def record(folder, **state):
     "A record with every file that one can have, small, and sealed."
-    from medllm.models.tiny import write_tiny
     from medllm.records.record import provenance
     from medllm.records.seal import seal
     from medllm.train.runs import SftRun
@@ -49,10 +49,11 @@ def record(folder, **state):
         "parameters": {"trainable": 10, "total": 100, "share": 0.1}, "reference": {"policy": "base"}}
     (folder.parent/"rows.json").write_text("[]")
     write_json(folder/"run.json", {"schema": 1, "stage": "sft", "status": "completed", "started": "2026-11-22T10:00:00+00:00",
-        "ended": "2026-11-22T10:01:00+00:00", "duration_s": 60.0, "parameters": asdict(SftRun(note="a test", extra={"weight_decay": 0.1})),
+        "ended": "2026-11-22T10:01:00+00:00", "duration_s": 60.0,
+        "parameters": asdict(SftRun(note="a test", extra={"weight_decay": 0.1})),
         "effective": {"seed": 42}, "arguments": {"dataset": "mm", "model_name_or_path": "tiny"}, "provenance": provenance(),
-        "inputs": {"data": [{"name": "mm", "place": "mm", "sha256": {str(folder.parent/"rows.json"): "ab"*32}, "licence": "Apache-2.0",
-            "private": False, "revision": ""}], "rows": metrics["rows"], "template_sha256": "cd"*32,
+        "inputs": {"data": [{"name": "mm", "place": "mm", "sha256": {str(folder.parent/"rows.json"): "ab"*32},
+            "licence": "Apache-2.0", "private": False, "revision": ""}], "rows": metrics["rows"], "template_sha256": "cd"*32,
             "model": {"sha256": {"model.safetensors": "ef"*32}}},
         "consumed": [{"role": "base", "name": "tiny", "place": "/nowhere/tiny", "weights": {"model.safetensors": "ef"*32}}],
         "weights": {"model.safetensors": "12"*32}, "contract": {"sha256": "34"*32, "parts": {"stage": "sft", "seed": 42}},
@@ -66,13 +67,15 @@ def record(folder, **state):
     write_json(folder/"heartbeat.json", {"time": 1.7e9, "pid": 1, "begun": 1.7e9, "boot": "x"})
     (folder/"history.jsonl").write_text("".join(json.dumps({"step": n, "loss": 3.5 - n/2, "learning_rate": 1e-3, "progress": n/3,
         "tokens_per_second": 10.0}) + "\n" for n in range(1, 4)))
-    (folder/"events.jsonl").write_text('{"time": "2026-11-22T10:00:00+00:00", "event": "status", "status": "running", "reason": ""}\n'
+    (folder/"events.jsonl").write_text(
+        '{"time": "2026-11-22T10:00:00+00:00", "event": "status", "status": "running", "reason": ""}\n'
         '{"time": "2026-11-22T10:01:00+00:00", "event": "status", "status": "completed", "reason": ""}\n')
     stream = {"output_type": "stream", "name": "stdout", "text": ["a\n", "b\n"]}
     shown = {"output_type": "display_data", "data": {"text/html": "<b>x</b>", "text/plain": ["x"]}, "metadata": {}}
     notebook = {"cells": [{"cell_type": "markdown", "id": "title", "source": ["# A run\n", "\n", "> x"], "metadata": {}},
-        cell("parameters", "seed:int = 42") | {"metadata": {"tags": ["parameters"]}}, cell("train", "f()", stream, shown, count=2)],
-        "metadata": {"kernelspec": {"name": "python3", "language": "python", "display_name": "p"}}, "nbformat": 4, "nbformat_minor": 5}
+        cell("parameters", "seed:int = 42") | {"metadata": {"tags": ["parameters"]}},
+        cell("train", "f()", stream, shown, count=2)], "nbformat": 4, "nbformat_minor": 5,
+        "metadata": {"kernelspec": {"name": "python3", "language": "python", "display_name": "p"}}}
     for name in ("record.ipynb", "source.ipynb"): write_json(folder/name, notebook)
     (folder/"checkpoint-2").mkdir()
     (folder/"checkpoint-2/trainer_state.json").write_text("{}")
@@ -91,9 +94,14 @@ def runs(tmp_path):
 
 # 500 mutated files of each kind, through every verb that reads
 
-KINDS = ("run.json", "metrics.json", "seal.json", "contract.json", "heartbeat.json", "events.jsonl", "history.jsonl", "record.ipynb",
-    "source.ipynb", "checkpoint-2/COMMIT.json")
+KINDS = ("run.json", "metrics.json", "seal.json", "contract.json", "heartbeat.json", "events.jsonl", "history.jsonl",
+    "record.ipynb", "source.ipynb", "checkpoint-2/COMMIT.json")
 PAGES = ("run.json", "seal.json", "events.jsonl", "history.jsonl", "record.ipynb")
+
+
+def data_of(page):
+    "The text that a page holds its figures in."
+    return page.read_text().partition('id="data">')[2].partition("</script>")[0]
 
 
 def through_every_verb(runs, name):
@@ -110,13 +118,14 @@ def through_every_verb(runs, name):
         command("runs", "gc", "--failed", 0, *at)
         if name in PAGES:
             command("runs", "export", folder, "--output", runs.parent/"pages")
-            for page in (runs.parent/"pages").iterdir(): json.loads(page.read_text().partition('id="data">')[2].partition("</script>")[0])
+            for page in (runs.parent/"pages").iterdir(): json.loads(data_of(page))
         if name == "run.json":
             for kind in ("rocrate", "modelcard"):
                 shutil.rmtree(runs.parent/"pages", ignore_errors=True)
                 command("runs", "export", folder, "--as", kind, "--output", runs.parent/"pages")
             shutil.rmtree(runs.parent/"pages", ignore_errors=True)
-        if name in ("run.json", "source.ipynb"): command("runs", "rerun", folder, "--runs", runs.parent/"again", "-p", "seed", "none")
+        if name in ("run.json", "source.ipynb"):
+            command("runs", "rerun", folder, "--runs", runs.parent/"again", "-p", "seed", "none")
     return read
 
 
@@ -147,8 +156,7 @@ def sent(tmp_path):
     "A record with medllm's own notebook that can be changed: `sent(change)`; what would be executed is noted instead."
     notebook = json.loads((ROOT/"nbs/runs/sft.ipynb").read_text(encoding="utf-8"))
     def make(change=lambda nb: None, **state):
-        folder = record(tmp_path/f"runs/sft/{len(list((tmp_path/'runs/sft').glob('*'))) if (tmp_path/'runs/sft').exists() else 0}",
-            consumed=[], inputs={}, **state)
+        folder = record(tmp_path/f"runs/sft/{len(list(tmp_path.glob('runs/sft/*')))}", consumed=[], inputs={}, **state)
         theirs = json.loads(json.dumps(notebook))
         change(theirs)
         write_json(folder/"source.ipynb", theirs)
@@ -162,7 +170,8 @@ def executed(monkeypatch):
     from medllm.records import rerun as module
     calls = []
     def execute(notebook, given, **more):
-        calls.append((Path(notebook).read_text(encoding="utf-8") if notebook.endswith(".ipynb") else notebook, given, dict(os.environ)))
+        text = Path(notebook).read_text(encoding="utf-8") if notebook.endswith(".ipynb") else notebook
+        calls.append((text, given, dict(os.environ)))
         raise module.UserError("executed")
     monkeypatch.setattr(module, "execute", execute)
     return calls
@@ -173,12 +182,14 @@ def add(cell): return lambda nb: nb["cells"].insert(2, cell)
 
 
 EVIL = {
-    "another cell": (lambda nb: source_of(nb, "train").update(source=["import os\n", "os.system('id')"]), "cell 'train' is another"),
+    "another cell": (lambda nb: source_of(nb, "train").update(source=["import os\n", "os.system('id')"]),
+        "cell 'train' is another"),
     "one more cell": (add(cell("evil", "import os")), "cell 'evil' was added"),
     "one of the same name": (add(cell("train", "import os")), "was added"),
     "one without a name": (add({k: v for k, v in cell("x", "import os").items() if k != "id"}), "was added"),
     "a magic": (lambda nb: source_of(nb, "imports")["source"].insert(0, "%run /tmp/evil.py\n"), "cell 'imports' is another"),
-    "the parameters": (lambda nb: source_of(nb, "parameters")["source"].append("\n__import__('os').system('id')"), "cell 'parameters' is another"),
+    "the parameters": (lambda nb: source_of(nb, "parameters")["source"].append("\n__import__('os').system('id')"),
+        "cell 'parameters' is another"),
     "a word": (lambda nb: source_of(nb, "train")["source"].append(" # x"), "cell 'train' is another"),
     "a cell of an unknown kind": (add(cell("evil", "x") | {"cell_type": "kode"}), "cell 'evil' was added"),
     "one cell less": (lambda nb: nb["cells"].remove(source_of(nb, "verdict")), "cell 'verdict' is not in it"),
@@ -192,7 +203,8 @@ def test_code_that_is_not_ours_is_not_run_unasked(sent, executed, how):
     for words in (("rerun", folder), ("verify", folder, "--record-only", "--rerun")):
         if words[0] == "verify":
             from medllm.records.seal import seal
-            (folder/"run.json").write_text((folder/"run.json").read_text().replace('"cells"', '"was"').replace('"stages"', '"were"'))
+            text = (folder/"run.json").read_text().replace('"cells"', '"was"').replace('"stages"', '"were"')
+            (folder/"run.json").write_text(text)
             seal(folder)
         code, _, err = command("runs", *words)
         assert code == 2 and "--trust" in err and why in err, err
@@ -208,7 +220,7 @@ def test_what_differs_is_said_cell_by_cell(sent, executed):
         source_of(nb, "train")["source"] = ["++evil()\n", "x = '\x1b[2J'\n", "long = '" + "a"*5000 + "'\n"] + ["pass\n"]*40
         nb["cells"].append(cell("more", "print(1)"))
     _, _, err = command("runs", "rerun", sent(change))
-    assert "+++evil()" in err and "\\u001b[2J" in err and "(5009 characters)" in err and "more lines" in err and "cell 'more' was added" in err
+    for part in ("+++evil()", "\\u001b[2J", "(5009 characters)", "more lines", "cell 'more' was added"): assert part in err
     assert "-metrics = train_in(run, args, data, wanted.num_processes)" in err and len(err.splitlines()) < 25
 
 
@@ -236,8 +248,8 @@ def test_the_notebook_of_an_earlier_commit_is_ours_too(sent, executed, tmp_path,
     from medllm.records import trust
     repo = tmp_path/"repo"
     (repo/"nbs/runs").mkdir(parents=True)
-    git = lambda *words: subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *words], cwd=repo, capture_output=True,
-        text=True, check=True).stdout.strip()
+    git = lambda *words: subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *words], cwd=repo,
+        capture_output=True, text=True, check=True).stdout.strip()
     git("init", "-q", "-b", "main")
     old = json.loads((ROOT/"nbs/runs/sft.ipynb").read_text())
     commits = {}
@@ -252,17 +264,21 @@ def test_the_notebook_of_an_earlier_commit_is_ours_too(sent, executed, tmp_path,
     (repo/"nbs/runs/sft.ipynb").write_text("{}")
     git("commit", "-q", "-a", "-m", "new")
     monkeypatch.setattr(trust, "project_root", lambda: repo)
-    made = lambda branch, text: sent(lambda nb: source_of(nb, "train").update(source=text), provenance={"code": {"commit": commits[branch]}})
+    made = lambda branch, text: sent(lambda nb: source_of(nb, "train").update(source=text),
+        provenance={"code": {"commit": commits[branch]}})
     assert "error: executed" in command("runs", "rerun", made("main", "old()"))[2] and "old()" in executed[0][0]
-    for branch, text in (("main", "evil()"), ("other", "evil()")): assert "--trust" in command("runs", "rerun", made(branch, text))[2]
+    for branch, text in (("main", "evil()"), ("other", "evil()")):
+        assert "--trust" in command("runs", "rerun", made(branch, text))[2]
     for commit in ("--output=/tmp/x", "HEAD", "../../x"):
         assert "--trust" in command("runs", "rerun", sent(lambda nb: source_of(nb, "train").update(source="x()"),
             provenance={"code": {"commit": commit}}))[2]
     assert len(executed) == 1
 
 
-@pytest.mark.parametrize("parameters, why", [({"extra": {"trust_remote_code": True}}, "extra.trust_remote_code runs code"),
-    ({"trust_remote_code": True}, "trust_remote_code runs code"), ({"extra": {"push_to_hub": "true"}}, "push_to_hub sends the model"),
+@pytest.mark.parametrize("parameters, why", [
+    ({"extra": {"trust_remote_code": True}}, "extra.trust_remote_code runs code"),
+    ({"trust_remote_code": True}, "trust_remote_code runs code"),
+    ({"extra": {"push_to_hub": "true"}}, "push_to_hub sends the model"),
     ({"tasks": {"a": {"judge": "os:system"}}}, "tasks.a.judge imports a module"),
     ({"stages": {"sft": {"trust_remote_code": 1}}}, "stages.sft.trust_remote_code")])
 def test_parameters_that_reach_out_are_asked_for(sent, executed, parameters, why):
@@ -361,8 +377,9 @@ def test_no_field_of_a_record_steers_a_terminal(runs, tmp_path):
     (evil/f"file{ESCAPES}").write_text("x")
     with open(evil/"events.jsonl", "a") as f: f.write(json.dumps({"event": "promoted", "names": [ESCAPES]}) + "\n")
     at = ("--runs", runs)
-    for words in (("list", *at), ("list", "--json", *at), ("show", evil), ("show", evil, "--json"), ("compare", runs/"sft/whole", evil, "--notebooks"),
-            ("verify", evil), ("verify", evil, "--json"), ("gc", "--failed", 0, *at), ("rerun", evil), ("promote", evil), ("show", "nowhere" + ESCAPES, *at),
+    for words in (("list", *at), ("list", "--json", *at), ("show", evil), ("show", evil, "--json"),
+            ("compare", runs/"sft/whole", evil, "--notebooks"), ("verify", evil), ("verify", evil, "--json"),
+            ("gc", "--failed", 0, *at), ("rerun", evil), ("promote", evil), ("show", "nowhere" + ESCAPES, *at),
             ("compare", runs/"sft/whole", evil, "--plot", tmp_path/"ab.png")):
         _, out, err = command("runs", *words)
         assert not any(line.startswith("sft completed forged") for line in (out + err).splitlines()), words
@@ -392,7 +409,8 @@ def test_a_table_of_a_sweep_and_a_chat_are_told_too(tmp_path, monkeypatch):
 
 # figures that are none
 
-@pytest.mark.parametrize("file, old, new", [("history.jsonl", '"loss": 3.0', '"loss": 1e400'), ("history.jsonl", '"loss": 3.0', '"loss": NaN'),
+@pytest.mark.parametrize("file, old, new", [
+    ("history.jsonl", '"loss": 3.0', '"loss": 1e400'), ("history.jsonl", '"loss": 3.0', '"loss": NaN'),
     ("history.jsonl", '"step": 1', '"step": -Infinity'), ("history.jsonl", '"loss": 3.0', f'"loss": {"9"*400}'),
     ("run.json", '"loss_last": 2.0', '"loss_last": NaN'), ("run.json", '"loss_first": 3.0', '"loss_first": 1e400'),
     ("run.json", '"duration_s": 60.0', '"duration_s": -Infinity'), ("run.json", '"seed": 42', f'"seed": {"9"*4000}')])
@@ -405,7 +423,7 @@ def test_one_broken_figure_costs_no_other_record_its_page(runs, tmp_path, file, 
     assert code == 0
     for page in ("index", "sft-odd", "sft-whole"):
         text = (tmp_path/f"pages/{page}.html").read_text()
-        json.loads(text.partition('id="data">')[2].partition("</script>")[0], parse_constant=pytest.fail)      # as a browser reads it
+        json.loads(data_of(tmp_path/f"pages/{page}.html"), parse_constant=pytest.fail)      # as a browser reads it
         assert "Traceback" not in text and ("whole" in text or page == "sft-odd")
     for kind in ("rocrate", "modelcard"):
         assert command("runs", "export", odd, runs/"sft/whole", "--as", kind, "--output", tmp_path/kind)[0] == 0
@@ -433,19 +451,22 @@ def test_a_record_that_breaks_everything_is_named_and_the_others_are_exported(ru
 def test_one_record_that_gives_no_card_stops_no_other(runs, tmp_path):
     (runs/"sft/torn").mkdir()
     (runs/"sft/torn/run.json").write_text('{"stage": "sf')
-    code, out, err = command("runs", "export", runs/"sft/torn", runs/"sft/whole", "--as", "modelcard", "--output", tmp_path/"cards")
+    code, out, err = command("runs", "export", runs/"sft/torn", runs/"sft/whole", "--as", "modelcard",
+        "--output", tmp_path/"cards")
     assert code == 2 and "torn" in err and "whole-card" in out
 
 
 def test_a_pipe_and_a_hole_hold_nobody_up(runs, tmp_path):
     "Files that have no end, or whose end is far away."
-    for name, make in (("pipe", os.mkfifo), ("hole", lambda f: open(f, "wb").truncate(10**12)), ("zero", lambda f: Path(f).symlink_to("/dev/zero"))):
+    kinds = {"pipe": os.mkfifo, "hole": lambda f: open(f, "wb").truncate(10**12),
+        "zero": lambda f: Path(f).symlink_to("/dev/zero")}
+    for name, make in kinds.items():
         for file in ("run.json", "history.jsonl", "seal.json", "record.ipynb", "events.jsonl"):
             folder = shutil.copytree(runs/"sft/whole", runs/f"sft/{name}-{file}")
             (folder/file).unlink()
             make(folder/file)
-            for words in (("show", folder), ("verify", folder), ("export", folder, "--output", tmp_path/"pages"), ("rerun", folder)):
-                command("runs", *words)
+            for words in (("show",), ("verify",), ("export", "--output", tmp_path/"pages"), ("rerun",)):
+                command("runs", words[0], folder, *words[1:])
     command("runs", "list", "--runs", runs)
 
 
