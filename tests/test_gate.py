@@ -13,6 +13,7 @@ import pytest
 from conftest import run
 
 from medllm.cli import main
+from medllm.data.card import card_text
 from medllm.data.check import DataRun, check
 from medllm.data.contamination import eval_set
 from medllm.data.accounts import Account
@@ -79,6 +80,35 @@ def test_pubmedqa_holds_all_its_test_items(shared, tmp_path, capsys):
     assert len({flag["item"] for flag in card["contamination"][0]["flagged"]}) == 500
     main(["data", "check", "rest", *words])                 # the other half shares nothing
     assert "bench: 0 of 500 items contaminated" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("seen, by_question, by_passage", [("questions", 499, 0), ("passages", 0, 500), ("neither", 0, 0)])
+def test_questions_and_passages_are_looked_for_apart(shared, tmp_path, seen, by_question, by_passage):
+    "Training on PubMedQA's test questions with their answers; one of three words is too short to be told, and is counted."
+    items, _, test = pubmedqa(shared)
+    rows = {"questions": [row(items[key]["QUESTION"], items[key]["LONG_ANSWER"]) for key in test],
+        "passages": [row("Summarise.", "\n".join(items[key]["CONTEXTS"])) for key in test],
+        "neither": [row(item["QUESTION"], item["LONG_ANSWER"]) for key, item in items.items() if key not in test]}
+    write(tmp_path, rows[seen])
+    write(tmp_path, [items[key] for key in test], "bench")
+    card, _ = check(DataRun("rows", against="bench", dataset_dir=str(tmp_path), near=False, processes=1))
+    found = card["contamination"][0]
+    assert (found["by_question"], found["by_passage"], found["question_untested"]) == (by_question, by_passage, 1)
+    assert found["contaminated"] == max(by_question, by_passage) == len({f["item"] for f in found["flagged"]})
+    assert f"{by_question} by the question (1 not testable alone), {by_passage} by the passage" in card_text(card)
+
+
+def test_a_stem_behind_a_vignette_is_nobodys_question(tmp_path):
+    "Questions that many items share, and one that only one has but that a training row asks too, of other patients."
+    rng = random.Random(1)
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=6)) for _ in range(3000)]
+    stems = [STEM, "What is the best next step in the management of this patient?", "What is the diagnosis?"]
+    asked = [stems[2], *(stems[n % 2] for n in range(39))]
+    write(tmp_path, [{"context": " ".join(rng.choices(words, k=60)), "question": stem} for stem in asked], "bench")
+    write(tmp_path, [row(stem, "Gout.") for stem in stems] + made_up(20))
+    card, _ = check(DataRun("rows", against="bench", dataset_dir=str(tmp_path), near=False, processes=1))
+    found = card["contamination"][0]
+    assert (found["contaminated"], found["with_passage"], found["question_untested"]) == (0, 40, 40)
 
 
 def test_stock_stems_flag_nothing(shared, tmp_path):

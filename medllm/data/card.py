@@ -192,7 +192,9 @@ def card_text(
 
 def _contaminated(c:dict)->str:
     "What was found of a benchmark, and what could not be tested, in one line."
-    return (f"{c['name']}: {c['contaminated']:,} of {c['items']:,} items contaminated; {c['by_grams']:,} tested by "
+    parts = (f", {c['by_question']:,} by the question ({c['question_untested']:,} not testable alone), "
+        f"{c['by_passage']:,} by the passage") if c.get("with_passage") else ""
+    return (f"{c['name']}: {c['contaminated']:,} of {c['items']:,} items contaminated{parts}; {c['by_grams']:,} tested by "
         f"8-grams, {c['as_whole']:,} short ones whole, {c['untestable']:,} not testable; {c['any_long']:,} share a 13-gram")
 
 # %% ../../nbs/data/21_card.ipynb #markdown
