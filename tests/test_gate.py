@@ -82,20 +82,45 @@ def test_pubmedqa_holds_all_its_test_items(shared, tmp_path, capsys):
     assert "bench: 0 of 500 items contaminated" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("seen, by_question, by_passage", [("questions", 499, 0), ("passages", 0, 500), ("neither", 0, 0)])
-def test_questions_and_passages_are_looked_for_apart(shared, tmp_path, seen, by_question, by_passage):
-    "Training on PubMedQA's test questions with their answers; one of three words is too short to be told, and is counted."
+@pytest.mark.parametrize("seen, question, passage, both", [("questions", 499, 0, 0), ("framed", 468, 0, 0),
+    ("passages", 0, 500, 0), ("both", 0, 32, 468), ("neither", 0, 0, 0)])
+def test_questions_and_passages_are_looked_for_apart(shared, tmp_path, seen, question, passage, both):
+    "Training on PubMedQA's test questions; short ones are found as whole prompts only, and one of three words not at all."
     items, _, test = pubmedqa(shared)
-    rows = {"questions": [row(items[key]["QUESTION"], items[key]["LONG_ANSWER"]) for key in test],
-        "passages": [row("Summarise.", "\n".join(items[key]["CONTEXTS"])) for key in test],
-        "neither": [row(item["QUESTION"], item["LONG_ANSWER"]) for key, item in items.items() if key not in test]}
-    write(tmp_path, rows[seen])
+    made = {"questions": lambda q, text, answer: row(q, answer),
+        "framed": lambda q, text, answer: row(f"Yes or no? {q} Why?", answer),
+        "passages": lambda q, text, answer: row("Summarise.", text), "both": lambda q, text, answer: row(f"{text} {q}", answer),
+        "neither": lambda q, text, answer: row(f"What did {len(q)} patients have?", answer)}[seen]
+    write(tmp_path, [made(items[k]["QUESTION"], "\n".join(items[k]["CONTEXTS"]), items[k]["LONG_ANSWER"]) for k in test])
     write(tmp_path, [items[key] for key in test], "bench")
-    card, _ = check(DataRun("rows", against="bench", dataset_dir=str(tmp_path), near=False, processes=1))
+    card, _ = check(DataRun("rows", against="bench", dataset_dir=str(tmp_path), near=False, personal=False, processes=1))
     found = card["contamination"][0]
-    assert (found["by_question"], found["by_passage"], found["question_untested"]) == (by_question, by_passage, 1)
-    assert found["contaminated"] == max(by_question, by_passage) == len({f["item"] for f in found["flagged"]})
-    assert f"{by_question} by the question (1 not testable alone), {by_passage} by the passage" in card_text(card)
+    assert (found["by_question"], found["by_passage"], found["by_both"]) == (question, passage, both)
+    assert found["question_untested"] == 1
+    assert found["contaminated"] == question + passage + both == len({f["item"] for f in found["flagged"]})
+    assert (f"{question} by the question alone, {passage} by the passage alone, {both} by both, "
+        "questions not testable alone: 1") in card_text(card)
+
+
+def test_stems_of_one_half_are_not_found_in_the_other(shared, tmp_path):
+    "MedQA with its last sentence as the question; six stems stand once in the second half and once in the first."
+    lines = shared("data/mirage_mcq/medqa_us_4opt_test.jsonl").read_text(encoding="utf-8").splitlines()
+    asked = [json.loads(line)["question"] for line in lines]
+    write(tmp_path, [row(q, "x") for q in asked[:636]])
+    write(tmp_path, [dict(zip(("context", "", "question"), q.rpartition(". "))) for q in asked[636:]], "bench")
+    card, _ = check(DataRun("rows", against="bench", dataset_dir=str(tmp_path), near=False, personal=False, processes=1))
+    found = card["contamination"][0]
+    assert (found["contaminated"], found["by_question"], found["by_both"]) == (1, 0, 1)      # one vignette is in both halves
+
+
+def test_a_form_that_all_items_have_is_no_passage(tmp_path):
+    "An instruction in every item and in every training row, in a column that looks like a context; questions are others."
+    form = "You are a doctor. Read the question with care and answer with the letter of the right option only, please."
+    asked = [r["instruction"] for r in made_up(60)]
+    write(tmp_path, [{"context": form, "question": q} for q in asked[:30]], "bench")
+    write(tmp_path, [row(f"{form} {q}", "A") for q in asked[30:]])
+    card, _ = check(DataRun("rows", against="bench", dataset_dir=str(tmp_path), near=False, processes=1))
+    assert (card["contamination"][0]["with_passage"], card["contamination"][0]["contaminated"]) == (30, 0)
 
 
 def test_a_stem_behind_a_vignette_is_nobodys_question(tmp_path):
