@@ -13,6 +13,7 @@ import pytest
 from conftest import run
 
 from medllm.cli import main
+from medllm.data.card import card_text
 from medllm.data.check import DataRun, check
 from medllm.data.contamination import eval_set
 from medllm.data.accounts import Account
@@ -79,6 +80,60 @@ def test_pubmedqa_holds_all_its_test_items(shared, tmp_path, capsys):
     assert len({flag["item"] for flag in card["contamination"][0]["flagged"]}) == 500
     main(["data", "check", "rest", *words])                 # the other half shares nothing
     assert "bench: 0 of 500 items contaminated" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("seen, question, passage, both", [("questions", 499, 0, 0), ("framed", 468, 0, 0),
+    ("passages", 0, 500, 0), ("both", 0, 32, 468), ("neither", 0, 0, 0)])
+def test_questions_and_passages_are_looked_for_apart(shared, tmp_path, seen, question, passage, both):
+    "Training on PubMedQA's test questions; short ones are found as whole prompts only, and one of three words not at all."
+    items, _, test = pubmedqa(shared)
+    made = {"questions": lambda q, text, answer: row(q, answer),
+        "framed": lambda q, text, answer: row(f"Yes or no? {q} Why?", answer),
+        "passages": lambda q, text, answer: row("Summarise.", text), "both": lambda q, text, answer: row(f"{text} {q}", answer),
+        "neither": lambda q, text, answer: row(f"What did {len(q)} patients have?", answer)}[seen]
+    write(tmp_path, [made(items[k]["QUESTION"], "\n".join(items[k]["CONTEXTS"]), items[k]["LONG_ANSWER"]) for k in test])
+    write(tmp_path, [items[key] for key in test], "bench")
+    card, _ = check(DataRun("rows", against="bench", dataset_dir=str(tmp_path), near=False, personal=False, processes=1))
+    found = card["contamination"][0]
+    assert (found["by_question"], found["by_passage"], found["by_both"]) == (question, passage, both)
+    assert found["question_untested"] == 1
+    assert found["contaminated"] == question + passage + both == len({f["item"] for f in found["flagged"]})
+    assert (f"{question} by the question alone, {passage} by the passage alone, {both} by both, "
+        "questions not testable alone: 1") in card_text(card)
+
+
+def test_stems_of_one_half_are_not_found_in_the_other(shared, tmp_path):
+    "MedQA with its last sentence as the question; six stems stand once in the second half and once in the first."
+    lines = shared("data/mirage_mcq/medqa_us_4opt_test.jsonl").read_text(encoding="utf-8").splitlines()
+    asked = [json.loads(line)["question"] for line in lines]
+    write(tmp_path, [row(q, "x") for q in asked[:636]])
+    write(tmp_path, [dict(zip(("context", "", "question"), q.rpartition(". "))) for q in asked[636:]], "bench")
+    card, _ = check(DataRun("rows", against="bench", dataset_dir=str(tmp_path), near=False, personal=False, processes=1))
+    found = card["contamination"][0]
+    assert (found["contaminated"], found["by_question"], found["by_both"]) == (1, 0, 1)      # one vignette is in both halves
+
+
+def test_a_form_that_all_items_have_is_no_passage(tmp_path):
+    "An instruction in every item and in every training row, in a column that looks like a context; questions are others."
+    form = "You are a doctor. Read the question with care and answer with the letter of the right option only, please."
+    asked = [r["instruction"] for r in made_up(60)]
+    write(tmp_path, [{"context": form, "question": q} for q in asked[:30]], "bench")
+    write(tmp_path, [row(f"{form} {q}", "A") for q in asked[30:]])
+    card, _ = check(DataRun("rows", against="bench", dataset_dir=str(tmp_path), near=False, processes=1))
+    assert (card["contamination"][0]["with_passage"], card["contamination"][0]["contaminated"]) == (30, 0)
+
+
+def test_a_stem_behind_a_vignette_is_nobodys_question(tmp_path):
+    "Questions that many items share, and one that only one has but that a training row asks too, of other patients."
+    rng = random.Random(1)
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=6)) for _ in range(3000)]
+    stems = [STEM, "What is the best next step in the management of this patient?", "What is the diagnosis?"]
+    asked = [stems[2], *(stems[n % 2] for n in range(39))]
+    write(tmp_path, [{"context": " ".join(rng.choices(words, k=60)), "question": stem} for stem in asked], "bench")
+    write(tmp_path, [row(stem, "Gout.") for stem in stems] + made_up(20))
+    card, _ = check(DataRun("rows", against="bench", dataset_dir=str(tmp_path), near=False, processes=1))
+    found = card["contamination"][0]
+    assert (found["contaminated"], found["with_passage"], found["question_untested"]) == (0, 40, 40)
 
 
 def test_stock_stems_flag_nothing(shared, tmp_path):

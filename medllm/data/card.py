@@ -192,7 +192,9 @@ def card_text(
 
 def _contaminated(c:dict)->str:
     "What was found of a benchmark, and what could not be tested, in one line."
-    return (f"{c['name']}: {c['contaminated']:,} of {c['items']:,} items contaminated; {c['by_grams']:,} tested by "
+    parts = (f", {c['by_question']:,} by the question alone, {c['by_passage']:,} by the passage alone, {c['by_both']:,} by "
+        f"both, questions not testable alone: {c['question_untested']:,}") if c.get("with_passage") else ""
+    return (f"{c['name']}: {c['contaminated']:,} of {c['items']:,} items contaminated{parts}; {c['by_grams']:,} tested by "
         f"8-grams, {c['as_whole']:,} short ones whole, {c['untestable']:,} not testable; {c['any_long']:,} share a 13-gram")
 
 # %% ../../nbs/data/21_card.ipynb #markdown
