@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['UserError', 'Interrupted', 'nearest', 'project_root', 'bundled', 'find_path', 'sha256', 'sync_folder', 'write_bytes',
-           'write_json', 'append_event', 'boot', 'quiet_bars', 'is_first_process', 'say']
+           'write_json', 'append_event', 'boot', 'quiet_bars', 'visible', 'spelled', 'terminal', 'is_first_process',
+           'say', 'progress_line']
 
 # %% ../nbs/00_core.ipynb #imports
+import contextlib
 import difflib
 import hashlib
 import importlib.util
@@ -14,6 +16,7 @@ import json
 import logging
 import os
 import platform
+import re
 import sys
 import threading
 import warnings
@@ -111,7 +114,8 @@ def write_json(
 )->Path:             # `path`
     "Write `value` as JSON, whole or not at all."
     plain = lambda x: x.item() if hasattr(x, "item") else str(x)
-    return write_bytes(path, (json.dumps(value, ensure_ascii=False, indent=1, default=plain) + "\n").encode(), sync)
+    return write_bytes(path, (json.dumps(value, ensure_ascii=False, indent=1, default=plain) + "\n").encode(
+        errors="backslashreplace"), sync)         # half of a pair, as in a file name that is no UTF-8, is \\udce9 in JSON too
 
 # %% ../nbs/00_core.ipynb #events
 def append_event(
@@ -121,7 +125,8 @@ def append_event(
 ):
     "Append a line to a run's `events.jsonl`, on the disk at once. Raises `OSError` when it cannot."
     line = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "event": event} | facts
-    with open(Path(folder)/"events.jsonl", "ab+") as f:
+    ours = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)        # a link leads out of the record
+    with open(os.open(Path(folder)/"events.jsonl", ours, 0o666), "ab+") as f:
         _whole_lines(f)
         f.write((json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", errors="replace"))
         f.flush()
@@ -150,6 +155,42 @@ def quiet_bars():
     from transformers.utils import logging as library
     if not sys.stderr.isatty(): library.disable_progress_bar()
 
+# %% ../nbs/00_core.ipynb #visible
+_ACTS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\ud800-\udfff\U000e0000-\U000e0fff]")
+
+def _spelt(found:re.Match)->str:
+    "A character as JSON writes it."
+    pair = found[0].encode("utf-16-be", "surrogatepass").hex()
+    return "".join(f"\\u{pair[n:n + 4]}" for n in range(0, len(pair), 4))
+
+def visible(
+    text:str,          # Of anybody
+    lines:bool = True, # Whether it may have more than one line
+)->str:
+    "A text in which everything that a terminal acts on, or nobody sees, is spelt out: `\\u001b` for an escape."
+    text = _ACTS.sub(_spelt, text)
+    return text if lines else text.replace("\n", "\\n").replace("\t", "\\t")
+
+class _Spelled:
+    "A stream of text that spells out what is foreign in it."
+    def __init__(self, stream): self.stream = stream
+    def __getattr__(self, name): return getattr(self.stream, name)
+    def write(self, text):
+        self.stream.write(visible(text))
+        return len(text)
+
+@contextlib.contextmanager
+def spelled():
+    "Within the block, what is printed on stdout is `visible`."
+    sys.stdout, before = _Spelled(terminal()), sys.stdout
+    try: yield
+    finally: sys.stdout = before
+
+def terminal():  # A stream
+    "Stdout for text that is ours to the last character, colours included, though others' is `spelled`."
+    return sys.stdout.stream if isinstance(sys.stdout, _Spelled) else sys.stdout
+
 # %% ../nbs/00_core.ipynb #say
 def is_first_process()->bool: # True unless a launcher made this process one of several and it is not the first
     "Whether this process is the one that speaks and writes."
@@ -159,4 +200,11 @@ def say(
     text:str, # One line
 ):
     "Print one line on stderr, from the first process only."
-    if is_first_process(): print(text, file=sys.stderr, flush=True)
+    if is_first_process(): print(visible(text), file=sys.stderr, flush=True)
+
+def progress_line(
+    text:str, # "" takes the line away
+):
+    "Put a line in the place of the terminal's last one, on stderr."
+    sys.stderr.write(f"\r\033[K{visible(text, lines=False)}")
+    sys.stderr.flush()
