@@ -7,11 +7,10 @@ __all__ = ['parser', 'main']
 
 # %% ../nbs/99_cli.ipynb #imports
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
-from .core import Interrupted, UserError, say
+from .core import UserError, exit_code, say
 from .model_cli import add_chat, add_evaluate, add_export, add_knowledge, add_serve, whole_number
 from .records.commands import add_verbs, report
 from .use.runs import add_predict
@@ -204,22 +203,15 @@ def _data_commands(p):
     v.add_argument("--reveal", action="store_true", help="show the text of a private dataset")
 
 # %% ../nbs/99_cli.ipynb #main
+def _main(argv:list[str])->int:
+    if argv[:1] == ["train"]: return _train(argparse.Namespace(words=argv[1:]))
+    args = parser().parse_args(argv)
+    if hasattr(args, "function"): return args.function(args)
+    parser().print_help()
+    return 0
+
 def main(
     argv:Sequence[str]|None = None, # Words; None takes the program's own
-)->int:                             # 0; 1 when a run failed; 2 for a user's mistake
+)->int:                             # 0; 1 when a run failed; 2 for a user's mistake or a broken file
     "The `medllm` command; returns the exit code: also 75 when it was asked to stop, 124 out of time, 130 by the keyboard."
-    argv = sys.argv[1:] if argv is None else list(argv)
-    try:
-        if argv[:1] == ["train"]: return _train(argparse.Namespace(words=argv[1:]))
-        args = parser().parse_args(argv)
-        if not hasattr(args, "function"):
-            parser().print_help()
-            return 0
-        return args.function(args)
-    except UserError as e:
-        say(f"error: {e}")
-        return 75 if isinstance(e, Interrupted) else 2
-    except KeyboardInterrupt: return 130
-    except BrokenPipeError:                     # the reader of the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0
+    return exit_code(lambda: _main(sys.argv[1:] if argv is None else list(argv)))

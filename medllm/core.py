@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['UserError', 'Interrupted', 'nearest', 'project_root', 'bundled', 'find_path', 'sha256', 'sync_folder', 'write_bytes',
            'write_json', 'append_event', 'boot', 'quiet_bars', 'visible', 'spelled', 'terminal', 'is_first_process',
-           'say', 'progress_line']
+           'say', 'progress_line', 'first_line', 'foreign', 'issue_address', 'exit_code']
 
 # %% ../nbs/00_core.ipynb #imports
 import contextlib
 import difflib
+import errno
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -19,8 +21,9 @@ import platform
 import re
 import sys
 import threading
+import traceback
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -147,6 +150,7 @@ def boot()->str: # 12 hex digits
     return hashlib.sha256(told.encode()).hexdigest()[:12]
 
 # %% ../nbs/00_core.ipynb #quiet
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")     # read when the library is imported, which is later
 for _part in ("backends.cpu.ops", "autograd._functions"): logging.getLogger(f"bitsandbytes.{_part}").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.* is deprecated")  # peft asks transformers so
 
@@ -208,3 +212,69 @@ def progress_line(
     "Put a line in the place of the terminal's last one, on stderr."
     sys.stderr.write(f"\r\033[K{visible(text, lines=False)}")
     sys.stderr.flush()
+
+# %% ../nbs/00_core.ipynb #foreign
+_NOT_THEIRS = (UserError, KeyboardInterrupt, SystemExit, GeneratorExit)
+
+def first_line(
+    error:BaseException, # Of any library
+    most:int = 200,      # Longest [characters]
+)->str:                  # "KeyError: 'metadata'"
+    "What an error is and says, in one line that is safe to print."
+    said = next(filter(None, map(str.strip, str(error).splitlines())), "")
+    said = visible(said if len(said) <= most else f"{said[:most]}…", lines=False)
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+@contextlib.contextmanager
+def foreign(
+    what:str,          # What is read, and where: "the tokenizer of model x"
+    mend:str,          # What to do about it
+    quote:bool = True, # Whether the library's words are shown; not where they may hold somebody's text
+):
+    "Within the block somebody else's file is read: whatever goes wrong is a `UserError` that blames it."
+    try: yield
+    except _NOT_THEIRS: raise
+    except BaseException as e:      # a panic of a Rust library is no Exception
+        raise UserError(f"{what} cannot be used ({first_line(e) if quote else type(e).__name__}); {mend}") from e
+
+# %% ../nbs/00_core.ipynb #exit
+_OF_THE_MACHINE = tuple(getattr(errno, name) for name in "EACCES EPERM EROFS ENOSPC EDQUOT EFBIG EIO EISDIR ENOTDIR ENAMETOOLONG "
+    "ELOOP EMFILE ENFILE".split() if hasattr(errno, name))
+
+def issue_address()->str:
+    "Where a fault of medllm is reported."
+    if root := project_root():
+        found = re.search(r"^git_url\s*=\s*(\S+)", (root/"settings.ini").read_text(encoding="utf-8"), re.M)
+        if found: return f"{found[1]}/issues"
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        for line in importlib.metadata.metadata("medllm").get_all("Project-URL", []):
+            if line.startswith("Issues"): return line.split(", ", 1)[1]
+    return "the project's page"
+
+def _told(error:BaseException)->int|None: # None: it is nobody's but ours
+    "The exit code of an error, said in a sentence."
+    code = {"Interrupted": 75, "Unwritable": 74}.get(type(error).__name__, 2)
+    if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE and error.strerror:
+        error = UserError(f"{error.filename or 'a file'}: {error.strerror}")
+    if type(error).__name__ == "PanicException": error = UserError(f"a file of the model or of the data makes a library give up "
+        f"({first_line(error)}); have its tokenizer made anew")
+    if not isinstance(error, UserError): return None
+    say(f"error: {error}")
+    return code
+
+def exit_code(
+    command:Callable[[], int], # What a command line asks for
+)->int:                        # Its own, or the error's
+    ("Run a command to its end, whatever that is: the one place where errors become sentences. 2 is a mistake or a broken file, "
+        "74 that nothing can be written, 75 asked to stop, 130 the keyboard, 1 our own fault.")
+    try: return command()
+    except KeyboardInterrupt: return 130
+    except BrokenPipeError:                     # the reader of the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    except (SystemExit, GeneratorExit): raise
+    except BaseException as e:
+        if (code := _told(e)) is not None: return code
+        print(visible(traceback.format_exc()), file=sys.stderr, end="")
+        print(f"this is a fault of medllm; please report it with the lines above: {issue_address()}", file=sys.stderr, flush=True)
+        return 1
