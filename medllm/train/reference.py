@@ -8,7 +8,6 @@ __all__ = ['ReferencePlan', 'plan_reference', 'Reference', 'make_reference', 'wo
 
 # %% ../../nbs/train/18_reference.ipynb #imports
 import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ import torch
 from ..core import UserError, find_path, say
 from ..data.cache import cache_folder
 from ..models.adapters import AdaptPlan, adapt, names
+from ..models.folder import read_object
 from ..models.loading import load_model, load_tokenizer
 from ..models.roles import copy_adapter, load_role, speaking
 from .arguments import Arguments
@@ -41,7 +41,7 @@ class ReferencePlan:
 def _whole_modules(folder:str)->bool:
     "Whether an adapter holds more than adapter layers."
     file = find_path(folder)/"adapter_config.json"
-    return file.exists() and bool(json.loads(file.read_text(encoding="utf-8")).get("modules_to_save"))
+    return file.exists() and bool(read_object(file).get("modules_to_save"))
 
 def _named(args:Arguments)->ReferencePlan:
     "The reference that was named."
