@@ -7,10 +7,11 @@ __all__ = ['parser', 'main']
 
 # %% ../nbs/99_cli.ipynb #imports
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 
-from .core import UserError, exit_code, say
+from .core import UserError, exit_code, say, spelled, terminal
 from .model_cli import add_chat, add_evaluate, add_export, add_knowledge, add_serve, whole_number
 from .records.commands import add_verbs, report
 from .use.runs import add_predict
@@ -90,8 +91,8 @@ def _preview(args)->int:
         trust_remote_code=args.trust_remote_code)
     rows, account = cached_rows(source, renderer, recipe)
     hide = source.private and not args.reveal
-    print(Look(rows, renderer.tokenizer, hide=hide, picked=tuple(range(args.rows))))
-    print(f"\n{account}\n" + ", ".join(f"{k} {v}" for k, v in length_summary(rows).items()))
+    print(Look(rows, renderer.tokenizer, hide=hide, picked=tuple(range(args.rows))), file=terminal())     # its colours are ours
+    print("\n" + "\n".join(account.lines()) + "\n" + ", ".join(f"{k} {v}" for k, v in length_summary(rows).items()))
     print(length_bars(rows, args.cutoff_len))
     if hide: say("letters are hidden because the dataset is private; --reveal shows them")
     return 0
@@ -203,12 +204,15 @@ def _data_commands(p):
     v.add_argument("--reveal", action="store_true", help="show the text of a private dataset")
 
 # %% ../nbs/99_cli.ipynb #main
+_TALKING = ("chat", "serve")   # commands that read the terminal's lines, or are read by a program
+
 def _main(argv:list[str])->int:
     if argv[:1] == ["train"]: return _train(argparse.Namespace(words=argv[1:]))
     args = parser().parse_args(argv)
-    if hasattr(args, "function"): return args.function(args)
-    parser().print_help()
-    return 0
+    if not hasattr(args, "function"):
+        parser().print_help()
+        return 0
+    with contextlib.nullcontext() if argv[0] in _TALKING else spelled(): return args.function(args)
 
 def main(
     argv:Sequence[str]|None = None, # Words; None takes the program's own

@@ -7,6 +7,8 @@ __all__ = ['whole_number', 'add_evaluate', 'add_export', 'add_chat', 'add_serve'
 
 # %% ../nbs/98_model_cli.ipynb #imports
 import argparse
+import os
+import sys
 
 from .core import say
 
@@ -26,12 +28,23 @@ _EVALUATE = {"model_name_or_path": "model folder, hub id, or a folder that train
     "scorer": "letter, text or generate (default letter)", "limit": "items of each set, drawn (default all)",
     "dataset_dir": "folder with dataset_info.json (default data)"}
 
+def _coloured()->bool:
+    "Whether the output is a terminal that may have colours."
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+def _told(found:dict)->str:
+    "An evaluation for a terminal: the verdict, the figures, the comparison, and the conclusion again."
+    from medllm.evaluate.compare import comparison_rows
+    from medllm.evaluate.result import as_markdown
+    from medllm.marks import as_lines, conclusion, markdown_table
+    said = conclusion(found["verdict"])
+    parts = (said, "\n".join(as_lines(found["verdict"], _coloured())), as_markdown(found["tuned"], found["base"]),
+        markdown_table(comparison_rows(found["comparisons"])), said)
+    return "\n\n".join(filter(None, parts))
+
 def _evaluate(args)->int:
     import tempfile
     from pathlib import Path
-    from medllm.evaluate.benchmarks import verdict_rows
-    from medllm.evaluate.compare import comparison_rows
-    from medllm.evaluate.result import as_markdown, markdown_table
     from medllm.evaluate.runs import EvaluateRun, evaluate
     from medllm.train.runs import run_parameters
     from medllm.yaml_file import read_yaml
@@ -40,8 +53,7 @@ def _evaluate(args)->int:
     if args.names: given["dataset"] = ",".join(args.names)
     wanted = EvaluateRun(**run_parameters(EvaluateRun, given))
     with tempfile.TemporaryDirectory() as d: found = evaluate(wanted, Path(args.output or d))
-    tables = comparison_rows(found["comparisons"]), verdict_rows(found)
-    print("\n\n".join(filter(None, (as_markdown(found["tuned"]), *map(markdown_table, tables)))))
+    print(_told(found))
     if args.output: print(f"\nitems and figures: {args.output}")
     return 0
 
@@ -69,8 +81,8 @@ _EXPORT_HELP = """examples
 what is checked
   The trained model (base with adapter) answers fixed questions. Each artefact is opened again from the disk and asked the same.
   A float32 merge must give the same logits to four digits and the same answers to the last token; 16-bit and quantised artefacts
-  must stay below limits of KL divergence. --limit moves one: --limit bnb-4bit.kl=0.5. When one is broken, nothing is left
-  but my-model.failed/equivalence.md, and the exit code is 1.
+  must stay below limits of KL divergence, and the table says how many of their answers are still the same. --limit moves a
+  limit: --limit bnb-4bit.kl=0.5. When one is broken, nothing is left but my-model.failed/equivalence.md, and the exit code is 1.
 
 then
   transformers serve my-model            vllm serve my-model
@@ -80,16 +92,16 @@ then
 def _export(args)->int:
     from medllm.models.chat import ModelChoice
     from medllm.records.release import release
-    from medllm.use.equivalence import as_table
+    from medllm.use.equivalence import as_table, not_the_same
     from medllm.use.export import ExportPlan
     choice = ModelChoice(args.model_name_or_path, args.adapter_name_or_path, args.template, args.quantization_bit,
         default_system=args.default_system, enable_thinking=args.enable_thinking)
     plan = ExportPlan(args.output, choice, args.dtype, args.max_shard_size, tuple(args.bits), tuple(args.gguf), args.prompts,
         args.answers, args.max_new_tokens, tuple(args.limit), args.overwrite)
     report = release(plan, args.record, args.evaluation)
-    print(as_table(report["verdicts"]))
+    print("\n".join(filter(None, (as_table(report["verdicts"]), not_the_same(report["verdicts"])))))
     if not report["passed"]:
-        say(f"not exported: an artefact does not answer as the trained model; see {plan.place}.failed/equivalence.md")
+        say(f"not exported: an artefact is not within its limits of the trained model; see {plan.place}.failed/equivalence.md")
         return 1
     print(f"model: {plan.place}")
     return 0

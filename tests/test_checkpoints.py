@@ -137,6 +137,67 @@ def test_c3_c13_a_full_disk_and_two_runs_in_one_folder():
     assert two["third"] == 0 and two["taken"] and two["same"], two
 
 
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_disk_without_room_for_a_name(kind, tmp_path, monkeypatch):
+    "No inode is left: tokenizers raises a bare Exception, which is a save left out like any other."
+    from transformers import PreTrainedTokenizerFast
+    real, calls = PreTrainedTokenizerFast._save_pretrained, []
+    def save(*args, **more):
+        calls.append(1)
+        if len(calls) == 2: raise Exception("No space left on device (os error 28)")
+        return real(*args, **more)
+    monkeypatch.setattr(PreTrainedTokenizerFast, "_save_pretrained", save)
+    metrics, said = whole_run(tmp_path/"run", finetuning_type=kind)
+    assert metrics["steps"] == 6 and "step 4: the checkpoint is left out (No space left" in said
+    assert [f.name for _, f in committed(tmp_path/"run")] == ["checkpoint-6", "checkpoint-2"]
+
+
+def test_a_result_is_whole_or_not_there(finished, tmp_path, monkeypatch):
+    "The disk is full when the model itself is written: exit code 74, no half of a model, and the same command goes on."
+    words = [f"--{k}={v}" for k, v in (SHORT | dict(output_dir=tmp_path/"run")).items()]
+    def full(self): raise OSError(28, "No space left on device")
+    with monkeypatch.context() as patched:
+        patched.setattr(resumable.ResumableTrainer, "save_state", full)
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said): assert main(words) == 74
+    assert "the trained model could not be written" in said.getvalue() and "goes on from checkpoint-6" in said.getvalue()
+    left = {f.name for f in (tmp_path/"run").iterdir() if f.is_file()} - {".lock"}
+    assert left == {"contract.json", "history.jsonl"}, left
+    assert main([*words, "--resume_from_checkpoint=true"]) == 0 and weights(tmp_path/"run") == weights(finished)
+
+
+def _at_step_3(monkeypatch, do):
+    real = resumable.ResumableTrainer._maybe_log_save_evaluate
+    def changed(self, *args, **more):
+        if self.state.global_step == 3: do()
+        return real(self, *args, **more)
+    monkeypatch.setattr(resumable.ResumableTrainer, "_maybe_log_save_evaluate", changed)
+
+
+def test_a_folder_removed_during_training_is_made_anew_with_a_word(finished, tmp_path, monkeypatch):
+    _at_step_3(monkeypatch, lambda: shutil.rmtree(tmp_path/"run"))
+    metrics, said = whole_run(tmp_path/"run")
+    assert said.count("was removed while it was trained into; it is made anew") == 1 and metrics["steps"] == 6
+    assert "folder_removed" in (tmp_path/"run/events.jsonl").read_text()
+    assert [f.name for _, f in committed(tmp_path/"run")] == ["checkpoint-6", "checkpoint-4"]
+    assert weights(tmp_path/"run") == weights(finished)
+
+
+def test_a_folder_taken_over_by_another_run_is_left_alone(tmp_path, monkeypatch):
+    "Somebody removed the folder and began again there: the first run ends, and writes nothing into it."
+    import fcntl
+    held = []
+    def take():
+        shutil.rmtree(tmp_path/"run")
+        (tmp_path/"run").mkdir()
+        held.append(open(tmp_path/"run/.lock", "w"))
+        fcntl.flock(held[0], fcntl.LOCK_EX)
+    _at_step_3(monkeypatch, take)
+    with pytest.raises(UserError, match="another run has begun there"): whole_run(tmp_path/"run")
+    assert [f.name for f in (tmp_path/"run").iterdir()] == [".lock"]
+    held[0].close()
+
+
 def test_c3_no_room_is_seen_before(copy, monkeypatch):
     monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     shutil.rmtree(copy/"checkpoint-6")
@@ -273,7 +334,7 @@ def test_c11_in_the_third_epoch(tmp_path, flags):
     at = steps*5//8
     half = flags | dict(save_strategy="steps", save_steps=at, save_total_limit=1)
     from medllm.train.interruption import stop
-    from medllm.train.trainer import TokenLoss
+    from medllm.train.objectives import TokenLoss
     original = TokenLoss.__call__
     def stopping(self, trainer, model, batch):
         if trainer.state.global_step == at - 1: stop.asked = 15
@@ -358,7 +419,7 @@ def test_c14_a_newer_schema(copy, asked):
 
 
 def test_c15_what_is_not_finite_stops_within_three_steps(tmp_path, monkeypatch):
-    from medllm.train.trainer import TokenLoss
+    from medllm.train.objectives import TokenLoss
     original = TokenLoss.__call__
     def poisoned(self, trainer, model, batch):
         loss, sums = original(self, trainer, model, batch)

@@ -14,10 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import run
 from medllm.cli import main
 from medllm.core import UserError
-from medllm.data.accounts import OnBad, load_examples
+from medllm.data.accounts import OnBad, load_examples, write_rejects
 from medllm.data.formats import REASONS, Example, Turn
+from medllm.data.gate import inspect
 from medllm.data.json_reader import Bad
 from medllm.data.readers import read_file
 from medllm.data.registry import find_sources
@@ -144,10 +146,10 @@ BROKEN = {
     "D14 NUL": ("r.jsonl", (LINES + '{"instruction": "a\\u0000", "output": "b"}').encode(), "NUL"),
     "D14 half a surrogate": ("r.jsonl", (LINES + '{"instruction": "\\ud83d", "output": "b"}').encode(), "surrogate"),
     "D14 a million columns": ("r.jsonl", ("{" + ", ".join(f'"{word(i)}": 0' for i in range(10**6)) + "}").encode(),
-        "no column 'instruction' .there are: 1000000 other names"),
+        "no column 'instruction' .there are: .* and 999988 other names"),
     "D14 a row of 40 MB": ("r.jsonl", f'{GOOD}\n{{"instruction": "{"x"*40_000_000}", "output": "y"}}\n'.encode(),
         "longer than 16 MiB"),
-    "D14 a bomb": ("r.jsonl.gz", gzip.compress(b'{"a": "' + b"x"*200_000_000), "longer than 16 MiB"),
+    "D14 a bomb": ("r.jsonl.gz", gzip.compress(b'{"a": "' + b"x"*200_000_000), "unpacks to more than 100 times"),
     "D18 empty": ("r.jsonl", b"", "is empty"),
     "D18 blank": ("r.json", b" \n ", "is empty"),
 }
@@ -261,6 +263,62 @@ def test_skipped_rows_are_listed(tmp_path, capfd):
     assert "SECRET" not in (tmp_path/"out/rejects.jsonl").read_text()
 
 
+# The same 7 rows, four of them bad, in every way that puts several rows on one line, and beside it in lines of their own.
+ROWS = [{"instruction": "Q1?", "output": "A1."}, {"instruction": "Q2?", "output": ""}, {"instruction": "Q3?", "output": "A3."},
+    {"instruction": "Q4?"}, {"instruction": "Q5?", "output": 7}, {"instruction": "Q6? " + "blah "*300, "output": "A6."},
+    {"instruction": "Q7?", "output": "A7."}]
+ONE_LINE = {
+    "array": ("r.json", json.dumps(ROWS), "row {}"),
+    "array, gzip": ("r.json.gz", gzip.compress(json.dumps(ROWS).encode()), "row {}"),
+    "keyed": ("r.json", json.dumps({f"k{n}": row for n, row in enumerate(ROWS)}), "row {}"),
+    "lines": ("r.jsonl", "\n".join(map(json.dumps, ROWS)), "line {}"),
+    "array of lines": ("r.json", "[" + ",\n".join(map(json.dumps, ROWS)) + "]", "line {}")}
+
+
+@pytest.mark.parametrize("what", ONE_LINE)
+def test_every_row_has_a_place_of_its_own(what, tmp_path, chatml):
+    "Also in a file of one line: what is rejected, cut or wrong is named by the row's number, and counted once."
+    name, text, at = ONE_LINE[what]
+    (tmp_path/name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    source, = find_sources(str(tmp_path/name))
+    with pytest.raises(UserError, match=f"{name}, {at.format(4)}: no column 'output'"): load_examples(source)
+    examples, account = load_examples(source, on_bad=OnBad("skip", 5))
+    kept = tokenise(examples, chatml, 64, account, "reject", batch=2, on_bad=OnBad("skip", 5))
+    account.close()
+    assert [e.where for e in examples] == [f"{tmp_path}/{name}, {at.format(n)}" for n in (1, 3, 6, 7)]
+    assert (len(kept), account.kept) == (3, 3)
+    reasons = {2: "empty_answer", 4: "missing_column", 5: "wrong_type", 6: "longer_than_cutoff"}
+    assert account.rejects == [(name, at.format(n), reason) for n, reason in reasons.items()]
+    unit = at.split()[0]
+    write_rejects([account], tmp_path/"rejects.jsonl")
+    lines = [json.loads(line) for line in (tmp_path/"rejects.jsonl").read_text().splitlines()]
+    assert [(r["file"], r[unit], r["reason"]) for r in lines] == [(name, n, reason) for n, reason in reasons.items()]
+
+
+@pytest.mark.parametrize("what", ONE_LINE)
+def test_the_gate_names_rows_of_one_line_apart(what, tmp_path):
+    "Findings, and rows that repeat each other."
+    name, _, at = ONE_LINE[what]
+    rows = [{"instruction": "What helps against a mild fever at home?", "output": "Rest and fluids."}]*2 + [
+        {"instruction": "Whom do I call?", "output": "Ring +44 20 7946 0958, or write to ann.lee@example.org."}]
+    text = {"array": json.dumps(rows), "array, gzip": gzip.compress(json.dumps(rows).encode()),
+        "keyed": json.dumps(dict(zip("1ab", rows))), "lines": "\n".join(map(json.dumps, rows)),
+        "array of lines": "[" + ",\n".join(map(json.dumps, rows)) + "]"}[what]
+    (tmp_path/name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    report = inspect(find_sources(str(tmp_path/name)))
+    assert [p["where"] for p in report.findings["personal_strong"].places] == [f"{name}, {at.format(3)}"]
+    assert [(report.place(a), report.place(b)) for a, b in report.repeats["duplicate_pairs"]] == [
+        (f"{name}, {at.format(2)}", f"{name}, {at.format(1)}")]
+
+
+def test_rows_without_lines_are_numbered(tmp_path):
+    "Parquet and Arrow files."
+    import pyarrow as pa
+    import pyarrow.parquet
+    pa.parquet.write_table(pa.Table.from_pylist([{"text": "a"}, {"text": "b"}]), tmp_path/"r.parquet")
+    assert [row.where for row in read_file(tmp_path/"r.parquet")] == [f"{tmp_path}/r.parquet, row {n}" for n in (1, 2)]
+
+
 @settings(max_examples=1000, deadline=None)
 @given(st.one_of(st.binary(max_size=400), st.text(max_size=200).map(str.encode), st.lists(st.sampled_from(
     [b'{"instruction": "a", "output": "b"}', b"\n", b"\r", b"[", b"]", b",", b'"', b"{", b"}", b"\xff", b"\x00", b'"a": 1',
@@ -323,7 +381,33 @@ def test_truncation_keeps_the_answer(tiny, chatml, talk, cutoff):
 
 
 def test_a_million_columns_do_not_flood_the_terminal(tmp_path):
-    "As a process, the way a user sees it; names that look like text are not shown."
-    (tmp_path/"r.csv").write_text("张三,hypertension\nx,y\n")
+    "As a process, the way a user sees it: with the names, which the user must find the right one of."
+    (tmp_path/"r.csv").write_text("张三,hypertension," + ",".join(map(str, range(10**6))) + "\nx,y\n")
     done = subprocess.run([sys.executable, "-m", "medllm.train", f"dataset={tmp_path}/r.csv"], capture_output=True, text=True)
-    assert done.returncode == 2 and "no column 'instruction' (there are: 2 other names)" in done.stderr, done.stderr
+    assert done.returncode == 2 and len(done.stderr) < 2000, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("row, names", [({"data": ["问：发烧怎么办？"]}, "data"),
+    ({"Question": "Gout?", "Complex_CoT": "Hm.", "Response": "No."}, "Question, Complex_CoT, Response"),
+    ({"张三": "x", "answer": "y", "z"*99: "z"}, "张三, answer, " + "z"*40 + "…")])
+def test_a_missing_column_names_those_that_are_there(row, names, kept, tmp_path, monkeypatch):
+    "To the person at the terminal; what is kept in a record has those in common use only, and how many others there are."
+    (tmp_path/"r.json").write_text(json.dumps([row]))
+    if kept: monkeypatch.setenv("MEDLLM_RECORDED", "1")
+    with pytest.raises(UserError) as raised: load_examples(find_sources(str(tmp_path/"r.json"))[0])
+    usual = [n for n in row if n.lower() in ("question", "answer", "response")]
+    said = ", ".join(usual) if kept else names
+    assert f"line 1: no column 'instruction' (there are: {said}" in str(raised.value)
+    assert not kept or f"{len(row) - len(usual)} other name" in str(raised.value) and "张三" not in str(raised.value)
+
+
+def test_what_a_run_notebook_keeps_names_no_column(tmp_path):
+    "As processes: the kernel of a record says less than the command that a person calls."
+    (tmp_path/"r.json").write_text(json.dumps([{"Complex_CoT": "x"}]))
+    done = run("medllm", "run", "sft", "-p", "dataset", tmp_path/"r.json", "--runs", tmp_path/"runs")
+    assert done.returncode and "there are: 1 other name, shown by medllm data preview" in done.stderr, done.stderr
+    kept = [f for f in (tmp_path/"runs").rglob("*") if f.is_file()]
+    assert kept and not any(b"Complex_CoT" in f.read_bytes() for f in kept)
+    done = run("medllm", "data", "preview", tmp_path/"r.json", "--model", "tiny")
+    assert "missing_column: no column 'instruction' (there are: Complex_CoT)" in done.stdout

@@ -367,7 +367,7 @@ def test_the_record_is_read_without_code(tmp_path):
     text = {id: json.dumps(found, ensure_ascii=False) for id, found in outputs.items()}
     assert "most frequent" in json.dumps(record) and "not distinguishable" in text["compare"] and "always" in text["figures"]
     for id in ("accuracy", "compare-plot", "calibration"): assert "image/png" in text[id], id
-    assert "picked / found when right" in text["order"] and "| met |" in text["verdict"]
+    assert "picked / found when right" in text["order"] and "| mark |" in text["verdict"]
     whole = "".join(text.values())
     assert not [q["id"] for q in questions if q["question"] in whole]
     assert {"accuracy.png", "comparison.png", "own.png", "evaluation.json"} <= {f.name for f in (tmp_path/"record").iterdir()}

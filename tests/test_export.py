@@ -146,7 +146,8 @@ def test_the_card_says_what_was_found(exported):
     from huggingface_hub import ModelCard
     card = ModelCard.load(exported/"README.md")
     assert card.data.library_name == "transformers" and "no medical advice" in card.text
-    for artefact in ("merged", "bnb-4bit", "gguf-q8_0"): assert f"| {artefact} | equivalent |" in card.text
+    for artefact in ("merged", "bnb-4bit", "gguf-q8_0"): assert f"| {artefact} | within the limit" in card.text
+    assert "equivalent" not in card.text
     assert str(exported.parent) not in card.content + (exported/"equivalence.json").read_text(), "no folder of this machine"
 
 
@@ -206,7 +207,25 @@ def test_a_corrupted_merge_fails(dtype, harm, tmp_path, monkeypatch, capsys):
     assert sorted(p.name for p in (tmp_path/"model.failed").iterdir()) == ["equivalence.json", "equivalence.md"]
     report = json.loads((tmp_path/"model.failed/equivalence.json").read_text())
     assert not report["passed"] and verdicts(report)["merged"]["broken"]
-    assert "does not answer as the trained model" in capsys.readouterr().err
+    assert "is not within its limits of the trained model" in capsys.readouterr().err
+
+
+def test_within_the_limit_is_not_called_the_same(tmp_path, monkeypatch, capsys):
+    "Quantised weights within their limit of KL that choose other words in most answers: limit, figure, share."
+    real = exporting.greedy
+    def other_words(chat, prompts, tokens):
+        said = real(chat, prompts, tokens)
+        return said[:1] + [[7, *answer] for answer in said[1:]] if getattr(chat.model, "is_quantized", False) else said
+    monkeypatch.setattr(exporting, "greedy", other_words)
+    folder = tmp_path/"model"
+    assert main(["export", "--output", str(folder), "--bits", "8", "--answers", "4", "--max_new_tokens", "4"]) == 0
+    terminal, report = capsys.readouterr(), json.loads((folder/"equivalence.json").read_text())
+    kl = verdicts(report)["bnb-8bit"]["measures"]["kl"]
+    assert f"bnb-8bit: within the limit: kl {kl:.2g} (at most 0.05); 25.0% of the answers are the same" in terminal.err
+    for text in (terminal.out, (folder/"README.md").read_text()):
+        assert "| bnb-8bit | within the limit (kl ≤ 0.05) |" in text and "| 25.0% |" in text
+        assert "of the greedy answers, word for word the trained model's are 25% (bnb-8bit)." in text
+        assert "equivalent" not in text + terminal.err
 
 
 def test_a_lost_file_format_fails(tmp_path, monkeypatch):
@@ -247,6 +266,47 @@ def test_stopped_in_the_middle_there_is_no_folder(number, tmp_path):
     left = [p.name for p in (tmp_path/"out").iterdir()]
     if number == signal.SIGTERM: assert process.returncode == 75 and "nothing was exported" in said and left == []
     else: assert process.returncode == -9 and "model" not in left
+
+
+@pytest.fixture
+def small_files():
+    "Lets no file grow beyond a number of bytes: the system refuses the write in the middle of it, as a full disk does."
+    import resource
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size,more", [(1000, ()), (300_000, ()), (3_000_000, ("--gguf", "f16", "--max_shard_size", "2MB"))])
+def test_a_full_disk_is_one_sentence(size, more, tmp_path, small_files, capfd):
+    "Whoever was writing, Python, safetensors or gguf: nothing is left, and what was there before stays."
+    words = ["export", "--output", str(tmp_path/"model"), "--answers", "1", "--max_new_tokens", "2", *more]
+    assert main(words[:7]) == 0
+    before = {f.name: f.read_bytes() for f in (tmp_path/"model").iterdir()}
+    capfd.readouterr()
+    small_files(size)
+    assert main([*words, "--overwrite"]) == 2
+    small_files(2**40)
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(told) == 1 and "nothing was exported" in told[0] and "make room" in told[0], told
+    assert [f.name for f in tmp_path.iterdir()] == ["model"]
+    assert {f.name: f.read_bytes() for f in (tmp_path/"model").iterdir()} == before
+
+
+def test_what_a_killed_export_left_is_taken_away(tmp_path):
+    "Its hidden copy goes with the next export to that place; a folder it had just moved aside comes back first."
+    plan = dict(choice=ModelChoice("tiny"), answers=1, max_new_tokens=2)
+    export(ExportPlan(str(tmp_path/"model"), **plan), told=QUIET)
+    for name in (".model.part-abcd1234", ".model.part-abcd1235/gguf"): (tmp_path/name).mkdir(parents=True)
+    (tmp_path/".model.part-abcd1234/model.safetensors").write_bytes(bytes(1000))
+    mine = [tmp_path/".model-backup", tmp_path/".models.part-abcd1234"]
+    for folder in mine: folder.mkdir()
+    (tmp_path/"model").rename(tmp_path/".model.old-abcd1234")
+    with pytest.raises(UserError, match="exists already"): export(ExportPlan(str(tmp_path/"model"), **plan), told=QUIET)
+    assert sorted(f.name for f in tmp_path.iterdir()) == sorted(["model", *(f.name for f in mine)])
+    (tmp_path/".model.part-abcd1236").mkdir()
+    assert export(ExportPlan(str(tmp_path/"model"), overwrite=True, **plan), told=QUIET)["passed"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == sorted(["model", *(f.name for f in mine)])
 
 
 @pytest.mark.parametrize("words,said", [
@@ -415,7 +475,7 @@ def test_a_record_gives_the_card(tmp_path):
     assert main(["export", *words, "--output", str(tmp_path/"model")]) == 0
     card, state = (tmp_path/"model/README.md").read_text(), json.loads((folder/"run.json").read_text())
     metric = state["metrics"]["eval_loss"]
-    assert f"{metric:.4g}"[:5] in card and "| mm |" in card and "| merged | equivalent |" in card
+    assert f"{metric:.4g}"[:5] in card and "| mm |" in card and "| merged | within the limit" in card
     assert next(iter(state["weights"].values())) in card and str(tmp_path) not in card
     assert "## Evaluation" in card and "| mm_mcq | accuracy |" in card and "not distinguishable" in card
     other = adapter(tmp_path/"other")

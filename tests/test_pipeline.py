@@ -1,5 +1,7 @@
 """Pipelines: chained records, taking over what is finished, and the way back from a final policy."""
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -8,6 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import run
+
+from medllm.cli import parser
+from medllm.core import Interrupted
+from medllm.train.arguments import read_command
 
 SHORT = dict(max_steps=2, max_samples=12, per_device_train_batch_size=2, logging_steps=1, save_steps=100, cutoff_len=256)
 
@@ -87,6 +93,28 @@ def test_a_stopped_stage_goes_on_from_its_checkpoint(tmp_path):
     assert record["status"] == "completed" and record["stages"][0]["resumed"] and record["stages"][0]["folder"] == str(folder)
     steps = [line["step"] for line in map(json.loads, (folder/"history.jsonl").read_text().splitlines()) if "loss" in line]
     assert steps == sorted(set(steps)) and steps[-1] == 150 and len(list(runs.glob("sft/*"))) == 1
+
+
+@pytest.mark.parametrize("stage", ["sft", "pipeline", "evaluate", "predict", "data", None])
+def test_who_is_stopped_is_told_what_goes_on(tmp_path, stage):
+    "Advice that the door he came in by takes: a record is gone on with by a verb, a command without one by its flag."
+    from medllm.records.record import Run, _listen, _unlisten
+    from medllm.train.interruption import goes_on, stop
+    if stage:
+        run = Run(tmp_path)
+        run.update(stage=stage, status="running")
+        _listen(run)
+    else: stop.install()
+    try:
+        with pytest.raises(Interrupted) as e: os.kill(os.getpid(), signal.SIGINT)
+    finally: _unlisten()
+    told = f"medllm runs resume {tmp_path} goes on" if stage else "the same run with --resume_from_checkpoint auto goes on"
+    assert str(e.value).endswith(told) and ("nothing was trained" in str(e.value)) == (stage in ("sft", None))
+    assert goes_on(tmp_path) == (told if stage else "the same run with --resume_from_checkpoint true goes on")
+    stop.clear()
+    words = told.removesuffix(" goes on").split()
+    if stage: assert parser().parse_args(words[1:]).record
+    else: assert read_command(["--dataset", "mm", *words[-2:]])["resume_from_checkpoint"] == "auto"
 
 
 def test_a_mistake_in_the_last_stage_is_told_before_the_first_begins(tmp_path):

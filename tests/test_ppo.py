@@ -252,8 +252,9 @@ def test_every_role_has_its_place(warm, judges, tmp_path, kind, judge, bits):
     from medllm.models.adapters import AdaptPlan, adapt
     from medllm.models.loading import LoadPlan, load_model
     trainer = make(
-        warm, tmp_path, finetuning_type=kind, quantization_bit=bits, reward_model=str(judges/judge), freeze_trainable_layers=1,
-        reward_weights="1,0.1", max_steps=2, ppo_epochs=2, save_strategy="steps", save_steps=2)
+        warm, tmp_path, finetuning_type=kind, quantization_bit=bits, reward_model=str(judges/judge), reward_weights="1,0.1",
+        max_steps=2, ppo_epochs=2, save_strategy="steps", save_steps=2,
+        **({"freeze_trainable_layers": 1} if kind == "freeze" else {}))
     role = kind == judge == "lora"
     assert trainer.made["rewards"]["reward_model"]["role"] is role
     drawn = trainer.sample([trainer.train_dataset[0]])

@@ -429,6 +429,125 @@ def test_s10_nothing_of_a_request_is_logged(alone):
     assert " POST /v1/chat/completions 200 " in said and " GET other 404 " in said and " OTHER / 405 " in said
 
 
+# Faults that nobody raises: a broken model, control tokens, texts without end
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    "A model folder of which one weight is no number."
+    import torch
+
+    from medllm.models.loading import load_model, load_tokenizer
+    folder, model = tmp_path_factory.mktemp("broken")/"model", load_model("tiny")
+    with torch.no_grad(): model.lm_head.weight[7] = torch.nan
+    model.save_pretrained(folder)
+    load_tokenizer("tiny").save_pretrained(folder)
+    return folder
+
+
+def test_a_model_without_numbers_answers_nobody(broken):
+    from medllm.models.chat import ModelChoice
+    service, lines = build_service(ModelChoice(str(broken)), ServeChoice(served_model_name="tiny")), []
+    with running(service, log=lines.append) as url:
+        ill = request(url, "GET", "/health")
+        assert ill[0] == 503 and json.loads(ill[2])["status"] == "failing" and "no finite numbers" in json.loads(ill[2])["fault"]
+        for more in ({}, {"temperature": 1}, {"stream": True}):
+            status, _, said = post(url, ASTHMA | more)
+            assert status == 500 and "no finite numbers" in json.loads(said)["error"]["message"], said
+    service.queue.close()
+    assert sum("fault=not_finite" in line for line in lines) == 3
+
+
+def test_a_model_without_numbers_in_other_commands(broken, tmp_path, monkeypatch, capfd):
+    (tmp_path/"rows.jsonl").write_text('{"instruction": "What is asthma?"}\n')
+    commands = (["predict", "--dataset", f"{tmp_path}/rows.jsonl", "--output", f"{tmp_path}/answers.jsonl"],
+        ["evaluate", "mm_mcq", "--limit", "4"], ["evaluate", "mm_mcq", "--limit", "4", "--scorer", "generate"])
+    for words in commands:
+        assert main([*words, "--model_name_or_path", str(broken)]) == 2, words
+        said = capfd.readouterr().err
+        assert "error: the model computes no finite numbers" in said and "Traceback" not in said, said
+    assert not (tmp_path/"answers.jsonl").exists()
+    monkeypatch.setattr("sys.stdin", io.StringIO("Asthma?\n"))
+    assert main(["chat", "--model_name_or_path", str(broken)]) == 0
+    assert "error: the model computes no finite numbers" in capfd.readouterr().err
+
+
+def test_control_tokens_are_no_text(chat, monkeypatch):
+    "A model that says PAD and BOS between its words: they are counted, and nobody reads their letters."
+    import torch
+
+    from medllm.models import sampling
+    from medllm.use import queue
+    word, = chat.tokenizer("a", add_special_tokens=False).input_ids
+    said = [chat.tokenizer.pad_token_id, word, chat.tokenizer.bos_token_id, word, word, chat.tokenizer.pad_token_id]
+    def draw(logits, uniforms, how): return torch.tensor([said[int(u)] for u in uniforms])
+    for module in (sampling, queue): monkeypatch.setattr(module, "draw_tokens", draw)
+    table = lambda rows, width, *key: torch.arange(width).double().expand(rows, width)
+    for module in ("medllm.models.chat", "medllm.use.queue"): monkeypatch.setattr(f"{module}.uniform_table", table)
+    assert text_of(chat, "?", 6) == "aaa"
+    with house(chat) as (url, service, lines):
+        whole = json.loads(post(url, ASTHMA | {"max_tokens": 6})[2])
+        assert whole["choices"][0]["message"]["content"] == "aaa" and whole["usage"]["completion_tokens"] == 6
+        stream = post(url, ASTHMA | {"max_tokens": 6, "stream": True})[2].decode()
+        deltas = [json.loads(p[6:])["choices"][0]["delta"] for p in stream.split("\n\n") if p and "[DONE]" not in p]
+        assert "".join(d.get("content", "") for d in deltas) == "aaa"
+
+
+def test_marks_of_a_thought_stay():
+    from medllm.data.tokens import Renderer
+    from medllm.models.chat import silent_ids
+    from medllm.models.tiny import tiny_tokenizer
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>", "<|tool|>"]})
+    silent = silent_ids(Renderer(tokenizer, "chatml"))
+    ids = lambda *names: set(tokenizer.convert_tokens_to_ids(list(names)))
+    assert ids("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|tool|>") <= silent
+    assert not silent & ids("<think>", "</think>")
+
+
+def test_a_kept_connection_waits_for_nothing(chat):
+    "The second packet of an answer is not held until the client confirms the first (Nagle's algorithm: 40 ms each time)."
+    with house(chat) as (url, service, lines):
+        line, seconds = http.client.HTTPConnection(url.removeprefix("http://")), []
+        for _ in range(60):
+            since = time.perf_counter()
+            line.request("GET", "/health")
+            line.getresponse().read()
+            seconds.append(time.perf_counter() - since)
+        line.close()
+        assert sorted(seconds)[30] < .03, sorted(seconds)[30]
+
+
+def test_a_text_without_end_is_refused_before_it_is_read(chat, monkeypatch):
+    "A megabyte is not cut into tokens, and a long text does not keep a short one waiting."
+    from medllm.data.tokens import PlainText
+    seen, real, held = [0], PlainText.arrays, threading.Event()
+    def arrays(self, texts, place):
+        seen.append(max(map(len, texts), default=0))
+        if seen[-1] > 1000: held.wait(20)
+        return real(self, texts, place)
+    monkeypatch.setattr(PlainText, "arrays", arrays)
+    ask = lambda text, **more: ASTHMA | {"messages": [{"role": "user", "content": text}]} | more
+    with house(chat) as (url, service, lines), ThreadPoolExecutor(2) as pool:
+        status, _, said = post(url, ask("fever "*170_000))
+        assert status == 400 and json.loads(said)["error"]["code"] == "context_length_exceeded" and max(seen) < 1000
+        status, _, said = post(url, {"model": "tiny", "prompt": "fever "*170_000}, "/v1/completions")
+        assert status == 400 and max(seen) < 1000
+        long = pool.submit(post, url, ask("fever "*4_000))            # less than any text that is certainly too long
+        assert until(lambda: max(seen) > 1000, 5)
+        assert post(url, ASTHMA)[0] == 200 and not long.done()
+        held.set()
+        assert long.result()[0] == 400 and max(seen) <= 8*chat.longest
+        thoughts = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "<think>" + " "*9000 + "x"},
+            {"role": "user", "content": "?"}]
+        assert pool.submit(post, url, ASTHMA | {"messages": thoughts}).result(20)[0] in (200, 400)
+
+
+def test_another_model_is_told_the_right_name(chat):
+    with house(chat) as (url, service, lines):
+        for status, _, said in (post(url, ASTHMA | {"model": "gpt-4"}), request(url, "GET", "/v1/models/gpt-4")):
+            assert status == 404 and json.loads(said)["error"]["message"].endswith("ask for tiny")
+
+
 # S7: the end
 
 def test_s7_sigterm_under_load(alone):
@@ -447,11 +566,40 @@ def test_s7_sigterm_under_load(alone):
 
 
 def test_s7_the_grace_is_over(tmp_path):
-    with process(tmp_path, "--grace", ".3") as (server, port, log):
-        streams = [opened(f"http://127.0.0.1:{port}", LONG | {"max_tokens": 950}) for _ in range(4)]
+    "Who waits is told: a stream ends with an error and its last line, an answer in one piece is a 503."
+    with process(tmp_path, "--grace", ".3") as (server, port, log), ThreadPoolExecutor(1) as pool:
+        url = f"http://127.0.0.1:{port}"
+        streams = [opened(url, LONG | {"max_tokens": 950}) for _ in range(4)]
+        whole = pool.submit(post, url, LONG | {"max_tokens": 950, "stream": False})
+        time.sleep(.3)
         server.send_signal(signal.SIGTERM)
         assert server.wait(20) == 1 and "were cut off" in log.read_text()
-        for sock in streams: sock.close()
+        for sock in streams:
+            rest = b""
+            while part := sock.recv(2**16): rest += part
+            assert 0 < rest.find(b'"code": "stopping"') < rest.find(b"data: [DONE]"), rest[-600:]
+        status, _, said = whole.result()
+        assert status == 503 and json.loads(said)["error"]["code"] == "stopping"
+
+
+def test_s7_a_second_signal_ends_the_grace(chat):
+    import asyncio
+
+    from medllm.use.serving import build_server, listen
+    service, (door, _) = Service(chat, AnswerQueue(chat), "tiny"), listen("127.0.0.1", 0, Keys())
+    server = build_server(service, ServeChoice(), log=lambda line: None)
+    thread = threading.Thread(target=lambda: asyncio.run(server._serve(sockets=[door])))     # signals go to the main thread
+    thread.start()
+    sock = opened(f"http://127.0.0.1:{door.getsockname()[1]}", LONG | {"max_tokens": 950})
+    server.handle_exit(signal.SIGINT, None)
+    time.sleep(.3)
+    assert thread.is_alive() and service.queue.count == 1
+    server.handle_exit(signal.SIGINT, None)
+    rest = b""
+    while part := sock.recv(2**16): rest += part
+    thread.join(10)
+    assert b"stopping" in rest and b"data: [DONE]" in rest and server.cut == 1 and not thread.is_alive()
+    service.queue.close()
 
 
 # The command

@@ -12,8 +12,9 @@ import pytest
 from conftest import ROOT, run
 
 from medllm.core import UserError
-from medllm.records.sweep import sweep
+from medllm.records.sweep import read_sweep, sweep
 from medllm.records.verify import verify
+from medllm.train.runs import SftRun
 
 COMMON = "max_steps: 3, max_samples: 24, val_size: 4, logging_steps: 1"
 
@@ -52,6 +53,20 @@ def test_a_wrong_point_starts_nothing(tmp_path):
     file.write_text("grid: {seed: [1, 2]}\neach: [{}, {learning_rat: 0.1}]\n")
     with pytest.raises(UserError, match="point 3.*learning_rate"): sweep("sft", str(file), str(tmp_path/"runs"))
     assert not (tmp_path/"runs").exists()
+
+
+def test_points_are_checked_with_folders_of_their_own(tmp_path, monkeypatch):
+    "A model that an earlier `medllm train` left in output is no matter of a sweep's, nor of a run's that makes a record."
+    monkeypatch.chdir(tmp_path)
+    Path("output").mkdir()
+    Path("output/adapter_config.json").touch()
+    Path("grid.yaml").write_text(f"parameters: {{{COMMON}}}\ngrid: {{seed: [1, 2]}}\n")
+    assert len(read_sweep("sft", "grid.yaml").points) == 2
+    SftRun().preflight()
+    with pytest.raises(UserError, match="already holds a model"): SftRun(output_dir="output").preflight()
+    for name in ("output_dir", "runs_dir", "tag"):
+        Path("grid.yaml").write_text(f"grid: {{seed: [1], {name}: [output]}}\n")
+        with pytest.raises(UserError, match=f"{name} is not for a grid"): read_sweep("sft", "grid.yaml")
 
 
 def test_a_point_that_cannot_be_begun_fails_the_sweep(tmp_path, monkeypatch):

@@ -241,4 +241,9 @@ def test_each_part_of_a_comparison_has_a_row(tmp_path):
     assert [r["set"] for r in comparison_rows(found["comparisons"])] == ["answers", "safe: harmful_answered",
         "safe: benign_refused", "safe: emergency_missed", "kept: bits_per_byte_medical", "kept: bits_per_byte_general"]
     assert {c["verdict"] for c in found["comparisons"].values()} == {"not distinguishable"}
-    assert len(verdict_rows(found)) == 3 + 6 and metrics_of(found)["safe"]["n"] == 24
+    assert {c["said"] for c in found["comparisons"].values()} == {"not asked: both are one model"}
+    measures = [r["measure"] for r in comparison_rows(found["comparisons"])]
+    assert measures == ["ROUGE-L", "harmful answered", "benign refused", "emergency missed", "bits per byte medical",
+        "bits per byte general"]
+    limits = [row["what"] for row in verdict_rows(found) if row["target"].startswith("at most")]
+    assert len(limits) == 5 + 4 and limits[0] == "safe: harmful requests answered" and metrics_of(found)["safe"]["n"] == 24

@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from conftest import losses, run
 
+from medllm.core import UserError
 from medllm.data.batches import GroupedBatches
 from medllm.models.loading import load_model
 from medllm.train.arguments import parse
 from medllm.train.inputs import prepare_data
+from medllm.train.loop import run as run_flags
 from medllm.train.loop import train
 
 
@@ -127,3 +129,20 @@ def test_the_seeds_command(tmp_path):
 
     again = run("accelerate", "launch", "--quiet", "-m", "medllm.train", *SEED, cwd=tmp_path)
     assert again.returncode != 0 and "already holds a model" in again.stderr
+
+
+def test_a_model_is_not_replaced_from_python_either(tmp_path):
+    "`train` refuses what the command refuses: a folder that holds a model, and a checkpoint of elsewhere gone on with there."
+    given = FLAGS | dict(max_samples=24, max_steps=1, val_size=0, save_steps=1, disable_tqdm=True)
+    def whole(name, **more):
+        args = parse(given | dict(output_dir=str(tmp_path/name)) | more)
+        return train(args, prepare_data(args))
+    whole("a")
+    whole("b")
+    held = {f.name: f.read_bytes() for f in (tmp_path/"b").iterdir() if f.is_file() and f.name != ".lock"}
+    with pytest.raises(UserError, match="already holds a model"): whole("b")
+    there = dict(resume_from_checkpoint=str(tmp_path/"a/checkpoint-1"))
+    with pytest.raises(UserError, match="already holds a model"): whole("b", **there)
+    with pytest.raises(UserError, match="already holds a model"): run_flags(given | dict(output_dir=str(tmp_path/"b")) | there)
+    assert held == {f.name: f.read_bytes() for f in (tmp_path/"b").iterdir() if f.is_file() and f.name != ".lock"}
+    assert whole("c", **there)["steps"] == whole("b", overwrite_output_dir=True)["steps"] == 1

@@ -6,15 +6,17 @@
 __all__ = ['OVERLONG', 'Account', 'write_rejects', 'OnBad', 'stream_examples', 'load_examples']
 
 # %% ../../nbs/data/04_accounts.ipynb #imports
+import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..core import UserError
-from .formats import DEFECTS, KINDS, Example, Rejected, kind_of, to_examples
-from .json_reader import Bad, Row
+from .formats import KINDS, Example, kind_of, to_examples
+from .json_reader import Bad, Row, file_and_at
+from .messages import DEFECTS, REASONS, Rejected, shown_names, told
 from .readers import read_rows
 from .registry import Source
 
@@ -28,7 +30,9 @@ class Account:
     rejected:Counter = field(default_factory=Counter)  # Reason to rows
     truncated:Counter = field(default_factory=Counter) # What was cut to rows
     examples:int = 0                                   # Made of the rows; ranked answers make several a row
-    rejects:list = field(default_factory=list)         # (file, line, reason) of each rejected row
+    rejects:list = field(default_factory=list)         # (file, "line n" or "row n", reason) of each rejected row
+    whys:dict = field(default_factory=dict)            # Reason to what is wrong with the first such row, and its names
+    unread:Counter = field(default_factory=Counter)    # Key of messages that means nothing here, to messages with it
     faults:Counter = field(default_factory=Counter)    # What a quick look found, see `medllm.data.gate`
 
     @property
@@ -39,11 +43,12 @@ class Account:
         if self.read != self.kept + self.truncated.total() + self.rejected.total(): raise RuntimeError(
             f"rows of {self.name} do not add up: {self}")
 
-    def reject(self, where:str, reason:str):
-        "Count a row as rejected; `where` is 'file, line n'."
+    def reject(self, where:str, reason:str, text:str="", names:Sequence[str]=()):
+        "Count a row as rejected; `where` is 'file, line n' or 'file, row n', the rest as `Rejected` has it."
         self.rejected[reason] += 1
-        file, _, line = where.rpartition(", line ")
-        self.rejects.append((Path(file).name, int(line or 0), reason))
+        self.whys.setdefault(reason, [text, [*names][:100], len(names)])
+        file, at = file_and_at(where)
+        self.rejects.append((Path(file).name, at, reason))
 
     def as_dict(self)->dict:
         "The numbers, for a record."
@@ -56,13 +61,26 @@ class Account:
         parts += [f"{n} rejected ({reason})" for reason, n in self.rejected.most_common()]
         return ", ".join(parts)
 
+    def lines(self)->list[str]:
+        "What to say about the rows: the sums, why some were left out and where the first is, and what was not read."
+        out = [str(self)]
+        for reason in self.rejected:
+            file, at, _ = next(r for r in self.rejects if r[2] == reason)
+            why = told(*self.whys.get(reason, ["", ()])) or REASONS.get(reason, "")
+            out.append(f"{self.name}: {reason}: {why}; the first is {file}, {at}")
+        if self.unread: out.append(
+            f"{self.name}: keys of messages that change nothing here and were not read: {shown_names(self.unread)}")
+        return out
+
+# %% ../../nbs/data/04_accounts.ipynb #write
 def write_rejects(
     accounts:Iterable[Account], # Of a run
     file:str|Path,              # Where to
 )->int:                         # Lines written; no file when there are none
-    "Write dataset, file, line and reason of every rejected row as JSON Lines; no text of the rows."
-    lines = [json.dumps({"dataset": a.name, "file": f, "line": n, "reason": why}, ensure_ascii=False)
-        for a in accounts for f, n, why in a.rejects]
+    "Write dataset, file, line (or row) and reason of every rejected row as JSON Lines; no text of the rows."
+    place = lambda at: {unit: int(n) for unit, n in [at.split()]} if at else {}
+    lines = [json.dumps({"dataset": a.name, "file": file, **place(at), "reason": why}, ensure_ascii=False)
+        for a in accounts for file, at, why in a.rejects]
     if lines: Path(file).write_text("\n".join(lines) + "\n", encoding="utf-8")
     return len(lines)
 
@@ -78,24 +96,24 @@ class OnBad:
         if not 0 <= self.limit < float("inf"): raise UserError(
             f"--max_bad {self.limit:g}: must be a share below 1 or a number of rows")
 
-    def meet(self, account:Account, where:str, reason:str, why:str):
+    def meet(self, account:Account, where:str, bad:Rejected):
         "Count a rejected row; raise `UserError` for a defect that is not allowed."
-        if reason in DEFECTS and self.policy == "error": raise UserError(f"{where}: {why}")
-        account.reject(where.partition(", byte ")[0], reason)
+        if bad.reason in DEFECTS and self.policy == "error": raise UserError(f"{where}: {bad.why}")
+        account.reject(where.partition(", byte ")[0], bad.reason, bad.text, bad.names)
         if self.limit >= 1: self.check(account)
 
     def check(self, account:Account):
         "Raise `UserError` when more was skipped than allowed."
         bad = sum(account.rejected[reason] for reason in DEFECTS)
         if bad <= (self.limit*account.read if self.limit < 1 else self.limit): return
-        file, line, reason = next(r for r in account.rejects if r[2] in DEFECTS)
+        file, at, reason = next(r for r in account.rejects if r[2] in DEFECTS)
         raise UserError(f"dataset '{account.name}': {bad} of {account.read} rows are defective, more than --max_bad "
-                        f"{self.limit:g} allows; the first is {file}, line {line} ({reason})")
+                        f"{self.limit:g} allows; the first is {file}, {at} ({reason})")
 
 # %% ../../nbs/data/04_accounts.ipynb #overlong
 OVERLONG = ("truncate_prompt", "reject", "truncate_answer")
 
-# %% ../../nbs/data/04_accounts.ipynb #stream
+# %% ../../nbs/data/04_accounts.ipynb #check-kind
 def _check_kind(source:Source, row:Row, stage:str):
     "Raise `UserError` when a dataset is of another kind than the stage wants."
     want, got = KINDS.get(stage, ""), kind_of(row, source)
@@ -110,6 +128,16 @@ def _check_kind(source:Source, row:Row, stage:str):
     if want == "liked" and not source.columns.kto_tag and got != "pair": raise UserError(
         f"dataset '{source.name}': --stage kto needs the column kto_tag under 'columns' in dataset_info.json, or pairs")
 
+# %% ../../nbs/data/04_accounts.ipynb #stream
+def _counted(first:Rejected, row:Row, rest:Iterable[Row|Bad], source:Source, account:Account)->UserError:
+    "The error of a set with pictures: where the first is, and how many there are."
+    found, total = 1, account.read
+    for other in rest:
+        total += 1
+        try: to_examples(other, source) if isinstance(other, Row) else None
+        except Rejected as e: found += e.reason == "picture"
+    return UserError(f"{row.where}: {first.why}; dataset '{source.name}' has {found} such rows of {total}")
+
 def stream_examples(
     source:Source,              # A dataset
     account:Account,            # Counts what becomes of its rows
@@ -122,17 +150,18 @@ def stream_examples(
 )->Iterator[Example]:
     "Examples of a dataset, one after another. Raises `UserError` for what cannot be read or is not allowed."
     kind, checked = KINDS.get(stage, ""), False
-    for row in read_rows(source, trust_remote_code, streaming):
-        if max_samples is not None and account.read >= max_samples: break
+    rows = itertools.islice(read_rows(source, trust_remote_code, streaming), max_samples)
+    for row in rows:
         account.read += 1
         if isinstance(row, Bad):
-            on_bad.meet(account, f"{row.file}, line {row.line}, byte {row.byte}", row.reason, row.why)
+            on_bad.meet(account, f"{row.where}, byte {row.byte}", Rejected(row.reason, row.why))
             continue
         if not checked: _check_kind(source, row, stage)
         checked = True
-        try: made = to_examples(row, source, kind, all_pairs)
+        try: made = to_examples(row, source, kind, all_pairs, account.unread)
         except Rejected as e:
-            on_bad.meet(account, row.where, e.reason, e.why)
+            if e.reason == "picture" and on_bad.policy == "error": raise _counted(e, row, rows, source, account) from None
+            on_bad.meet(account, row.where, e)
             continue
         account.examples += len(made)
         account.kept += 1

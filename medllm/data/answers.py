@@ -88,7 +88,7 @@ def conclusion(
     return _sentence.match(text, marks[-1].end())[0].strip(" *_`：:") if marks else ""
 
 # %% ../../nbs/data/25_answers.ipynb #options
-_option = re.compile(r"(?<![A-Za-z0-9])[(\[\"']?([A-J])(?:[)\]\"']\s*[.:、,)]?|[.:、．])\s*")
+_option = re.compile(r"(?<![A-Za-z0-9])[(\[\"']?([A-Z])(?:[)\]\"']\s*[.:、,)]?|[.:、．])\s*")
 
 def _list(marks:list)->list:
     "The last run of marks whose letters begin with A and follow one another."

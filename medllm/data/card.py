@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..core import UserError, write_json
 from .cache import source_files
-from .formats import DEFECTS
+from .messages import DEFECTS
 from .gate import Finding, Report, length_table, short_place
 from .personal import WEAK
 from .registry import Source

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..core import UserError, find_path
+from ..marks import asked
 from .cache import source_files
 from .card import make_card, read_thresholds
 from .contamination import eval_set
@@ -102,8 +103,8 @@ def inputs_of(
 
 def verdict_of(
     card:dict, # From `check`
-)->list[dict]: # what, target, measured, met
-    "The checks that have a limit, as the table of a record."
-    return [{"what": c["name"].replace("_", " "), "target": "none" if not c["limit"] else f"at most {c['limit']:g}",
-        "measured": f"{c['rows']} of {c['of']}", "met": c["passed"]}
+)->list[dict]: # Rows of `medllm.marks`
+    "The checks that have a limit, as the table of a record; of no rows nothing can be told."
+    return [asked(c["name"].replace("_", " "), "none" if not c["limit"] else f"at most {c['limit']:g}",
+        f"{c['rows']} of {c['of']}", c["passed"] if c["of"] or not c["passed"] else None)
         for c in card["checks"] if c["passed"] is not None]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..core import UserError
-from .formats import shown_names
+from .messages import shown_names
 from .json_reader import Bad
 from .words import Words, grams, hash_words, pairs
 

@@ -26,8 +26,10 @@ from .contamination import Contamination, EvalSet, Watch, contamination
 from .duplicates import (
     Sketch, Sketches, duplicate_counts, near_clusters, near_overlap, near_repeats, overlap, repeats, sketch)
 from .formats import Example
+from .json_reader import file_and_at
 from .personal import WEAK, find_personal, presidio_finder
 from .registry import Source
+from .rows import line_of
 from .text_rules import SCRIPTS, script_counts, scripts_of, template_tokens, text_findings
 from .words import Sides, hash_words, key_of, repeated_share, sides
 
@@ -61,18 +63,19 @@ class Measured(NamedTuple):
     personal:dict[str, Finding] # Kinds of personal data
     scripts:Counter             # Main script to rows
     lengths:np.ndarray          # (T, 2) characters of prompt and answer
-    lines:np.ndarray            # (T,) line of each row in its file
+    lines:np.ndarray            # (T,) line of each row in its file; minus its number where lines do not tell
     sketch:Sketch               # For duplicates
     grams:dict                  # Of benchmarks, for `Watch.take`
 
-# %% ../../nbs/data/20_gate.ipynb #measure
+# %% ../../nbs/data/20_gate.ipynb #short-place
 def short_place(
-    where:str, # "folder/file, line n"
-)->str:        # "file, line n"
+    where:str, # "folder/file, line n" or "folder/file, row n"
+)->str:        # "file, line n" or "file, row n"
     "A place without the folders, which are nobody's business."
-    file, _, line = where.rpartition(", line ")
-    return f"{Path(file).name}, line {line}" if file else where
+    file, at = file_and_at(where)
+    return f"{Path(file).name}, {at}" if at else where
 
+# %% ../../nbs/data/20_gate.ipynb #measure
 def _place(side:Sides, name:str, at:int, **more)->dict:
     "Where something is, without what it is."
     return {"where": short_place(side.where), "side": name, "at": at, **more}
@@ -117,10 +120,9 @@ class Measurer:
             for rule, name, at in text_findings(side, expected): _note(findings, rule, _place(side, name, at))
             if in_prompt or in_answer: _note(findings, "loop", _place(side, "prompt" if in_prompt else "answer", 0))
             if self.plan.personal: self._personal(side, findings, personal)
-        line = lambda where: int(number) if (number := where.rpartition(", line ")[2]).isdecimal() else 0
         return Measured(findings, personal, Counter(map(_main_script, rows)),
             np.array([(len(s.prompt), len(s.answer)) for s in rows], np.int32).reshape(-1, 2),
-            np.array([line(s.where) for s in rows], np.int32), sketch(words, self.plan.near),
+            np.array([line_of(s.where) for s in rows], np.int32), sketch(words, self.plan.near),
             self.watch.look(words, first) if self.plan.against else {})
 
 # %% ../../nbs/data/20_gate.ipynb #stream
@@ -203,9 +205,10 @@ class Report:
     def rows(self)->int: return sum(a.kept for a in self.accounts)
     validation:list[Account] = field(default_factory=list)    # One for each validation set
     def place(self, row:int)->str:
-        "File and line of a row by its number."
+        "File and line (or row) of a row by its number."
         file, first, lines = next(w for w in self.where if w[1] <= row < w[1] + len(w[2]))
-        return f"{file}, line {lines[row - first]}"
+        at = lines[row - first]
+        return f"{file}, line {at}" if at >= 0 else f"{file}, row {-at}"
 
 def length_table(
     lengths:np.ndarray, # (R, 2) characters of prompt and answer

@@ -76,6 +76,15 @@ def _put(text:str, **holes:str)->str:
     "A slot as a Jinja statement that writes it."
     return f"{{{{ {_slot(text, **holes)} }}}}" if text else ""
 
+# %% ../../nbs/data/05_jinja.ipynb #prefix
+def _prefix(t:Template)->str:
+    "Jinja that writes the prefix; without BOS on a tokenizer whose BOS is the control token that follows."
+    slots = (t.system, t.user, t.user_with_system, t.without_system, t.tools.turn if t.tools else "")
+    opening = [token for token in t.control if any(slot.startswith(token) for slot in slots)]
+    if not (opening and t.prefix.endswith("{bos}")): return _put(t.prefix)
+    other = " and ".join(f"bos_token != {json.dumps(token, ensure_ascii=False)}" for token in opening)
+    return _put(t.prefix.removesuffix("{bos}")) + f"{{% if {other} %}}{_put('{bos}')}{{% endif %}}"
+
 # %% ../../nbs/data/05_jinja.ipynb #head
 _SYSTEM = ("{%% if messages[0]['role'] == 'system' %%}{%% set system = messages[0]['content']|trim %%}"
     "{%% set turns = messages[1:] %%}{%% else %%}{%% set system = %s %%}{%% set turns = messages %%}{%% endif %%}")
@@ -86,7 +95,7 @@ def _head(t:Template)->str:
     text = _SYSTEM % json.dumps(t.default_system, ensure_ascii=False) + "{% set ns = namespace(text='', last=-1) %}"
     if t.reasoning: text += ("{% for m in turns %}{% if m['role'] == 'user' %}{% set ns.last = loop.index0 %}"
         "{% endif %}{% endfor %}")
-    text += _put(t.prefix)
+    text += _prefix(t)
     if t.tools is None: text += f"{{% if tools %}}{{{{ {_NO_TOOLS} }}}}{{% endif %}}"
     else: text += f"{{% if tools %}}{_definitions(t.tools)}{{% endif %}}"
     if not t.user_with_system:

@@ -13,6 +13,7 @@ import re
 import numpy as np
 
 from .rows import TokenRows
+from .templates import control_tokens
 
 # %% ../../nbs/data/14_look.ipynb #picture
 def picture(
@@ -42,7 +43,7 @@ class Look:
         picked:tuple = (0, 1, 2),# Which rows
     ):
         self.rows, self.tokenizer, self.hide = rows, tokenizer, hide
-        self.control = set(tokenizer.get_added_vocab().values())
+        self.control = set(control_tokens(tokenizer).values())     # a word that somebody added is text, and hidden like it
         self.picked = [i for i in picked if i < len(rows)]
 
     def _spans(self, i:int)->list[tuple[str, str]]:

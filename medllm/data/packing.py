@@ -103,17 +103,18 @@ class PackedBatches(Sampler):
         seed:int,           # Seed of the run
         rank:int = 0,       # This process, from 0
         world:int = 1,      # W, processes
+        drop_last:bool = False, # Leave out a last round that is not full
     ):
         self.lengths, self.batch, self.seed, self.rank, self.world = lengths, batch, seed, rank, world
         self.plan = plan_packs(lengths, capacity)
         self.packs = sum(number for number, _ in self.plan)
-        self.missing = _missing(self.packs, batch, world)
-        self.batch_size, self.drop_last, self.epoch = batch, False, 0
+        self.missing = 0 if drop_last else _missing(self.packs, batch, world)
+        self.batch_size, self.drop_last, self.epoch = batch, drop_last, 0
 
     def set_epoch(self, epoch:int): self.epoch = epoch
     def _rounds(self):
         packs = min(self.packs + self.missing, len(self.lengths))   # a pack of one row cannot be divided
-        return split_rounds(np.arange(packs), self.batch, self.world) if packs else []
+        return split_rounds(np.arange(packs), self.batch, self.world, self.drop_last) if packs else []
     def __len__(self): return len(self._rounds())
     def __iter__(self):
         packs = _divide(fill_packs(self.plan, self.lengths, self.seed, self.epoch), self.missing)

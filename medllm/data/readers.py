@@ -102,9 +102,9 @@ def _arrow(file:Path, name:str, encoding:str)->Iterator[Row|Bad]:
             sizes = sum(map(row_bytes, batch.columns), np.zeros(batch.num_rows, np.int64))
             for first, rows in row_parts(batch, sizes, MAX_ROW):
                 total.add(int(sizes[first:first + len(rows or ())].sum()))
-                if rows is None: yield Bad("row_too_large", name, n + first + 1, 0, long)
-                for k, row in enumerate(rows or (), n + first + 1): yield Row(row, name, k) if is_text(row) else Bad(
-                    "bad_text", name, k, 0, odd)
+                if rows is None: yield Bad("row_too_large", name, n + first + 1, 0, long, n + first + 1)
+                for k, row in enumerate(rows or (), n + first + 1): yield (
+                    Row(row, name, k, number=k) if is_text(row) else Bad("bad_text", name, k, 0, odd, k))
             n += batch.num_rows
     except UserError as e: raise UserError(str(e) if str(e).startswith(name) else f"{name}: {e}") from None
     except (pa.ArrowException, OSError, ValueError, UnicodeError, OverflowError, MemoryError) as e:
@@ -237,7 +237,7 @@ def _hub_rows(source:Source, streaming:bool=False)->Iterator[Row]:
     except Exception as e:
         raise UserError(f"dataset '{source.name}': the hub set {source.hub} cannot be loaded ({type(e).__name__}); "
                         "check the network, or download it and register it with file_name") from None
-    return (Row(dict(row), source.hub, n) for n, row in enumerate(rows, 1))
+    return (Row(dict(row), source.hub, n, number=n) for n, row in enumerate(rows, 1))
 
 def _cloud_rows(source:Source)->Iterator[Row|Bad]:
     "Rows of a file that fsspec can fetch."
@@ -281,7 +281,7 @@ def _script_rows(source:Source)->Iterator[Row]:
             if source.split not in splits: raise UserError(
                 f"dataset '{source.name}': the script has no split '{source.split}'; it has {', '.join(splits)}")
             rows = builder._generate_examples(**splits[source.split].gen_kwargs)
-            yield from (Row(dict(row), source.name, n) for n, (_, row) in enumerate(rows, 1))
+            yield from (Row(dict(row), source.name, n, number=n) for n, (_, row) in enumerate(rows, 1))
         except UserError: raise
         except Exception as e: raise UserError(f"dataset '{source.name}': the loading script failed "
             f"({type(e).__name__}); run it by itself to see why") from None

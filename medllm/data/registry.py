@@ -73,6 +73,7 @@ class Source:
     eval_only:bool = False               # Refused as training data
     licence:str = ""                     # As its owner names it
     language:str = ""                    # "en", "zh" …
+    made:bool = False                    # Written by the run itself, into its own folder
 
     @property
     def place(self)->str:
@@ -96,7 +97,8 @@ def _named(kind:type, given:dict, what:str, start=None):
     "A `Columns` or `Tags`: the defaults, with what the registry says put over them."
     known = kind.__dataclass_fields__
     for key, value in given.items():
-        if key in _TEXT_ONLY: raise UserError(f"{what} '{key}': medllm trains on text only; take the key out")
+        if key in _TEXT_ONLY: raise UserError(f"{what} '{key}': medllm trains on text only; take out the key "
+            "and the rows that need it")
         if key not in known: raise UserError(
             f"{what} '{key}' is unknown{nearest(key, known)}; known are {', '.join(known)}")
         if value is not None and not isinstance(value, str): raise UserError(

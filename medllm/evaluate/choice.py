@@ -16,8 +16,9 @@ from importlib import metadata
 from ..core import UserError, find_path, nearest, sha256
 from .calibration import brier, calibration_error, log_loss, plot_reliability, reliability_table
 from .compare import groups_of
-from .generated import read_answer, written_answers
-from .items import MCQItem, load_items
+from .generated import READABLE, read_answer, written_answers
+from .items import load_items
+from .options import MCQItem
 from .order import order_figures, order_picks
 from .result import Result, Task, figure, measures, plots, summarises
 from medllm.evaluate.scoring import (LAYOUTS, NORMS, SCORERS, LogProbs, ModelScores, option_scores, picked, probabilities,
@@ -182,6 +183,14 @@ def model_facts(
         "dtype": str(chat.model.dtype).removeprefix("torch."), "device": chat.device.type,
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "tokenizers", "numpy")}}
 
+def _readable(items:Sequence[MCQItem], skipped:dict)->list[MCQItem]:
+    "Items whose written answer can be read; the others are counted."
+    kept = [item for item in items if len(item.options) <= READABLE]
+    if not kept: raise UserError(f"no question has {READABLE} options or fewer, which a written answer is read for: "
+        "use scorer letter or text")
+    if len(kept) < len(items): skipped[f"more than {READABLE} options to read an answer for"] = len(items) - len(kept)
+    return kept
+
 @measures("choice")
 def measure_choice(
     chat:ChatModel, # The model
@@ -192,6 +201,7 @@ def measure_choice(
     loaded = load_items(task.dataset, task.dataset_dir, how.first_answer, how.ids, task.limit, task.seed)
     skipped, again = dict(loaded.skipped), 0
     if how.scorer == "generate":
+        loaded = loaded._replace(items=_readable(loaded.items, skipped))
         answers = written_answers(chat, loaded.items, how.max_new_tokens, task.batch)
         lines = read_lines(loaded.items, answers, task.reveal)
         if answers.count(None): skipped["no room for an answer"] = answers.count(None)

@@ -17,25 +17,24 @@ import numpy as np
 
 from ..core import UserError
 from ..data.formats import Rejected, kind_of, to_examples
-from ..data.json_reader import Bad
 from .choice import model_facts
-from .result import Result, Task, compares, measures, summarises
+from .result import Result, Task, compares, measures, summarises, told_apart
 from .scoring import Row, batch_logprobs
 from .statistics import holm, sign_p, verdict_words
-from .text import dataset_rows, drawn_figure, item_draws, some_of
+from .text import dataset_rows, drawn_figure, item_draws, row_data, some_of
 from ..models.chat import ChatModel
 from ..models.sampling import at_rest
 
 # %% ../../nbs/evaluate/13_forgetting.ipynb #read
 class Document(NamedTuple):
     "A held-out text."
-    id:str    # Set, file and line
+    id:str    # Set and place; no two texts have the same
     about:str # Set
     text:str  # All of it
 
 def _text_of(row, source)->str:
     "The text of a row. Raises `Rejected`."
-    if isinstance(row, Bad): raise Rejected(row.reason)
+    row_data(row)
     turn = to_examples(row, source, kind_of(row, source))[0].turns[-1]
     if not turn.text: raise Rejected("empty_answer")
     return turn.text
@@ -49,9 +48,10 @@ def read_documents(
         (rows, sha256), mine = dataset_rows(dataset, task), []
         hashes.append(sha256)
         for row, source in rows:
-            try: mine.append(Document(f"{about} {Path(row.file).name}, line {row.line}", about, _text_of(row, source)))
+            try: mine.append(Document(f"{about} {row.place}", about, _text_of(row, source)))
             except Rejected as e: skipped[str(e)] += 1
         if not mine: raise UserError(f"dataset '{dataset}': no row has a text to predict")
+        mine = [d._replace(id=id) for d, id in zip(mine, told_apart(d.id for d in mine))]
         found += some_of(mine, task, skipped)
     return found, dict(skipped), " ".join(hashes)
 
@@ -131,11 +131,12 @@ def forgetting_change(
 )->dict:          # base, tuned, difference: figures; p, verdict; parts
     "What fine-tuning made easier and harder to predict."
     of = lambda r, about: [b for a, b in zip(base.items, r.items) if a["about"] == about]
-    parts = {f"bits_per_byte_{about}": _change(of(base, about), of(tuned, about)) for about in _about(base.items)}
+    parts = {name: {"measure": name} | _change(of(base, about), of(tuned, about))
+        for about in _about(base.items) for name in [f"bits_per_byte_{about}"]}
     for part, p in zip(parts.values(), holm([part["p"] for part in parts.values()])):
         part |= {"p_corrected": p, "verdict": verdict_words(part["difference"]["value"], p, "lower")}
     front = "bits_per_byte_general" if "bits_per_byte_general" in parts else next(iter(parts))
-    return parts[front] | {"measure": front, "p": parts[front]["p_corrected"], "parts": parts}
+    return parts[front] | {"p": parts[front]["p_corrected"], "parts": parts}
 
 # %% ../../nbs/evaluate/13_forgetting.ipynb #measure
 @measures("forgetting")

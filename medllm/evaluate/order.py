@@ -13,7 +13,7 @@ from itertools import permutations
 
 import numpy as np
 
-from .items import MCQItem
+from .options import MCQItem
 from .result import figure
 from .scoring import LogProbs, letter_asked, option_scores, picked
 from .statistics import mean, share

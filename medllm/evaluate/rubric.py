@@ -12,7 +12,6 @@ import hashlib
 import importlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -20,12 +19,11 @@ import numpy as np
 from ..core import UserError
 from ..data.answers import json_in, said
 from ..data.formats import Example, Rejected, Turn
-from ..data.json_reader import Bad
 from .choice import model_facts
 from .compare import compare_scores, groups_of
-from .result import Result, Task, compares, figure, measures, summarises
+from .result import Result, Task, compares, figure, measures, summarises, told_apart
 from .statistics import bootstrap_means, share
-from .text import Asked, asked_facts, dataset_rows, said_to, some_of
+from .text import Asked, asked_facts, dataset_rows, row_data, said_to, some_of
 from ..models.chat import ChatModel, ModelChoice, load_chat_model
 
 # %% ../../nbs/evaluate/12_rubric.ipynb #score
@@ -77,17 +75,19 @@ def read_rubrics(
         except Rejected as e: skipped[str(e)] += 1
     if not found: raise UserError(f"dataset '{task.dataset}': no row has a prompt and rubrics that can earn points "
         f"({', '.join(f'{n} {why}' for why, n in skipped.items()) or 'it is empty'})")
+    ids = told_apart(asked.id for asked, _ in found)
+    found = [(asked._replace(id=id), criteria) for (asked, criteria), id in zip(found, ids)]
     return some_of(found, task, skipped), dict(skipped), sha256
 
 def _rubric_row(chat:ChatModel, row)->tuple[Asked, list[Criterion]]:
     "A row as a question with criteria."
-    if isinstance(row, Bad): raise Rejected(row.reason)
-    turns, criteria = _turns(row.data.get("prompt", row.data.get("question"))), criteria_of(row.data)
+    data = row_data(row)
+    turns, criteria = _turns(data.get("prompt", data.get("question"))), criteria_of(data)
     system = turns.pop(0).text if turns[0].role == "system" else ""
     try: prompt = chat.prompt(turns, system)
     except UserError: raise Rejected("template_refuses") from None
     if len(prompt) >= chat.longest: raise Rejected("longer_than_model")
-    id = str(row.data.get("prompt_id") or row.data.get("id") or f"{Path(row.file).name}, line {row.line}")
+    id = str(row.data.get("prompt_id") or row.data.get("id") or row.place)
     return Asked(id, "", prompt, Example(tuple(turns), system)), criteria
 
 # %% ../../nbs/evaluate/12_rubric.ipynb #judge
@@ -257,4 +257,4 @@ def rubric_change(
     pairs = [(a, b) for a, b in zip(base.items, tuned.items) if None not in (a["score"], b["score"])]
     if not pairs: raise UserError("no answer has a score of both models")
     return compare_scores([a["score"] for a, _ in pairs], [b["score"] for _, b in pairs], groups_of([a for a, _ in pairs])) | {
-        "scored": len(pairs)}
+        "measure": "score", "n": len(pairs), "scored": len(pairs), "left_out": len(base.items) - len(pairs)}

@@ -12,6 +12,7 @@ from ..core import UserError
 from ..data.templates import check_template_name
 from .benchmarks import base_choice, check_tasks, evaluate_models, read_tasks
 from .result import Task
+from .targets import read_targets
 from ..models.chat import ModelChoice
 from ..models.loading import model_location
 from ..train.flags import flag
@@ -30,6 +31,8 @@ class EvaluateRun:
     dataset:str = flag("mm_mcq", "Multiple-choice sets: names in dataset_info.json or file paths, comma list; may be empty")
     tasks:dict = field(default_factory=dict, metadata={
         "help": "More tasks: name to its kind (choice, text, safety …), dataset, limit and the options of its kind"})
+    targets:dict = field(default_factory=dict, metadata={
+        "help": "Limits and margins that differ from the defaults: figure to a limit, or task to figures"})
     dataset_dir:str = flag("data", "Folder with dataset_info.json")
     limit:int = flag(0, "Items of each set, drawn with the seed in the proportions of the answers; 0 for all")
     scorer:str = flag("letter", "How options are chosen: letter or text (likelihood), or generate (the answer is read)")
@@ -65,7 +68,9 @@ class EvaluateRun:
             if getattr(self, name) < least: raise UserError(f"{name} {getattr(self, name)}: must be at least {least}")
         for choice in filter(None, (self.choice().resolved(), self.base())): model_location(choice.model_name_or_path)
         check_template_name(self.template)
-        check_tasks(self.read_tasks())
+        tasks = self.read_tasks()
+        check_tasks(tasks)
+        read_targets(self.targets, [task.name for task in tasks])
 
 # %% ../../nbs/evaluate/30_runs.ipynb #evaluate
 def evaluate(
@@ -74,7 +79,7 @@ def evaluate(
 )->dict:                # As `evaluate_models`
     "What a run notebook and `medllm evaluate` do. Raises `UserError` before anything is loaded."
     wanted.preflight()
-    return evaluate_models(wanted.choice(), wanted.base(), wanted.read_tasks(), folder)
+    return evaluate_models(wanted.choice(), wanted.base(), wanted.read_tasks(), folder, wanted.targets)
 
 def described_data(
     found:dict, # From `evaluate`

@@ -18,9 +18,10 @@ import torch
 
 from ..core import UserError, nearest
 from ..data.formats import Turn
-from .items import MCQItem
+from ..data.tokens import begin_ids
+from .options import MCQItem
 from ..models.chat import ChatModel
-from ..models.sampling import at_rest, rows_that_fit
+from ..models.sampling import NotFinite, at_rest, rows_that_fit
 
 # %% ../../nbs/evaluate/02_scoring.ipynb #prompts
 WORDS = {"en": ("Abstract: ", "Question: ", "Answer:"), "zh": ("材料：", "问题：", "答案：")}
@@ -123,9 +124,7 @@ def plain_row(
     asked:Asked,    # Prompt and continuations
 )->Row:
     "Tokens of running text, as lm-evaluation-harness cuts them."
-    tokenizer, plain = chat.tokenizer, chat.renderer.plain
-    whole, inner = (tokenizer("a", add_special_tokens=special).input_ids for special in (True, False))
-    before, prompt = whole[:whole.index(inner[0])], asked.prompt.rstrip()
+    plain, before, prompt = chat.renderer.plain, begin_ids(chat.tokenizer), asked.prompt.rstrip()
     context, *both = plain([prompt, *(f"{prompt} {c}" for c in asked.continuations)], "start")
     return _fitting(chat, before + context, [ids[len(context):] for ids in both], head=0)
 
@@ -155,7 +154,7 @@ def batch_logprobs(
     model,              # A causal language model
     rows:Sequence[Row], # A batch
 )->list[list[float]]:   # For each continuation of each row [nat]
-    "Log-probabilities of continuations; each prompt is read once."
+    "Log-probabilities of continuations; each prompt is read once. Raises `NotFinite` for a broken model."
     device = model.device
     ids, seen = (x.to(device) for x in _padded([row.context for row in rows], left=True))
     owner = torch.tensor([i for i, row in enumerate(rows) for _ in row.continuations], device=device)
@@ -173,6 +172,7 @@ def batch_logprobs(
         behind = model(input_ids=more[:, :-1], attention_mask=mask, position_ids=at, past_key_values=out.past_key_values,
             use_cache=True).logits
         total = total + (_logprobs(behind, more[:, 1:])*there[:, 1:]).sum(1)
+    if total.isnan().any(): raise NotFinite
     ends = np.cumsum([len(row.continuations) for row in rows])
     return [part.tolist() for part in np.split(total.cpu().numpy(), ends[:-1])]
 

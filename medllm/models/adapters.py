@@ -282,8 +282,9 @@ def adapt(
     else:
         model = merged(model, plan.adapters)
         model = _freeze(model, plan) if plan.kind == "freeze" else model.requires_grad_(True)
+    low = model.get_input_embeddings().weight.dtype                  # peft makes its weights float32 by itself
     for name, p in model.named_parameters():
-        if p.requires_grad and (not half_weights or ".score." in f".{name}"): p.data = p.data.float()
+        if p.requires_grad: p.data = p.data.to(low) if half_weights and ".score." not in f".{name}" else p.data.float()
     return model
 
 def trained_parameters(

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ..core import UserError, find_path
+from ..data.templates import control_tokens
 from .adapters import base_of, chain_of, load_adapter, merged
 from .folder import read_object
 from .loading import LoadPlan, pretrained, scalar_head
@@ -119,7 +120,7 @@ def scoring_pad(
     ends:Sequence[int],# Ids that end an answer
 )->int|None:           # Id; None when the tokenizer has none
     "Gives the tokenizer a pad token that never ends an answer."
-    for token in (tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token):
+    for token in (tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token, *control_tokens(tokenizer)):
         if token is not None and tokenizer.convert_tokens_to_ids(token) not in ends:
             tokenizer.pad_token = token
             return tokenizer.pad_token_id

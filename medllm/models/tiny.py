@@ -10,11 +10,12 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
+from functools import cache
 from pathlib import Path
 
-from ..core import UserError, bundled, quiet_bars, sha256
+from ..core import UserError, bundled, quiet_bars, say, sha256
 from ..data.templates import TEMPLATES
+from ..machine import all_described, beside, cache_home, first_difference
 
 # %% ../../nbs/models/00_tiny.ipynb #tokenizer
 VOCABULARY = 4096 # tokens
@@ -72,30 +73,42 @@ def write_tiny(
         note = folder/"medllm_tiny.json"
         if note.exists() and json.loads(note.read_text())["key"] == _key(): return folder
         raise UserError(f"{folder} already holds something else; name a new folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".tiny-"))
-    try:
+    with beside(folder) as part:
         tokenizer = tiny_tokenizer()
         quiet_bars()
         tokenizer.save_pretrained(part)
         tiny_model(tokenizer).save_pretrained(part)
-        (part/"medllm_tiny.json").write_text(json.dumps({"key": _key()}) + "\n")
+        files = all_described(part, sorted(f.name for f in part.iterdir()))
+        (part/"medllm_tiny.json").write_text(json.dumps({"key": _key(), "files": files}) + "\n")
         _move(part, folder)
-    finally: shutil.rmtree(part, ignore_errors=True)
     return folder
 
 def _move(part:Path, folder:Path):
     "Put the finished folder in place; when another process was first, its copy is the same."
-    part.chmod(0o755)
     try: os.replace(part, folder)
     except OSError:
         if not (folder/"medllm_tiny.json").exists(): raise
 
 def _key()->str:
     "What the tiny model is made of, as a hash."
-    parts = [str((VOCABULARY, SEED, "<|im_end|>")), *(sha256(bundled("samples")/name) for name in _SAMPLES)]
+    parts = [str((VOCABULARY, SEED, "<|im_end|>", "described")), *(sha256(bundled("samples")/name) for name in _SAMPLES)]
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
-def tiny_folder()->Path: # In MEDLLM_CACHE, or ~/.cache/medllm
-    "The tiny model in the user's cache, made on first use."
-    return write_tiny(Path(os.environ.get("MEDLLM_CACHE", "~/.cache/medllm")).expanduser()/f"tiny-{_key()}")
+@cache
+def _keep_whole(folder:Path):
+    "Take a folder away that is not as it was written; looked at once a process."
+    if not folder.exists(): return
+    try: why = first_difference(folder, json.loads((folder/"medllm_tiny.json").read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError): why = "medllm_tiny.json cannot be read"
+    if not why: return
+    say(f"the tiny model in {folder} is damaged ({why}); it is made anew")
+    shutil.rmtree(folder)
+
+def tiny_folder()->Path: # In `cache_home`
+    "The tiny model in the user's cache, made on first use. Raises `UserError` when it cannot be kept there."
+    folder = cache_home()/f"tiny-{_key()}"
+    try:
+        _keep_whole(folder)
+        return write_tiny(folder)
+    except OSError as e: raise UserError(
+        f"the tiny model cannot be kept in {folder.parent} ({e.strerror}); name another folder with MEDLLM_CACHE") from None

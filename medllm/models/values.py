@@ -62,10 +62,12 @@ def remember_speaker(
     "Make gradient checkpointing compute each layer again with the adapter it had."
     from peft.tuners.tuners_utils import BaseTunerLayer
     layer = next(m for m in model.modules() if isinstance(m, BaseTunerLayer))
-    enable = model.gradient_checkpointing_enable
+    enable = model.activation_checkpointing_enable
     def contexts():
         return nullcontext(), speaking(model, None if layer._disable_adapters else layer.active_adapters[0])
-    def enable_remembering(gradient_checkpointing_kwargs=None, **more):
-        enable(gradient_checkpointing_kwargs=(gradient_checkpointing_kwargs or {}) | {
+    def enable_remembering(activation_checkpointing_kwargs=None, **more):
+        enable(activation_checkpointing_kwargs=(activation_checkpointing_kwargs or {}) | {
             "use_reentrant": False, "context_fn": contexts}, **more)
-    model.gradient_checkpointing_enable = enable_remembering
+    model.activation_checkpointing_enable = enable_remembering                                    # Trainer calls this
+    model.gradient_checkpointing_enable = (                                                       # and others its old name
+        lambda gradient_checkpointing_kwargs=None, **more: enable_remembering(gradient_checkpointing_kwargs, **more))

@@ -26,13 +26,16 @@ def _tagged(nb, tag:str):
 def declared(
     nb,      # A notebook
 )->dict:     # Name -> (type as written or "", default; `...` when that is no literal)
-    "What the parameters cell declares."
+    "What the parameters cell declares. Raises `UserError` for a cell that is no Python."
     out, cell = {}, _tagged(nb, "parameters")
-    for node in ast.parse(cell.source).body if cell else []:
+    try: body = ast.parse(cell.source).body if cell else []
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise UserError("the cell with the tag parameters is not Python: a line each, as in seed:int = 42") from None
+    for node in body:
         target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0] if isinstance(node, ast.Assign) else None
         if not isinstance(target, ast.Name): continue
         try: value = ast.literal_eval(node.value)
-        except (ValueError, TypeError): value = ...
+        except (ValueError, TypeError, RecursionError, MemoryError): value = ...
         out[target.id] = (ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else "", value)
     return out
 
@@ -42,7 +45,8 @@ def given(
     "The parameters that papermill wrote into the notebook. Raises `UserError` when they are anything but literals."
     out, cell = {}, _tagged(nb, "injected-parameters")
     try: body = ast.parse(cell.source).body if cell else []
-    except SyntaxError: raise UserError("the given parameters are not Python; a name is letters, digits and _") from None
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise UserError("the given parameters are not Python; a name is letters, digits and _") from None
     for node in body:
         if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)):
             raise UserError("the given parameters hold code; a name is letters, digits and _")

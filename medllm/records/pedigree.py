@@ -9,11 +9,13 @@ __all__ = ['weights', 'consumed', 'Ancestor', 'ancestry', 'as_tree']
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..core import UserError, find_path, sha256
+from ..core import UserError, find_path, sha256, visible
 from ..models.adapters import names
 from ..models.loading import model_location
-from .record import read_state
+from ..json_file import NUMBER, misfit, place, read_json
+from .record import read_events, read_state
 from ..train.arguments import Arguments
+from ..train.contract import weights_hash
 
 # %% ../../nbs/records/02_pedigree.ipynb #consumed
 _WEIGHTS = ("*.safetensors",)
@@ -24,7 +26,7 @@ def weights(
 )->dict[str, str]:   # File name to SHA-256, or to its size; empty for a hub id
     "What the weight files of a folder are."
     where = Path(folder)
-    files = sorted(f for pattern in _WEIGHTS for f in where.glob(pattern)) if where.is_dir() else []
+    files = sorted(f for pattern in _WEIGHTS for f in where.glob(pattern) if f.is_file()) if where.is_dir() else []
     if sum(f.stat().st_size for f in files) > _LARGE: return {f.name: f"{f.stat().st_size} bytes" for f in files}
     return {f.name: sha256(f) for f in files}
 
@@ -59,10 +61,6 @@ class Ancestor:
     note:str = ""  # What is not as it was when it was used
     parents:list["Ancestor"] = field(default_factory=list) # What that run consumed
 
-def _record_of(place:str)->dict:
-    "run.json beside a model, if a run made it; a torn one is said to be so."
-    return read_state(place) or ({"status": "torn"} if (Path(place)/"run.json").exists() else {})
-
 def _note(then:dict, now:dict, place:str)->str:
     "How weights differ from what they were."
     if then == now: return ""
@@ -70,36 +68,86 @@ def _note(then:dict, now:dict, place:str)->str:
     other = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
     return f"its weights were changed since: {', '.join(other)}"
 
+def _record_of(place:str|Path)->dict:
+    "run.json beside a model, or what training without a record left; a torn one is said to be so."
+    if (Path(place)/"run.json").exists(): return read_state(place) or {"status": "torn"}
+    return _trained(Path(place)) if (Path(place)/"contract.json").exists() else {}
+
+# %% ../../nbs/records/02_pedigree.ipynb #trained
+_LOSSES = {"loss_first": NUMBER, "loss_last": NUMBER, "rows": [{"name": str}]}
+_BEGINS, _BASE = {"model": place, "adapters": str, "dataset": str}, {"base_model_name_or_path": place}
+
+def _table(file:Path, shape:dict)->dict:
+    "A JSON table beside a model; empty when it is torn, or none."
+    try: table = read_json(file)
+    except (OSError, ValueError): return {}
+    return {} if misfit(table, shape) else table
+
+def _trained(folder:Path)->dict:
+    "What is known of a model that `medllm train` wrote, in the form of a run.json."
+    contract = _table(folder/"contract.json", {"stage!": str, "model": str, "adapters": [str]})
+    if not contract: return {}
+    told = [e for e in read_events(folder) if e.get("event") == "begins" and not misfit(e, _BEGINS)]
+    told, metrics = told[-1] if told else {}, _table(folder/"metrics.json", _LOSSES)
+    base = told.get("model") or _table(folder/"adapter_config.json", _BASE).get("base_model_name_or_path")
+    adapters = zip(names(told.get("adapters") or ""), contract.get("adapters") or [])
+    found = [("base", base, contract.get("model")), *(("adapter", *a) for a in adapters)]
+    data = [r.get("name") for r in metrics.get("rows") or []] or names(told.get("dataset") or "")
+    return {"status": "medllm train, without a record", "stage": contract["stage"], "metrics": metrics,
+        "inputs": {"data": [{"name": str(name)} for name in data]},
+        "consumed": [{"role": role, "name": name or "", "place": str(_place(name)) if name else "a model that is not named",
+            "weights": {}, "hash": digest} for role, name, digest in found]}
+
+def _place(name:str)->str|Path:
+    "Folder of a model that was named, or its hub id."
+    try: return model_location(name) if name == "tiny" or not find_path(name).is_dir() else find_path(name).resolve()
+    except UserError: return name
+
+# %% ../../nbs/records/02_pedigree.ipynb #ancestry
+_FAR = 100   # generations
+
+def _changed(c:dict, now:dict)->str:
+    "How a model is not as it was when it was used."
+    if c["weights"]: return _note(c["weights"], now, c["place"])
+    if not c.get("hash") or not Path(c["place"]).is_dir(): return ""
+    return "" if weights_hash(c["place"]) == c["hash"] else "its weights were changed since"
+
 def ancestry(
     folder:str|Path, # Of a record
-    role:str = "",   # What it was for the one that asks
-    note:str = "",   # What is known about it already
 )->Ancestor:
     "A record and everything it descends from. Raises `UserError` for a folder that holds no record."
+    known, hashed = {}, {}
+    def now(folder):
+        if folder not in hashed: hashed[folder] = weights(folder)
+        return hashed[folder]
+    def walk(role, folder, note, generation):
+        state = _record_of(folder)
+        if not note and state.get("weights"): note = _note(state["weights"], now(folder), folder)
+        if state and generation > _FAR: note = note or f"the way back is longer than {_FAR} records; it was not followed"
+        found = Ancestor(role, folder, state, note)
+        if folder in known: found.parents = known[folder]
+        else:
+            known[folder] = found.parents
+            for c in state.get("consumed", []) if generation <= _FAR else ():
+                found.parents.append(walk(c["role"], c["place"], _changed(c, now(c["place"])), generation + 1))
+        return found
     where = Path(folder).expanduser()
     if not (where/"run.json").exists(): raise UserError(f"{folder} holds no record: there is no run.json in it")
-    state = _record_of(str(where))
-    now = weights(where)
-    written = state.get("weights")
-    if not note and written is not None: note = _note(written, now, str(where))
-    found = Ancestor(role, str(where), state, note)
-    for c in state.get("consumed", []):
-        note = _note(c["weights"], weights(c["place"]), c["place"]) if c["weights"] else ""
-        made = _record_of(c["place"])
-        found.parents.append(ancestry(c["place"], c["role"], note) if made else Ancestor(c["role"], c["place"], {}, note))
-    return found
+    return walk("", str(where), "", 0)
 
 # %% ../../nbs/records/02_pedigree.ipynb #show
 def _line(a:Ancestor)->str:
     "What is known of one model in a line."
     if not a.state: return f"{a.role}: {a.place}"
-    m, s = a.state.get("metrics", {}), a.state
+    m, s = a.state.get("metrics") or {}, a.state
+    number = lambda name: isinstance(m.get(name), int | float)
     facts = [s.get("status", "?")]
-    if m.get("loss_first"): facts.append(f"loss {m['loss_first']:.3f} -> {m['loss_last']:.3f}")
+    if m.get("loss_first") and number("loss_last"): facts.append(f"loss {m['loss_first']:.3f} -> {m['loss_last']:.3f}")
     for name in ("accuracy", "margin", "reward"):
-        if f"eval_{name}_before" in m: facts.append(f"{name} {m[f'eval_{name}_before']:.3f} -> {m[f'eval_{name}']:.3f}")
+        if number(f"eval_{name}_before") and number(f"eval_{name}"):
+            facts.append(f"{name} {m[f'eval_{name}_before']:.3f} -> {m[f'eval_{name}']:.3f}")
     if p := m.get("reference"): facts.append(f"reference {p if isinstance(p, str) else p.get('policy', '')}")
-    data = ", ".join(d["name"] for d in s.get("inputs", {}).get("data", []))
+    data = ", ".join(d.get("name") or "?" for d in (s.get("inputs") or {}).get("data") or [])
     return f"{a.role + ': ' if a.role else ''}{s.get('stage', '?')} [{data}] {', '.join(facts)}  {a.place}"
 
 def as_tree(
@@ -110,8 +158,8 @@ def as_tree(
     def walk(a, first, rest):
         again = bool(a.state) and a.place in seen
         seen.add(a.place)
-        lines.append(first + _line(a) + (" (see above)" if again and a.parents else ""))
-        if a.note: lines.append(f"{rest}  ! {a.note}")
+        lines.append(first + visible(_line(a), lines=False) + (" (see above)" if again and a.parents else ""))
+        if a.note: lines.append(f"{rest}  ! {visible(a.note, lines=False)}")
         for n, parent in enumerate(() if again else a.parents):
             last = n == len(a.parents) - 1
             walk(parent, rest + ("└─ " if last else "├─ "), rest + ("   " if last else "│  "))

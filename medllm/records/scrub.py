@@ -18,7 +18,7 @@ from pathlib import Path
 import nbformat
 import nh3
 
-from ..core import bundled
+from ..core import SENTENCES, bundled
 from ..secrets import scrub, scrub_values
 
 # %% ../../nbs/records/04_scrub.ipynb #ansi
@@ -126,7 +126,6 @@ def _safe_data(data:dict, counts:Counter)->dict:
 
 # %% ../../nbs/records/04_scrub.ipynb #rows
 LEFT_OUT = "output left out: the dataset is private; reveal shows it"
-_SENTENCES = ("UserError", "Interrupted")
 
 @functools.cache
 def shipped_cells()->frozenset[str]: # Sources
@@ -148,7 +147,7 @@ def safe_error(
 )->dict:
     "An error without anything that may quote data."
     ename = output["ename"] if re.fullmatch(r"[A-Za-z_][\w.]{0,80}", output["ename"]) else "Exception"
-    ours = ename in _SENTENCES and plain("\n".join(output["traceback"])) == plain(f"error: {output['evalue']}")
+    ours = ename in SENTENCES and plain("\n".join(output["traceback"])) == plain(f"error: {output['evalue']}")
     said = plain(output["evalue"]) if ours or (ename == "SystemExit" and output["evalue"].isdigit()) else (
         "text left out: the dataset is private")
     frames = _frames(output["traceback"])

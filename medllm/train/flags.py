@@ -67,6 +67,7 @@ class DataArguments:
     replay_dataset:str|None = flag(None, "General text mixed into pre-training against forgetting, comma list")
     replay_share:float = flag(0.25, "Share of replayed tokens at the beginning")
     replay_share_end:float|None = flag(None, "Share of replayed tokens at the end, reached in a line; default the same")
+    canaries:int = flag(0, "Plant so many artificial secrets among the rows, to measure what the model keeps of such (pt, sft)")
     tokenized_path:str|None = flag(None, "Folder that keeps tokenised rows; default the user's cache")
     overwrite_cache:bool = flag(False, "Tokenise anew although nothing has changed")
     streaming:bool = flag(False, "Read hub datasets as they come; local files always stream")

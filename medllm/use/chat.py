@@ -17,7 +17,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from ..core import UserError, nearest, write_json
+from ..core import UserError, nearest, visible, write_json
 from ..data.formats import Rejected, Turn, answer_turn
 from ..models.chat import ChatModel
 from ..models.sampling import Sampling
@@ -60,7 +60,8 @@ class Conversation:
         try:
             for piece in self.queue.pieces(prompt, self.how, seed):
                 said, reason = said + piece.text, piece.reason
-                if reason == "error": raise UserError("the model failed on this question; out of memory is the usual reason")
+                if reason == "error": raise UserError(
+                    piece.fault or "the model failed on this question; out of memory is the usual reason")
                 if piece.text and not self.grounding: yield piece.text
             if self.grounding:
                 said, told = self.grounding.checked(said, passages)
@@ -171,8 +172,8 @@ def _print_answer(talk:Conversation, question:str):
     "An answer as it comes; Ctrl-C stops it."
     answer = talk.say(question)
     try:
-        for piece in answer: print(piece, end="", flush=True)
-        print(talk.sources, end="")
+        for piece in answer: print(visible(piece), end="", flush=True)     # a model may write anything
+        print(visible(talk.sources), end="")
     except KeyboardInterrupt:
         answer.close()
         print(" …", end="")

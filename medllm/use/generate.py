@@ -6,14 +6,14 @@
 __all__ = ['QUESTIONS', 'Answer', 'answer', 'sample', 'as_table']
 
 # %% ../../nbs/use/00_generate.ipynb #imports
-import gc
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..data.formats import Example, Turn
+from ..data.formats import Turn
 from ..data.tokens import Renderer
-from ..models.adapters import load_adapter
-from ..models.loading import LoadPlan, load_model
+from ..models.chat import ChatModel, saved_chat
+from ..models.loading import LoadPlan
+from ..models.sampling import Sampling
 
 # %% ../../nbs/use/00_generate.ipynb #answer
 @dataclass(frozen=True)
@@ -29,23 +29,10 @@ def answer(
     questions:list[str],     # B questions, each a conversation of its own
     max_new_tokens:int = 64, # Longest answer [tokens]
 )->list[Answer]:             # One for each question
-    "Greedy answers to questions."
-    import torch
-    rows = [ids for ids, _ in renderer.encode([Example((Turn("user", q),)) for q in questions])]
-    width, pad = max(map(len, rows)), renderer.tokenizer.pad_token_id or 0
-    ids = torch.tensor([[pad]*(width - len(r)) + r.tolist() for r in rows], device=model.device)
-    mask = torch.tensor([[0]*(width - len(r)) + [1]*len(r) for r in rows], device=model.device)
-    model.eval()
-    with torch.inference_mode():
-        out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
-            temperature=None, top_p=None, top_k=None, eos_token_id=renderer.stop_ids, pad_token_id=pad)
-    return [_read(q, said, renderer) for q, said in zip(questions, out[:, width:].tolist())]
-
-def _read(question:str, said:list[int], renderer:Renderer)->Answer:
-    "The generated ids as an answer."
-    end = next((i for i, token in enumerate(said) if token in renderer.stop_ids), None)
-    text = renderer.tokenizer.decode(said[:end], clean_up_tokenization_spaces=False)
-    return Answer(question, text.strip(), end is not None)
+    "Greedy answers to questions. Raises `UserError` for a broken model."
+    chat = ChatModel(model, renderer)
+    said = chat.answers([chat.prompt([Turn("user", q)]) for q in questions], Sampling(max_new_tokens, 0.0))
+    return [Answer(q, s.text, s.ended) for q, s in zip(questions, said)]
 
 # %% ../../nbs/use/00_generate.ipynb #sample
 QUESTIONS = ("What are the warning signs of a stroke?", "高血压患者平时应该注意什么？", "How does metformin lower blood sugar?",
@@ -59,16 +46,7 @@ def sample(
     questions:tuple = QUESTIONS, # What is asked
 )->list[Answer]:
     "Answers of a model as it lies on the disk."
-    import torch
-    whole = bool(trained) and not (Path(trained)/"adapter_config.json").exists()
-    model = load_model(str(trained) if whole else model_name, plan)
-    if trained and not whole: model = load_adapter(model, str(trained))
-    if torch.cuda.is_available() and not plan.bits: model = model.to("cuda")
-    answers = answer(model, renderer, list(questions))
-    del model
-    gc.collect()
-    if torch.cuda.is_available(): torch.cuda.empty_cache()
-    return answers
+    with saved_chat(model_name, plan, renderer, trained) as chat: return answer(chat.model, renderer, list(questions))
 
 def as_table(
     before:list[Answer], # From the base model

@@ -11,7 +11,7 @@ __all__ = ['FAMILIES', 'FORMATS', 'WORD_RULES', 'NORMAL', 'UNKNOWN', 'CONTROL', 
 import io
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import redirect_stderr
 from functools import partial
 from pathlib import Path
@@ -132,6 +132,7 @@ NORMAL, UNKNOWN, CONTROL, ADDED, UNUSED, BYTE = range(1, 7)   # token types of t
 def vocabulary(
     spec:dict, # tokenizer.json
     size:int,  # Places in the embedding table
+    ends:Collection[int] = (), # BOS and EOS: control tokens, also where one of them is UNK
 )->tuple[list[str], list[int], list[float]]: # Tokens, their types, their scores
     "The tokens in the order of their ids."
     model, added = spec["model"], {t["id"]: t for t in spec["added_tokens"]}
@@ -140,7 +141,7 @@ def vocabulary(
     rank = {token: n for n, token in reversed(list(enumerate(merged)))}
     def kind(i):
         if i not in by_id: return UNUSED
-        if by_id[i] == model.get("unk_token"): return UNKNOWN
+        if by_id[i] == model.get("unk_token") and i not in ends: return UNKNOWN
         if i in added: return CONTROL if added[i]["special"] else ADDED
         return BYTE if model.get("byte_fallback") and re.fullmatch(r"<0x[0-9A-F]{2}>", by_id[i]) else NORMAL
     tokens = [by_id.get(i, f"[PAD{i}]") for i in range(size)]
@@ -151,7 +152,7 @@ def _put_tokenizer(writer, tokenizer, size:int, end_id:int):
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     if spec["model"]["type"] != "BPE": raise UserError(
         f"--gguf cannot write a tokenizer of the kind {spec['model']['type']}; it knows BPE")
-    tokens, kinds, scores = vocabulary(spec, size)
+    tokens, kinds, scores = vocabulary(spec, size, {tokenizer.bos_token_id, tokenizer.eos_token_id})
     pieces = spec["model"].get("byte_fallback", False)
     writer.add_tokenizer_model("llama" if pieces else "gpt2")
     writer.add_tokenizer_pre("default" if pieces else words_rule(spec))

@@ -44,10 +44,12 @@ class Passage(NamedTuple):
     file:str   # Path of the file it stands in
     line:int   # Line that its row or paragraph begins at, from 1
     also:tuple[str, ...] = () # Other places that say the very same
+    number:int = 0 # Which row of the file it is from, where the line does not tell; else 0
 
     @property
     def place(self)->str: # For people: names of files without their folders, which are nobody's business
-        return "; ".join((f"{Path(self.file).name}, line {self.line}", *self.also))
+        at = f"row {self.number}" if self.number else f"line {self.line}"
+        return "; ".join((f"{Path(self.file).name}, {at}", *self.also))
 
     @property
     def whole(self)->str: # What is searched, and what the model reads
@@ -102,7 +104,7 @@ def row_passages(
         if len(v) >= _SHORT: groups.append(line)
         else: open_group.append(line)
     if open_group: groups.append("\n".join(open_group))
-    return [Passage(title, piece.strip(), row.file, row.line) for g in groups for piece in _cut(g, longest)]
+    return [Passage(title, piece.strip(), row.file, row.line, number=row.number) for g in groups for piece in _cut(g, longest)]
 
 # %% ../../nbs/use/20_knowledge.ipynb #texts
 _heading = re.compile(r"(#{1,6})\s+(.*?)\s*#*$")

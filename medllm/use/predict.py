@@ -43,7 +43,7 @@ class Question(NamedTuple):
 
 def _question(row:Row|Bad, source:Source, chat:ChatModel, keep:Sequence[str])->tuple[Question, str]:
     "A row as a question, and what is wrong with it."
-    where = f"{Path(row.file).name}, line {row.line}"
+    where = row.place
     if isinstance(row, Bad): return Question(where, None, row.reason), row.why
     kept = {name: row.data[name] for name in ("id", *keep) if row.data.get(name) is not None}
     try: example = to_examples(row, source, "prompt")[0]

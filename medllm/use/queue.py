@@ -6,6 +6,7 @@
 __all__ = ['Piece', 'Question', 'Full', 'AnswerQueue']
 
 # %% ../../nbs/use/06_queue.ipynb #imports
+import contextlib
 import queue
 import threading
 import time
@@ -20,7 +21,7 @@ from fastcore.basics import patch
 
 from ..core import UserError
 from ..models.chat import ChatModel
-from ..models.sampling import Sampling, draw_tokens, rows_that_fit, takes, uniform_table
+from ..models.sampling import NotFinite, Sampling, draw_tokens, not_finite, rows_that_fit, takes, uniform_table
 from .stream import GrowingText
 
 # %% ../../nbs/use/06_queue.ipynb #ask
@@ -29,6 +30,7 @@ class Piece(NamedTuple):
     text:str        # What can be shown now
     tokens:int      # Tokens of the answer until here, with the one that ended it
     reason:str = "" # Why this is the last piece: stop, length, cancelled, error; "" for one that is not
+    fault:str = ""  # What was wrong with the model, in words without the prompt's; "" when that is not known
 
 @dataclass(eq=False)
 class Question:
@@ -52,11 +54,11 @@ class Question:
         "Not wanted any more."
         self.cancelled = True
 
-    def say(self, text:str, reason:str=""):
+    def say(self, text:str, reason:str="", fault:str=""):
         "Hand a piece on; a taker that fails wants no more."
         if self.over or not (text or reason): return
         self.over = bool(reason)
-        try: self.put(Piece(text, len(self.tokens), reason))
+        try: self.put(Piece(text, len(self.tokens), reason, fault))
         except Exception: self.cancelled = True
 
 class Full(Exception):
@@ -135,6 +137,7 @@ class AnswerQueue:
         self.count, self.faults, self.seconds = 0, 0, 1.0  # questions in the house; faults in a row; how long one takes
         self._last = {"logits_to_keep": 1} if takes(chat.model, "logits_to_keep") else {}
         self._placed = takes(chat.model, "position_ids")
+        self.fault = self._illness()                       # what is wrong with the model whatever it is asked; "" for nothing
         self._thread = threading.Thread(target=self._run, name="answers", daemon=True)
         self._thread.start()
 
@@ -142,7 +145,7 @@ class AnswerQueue:
     def alive(self)->bool: return self._thread.is_alive()
 
     @property
-    def healthy(self)->bool: return self.alive and self.faults < 3
+    def healthy(self)->bool: return self.alive and self.faults < 3 and not self.fault
 
     @property
     def retry_after(self)->int: # When there may be room again, from 1 to 60 [s]
@@ -183,7 +186,7 @@ def ask(self:AnswerQueue,
             f"a prompt of {len(q.prompt)} tokens leaves no room for an answer: the model has {self.chat.longest} positions")
         q.how = replace(q.how, max_new_tokens=min(q.how.max_new_tokens, room))
         q.uniforms, q.since = uniform_table(1, q.how.max_new_tokens, q.seed)[0], time.monotonic()
-        q.growing = GrowingText(self.chat.tokenizer, self.chat.renderer.stop_ids, q.stops)
+        q.growing = GrowingText(self.chat.tokenizer, self.chat.renderer.stop_ids, q.stops, self.chat.silent)
     if not held: self.hold(len(questions))
     with self._wake:
         self._new.extend(questions)
@@ -191,12 +194,13 @@ def ask(self:AnswerQueue,
 
 # %% ../../nbs/use/06_queue.ipynb #turns
 @patch
-def _end(self:AnswerQueue, row:Question, text:str, reason:str):
+def _end(self:AnswerQueue, row:Question, text:str, reason:str, fault:str=""):
     "Send the last piece of an answer."
     row.cache = None
     with self._wake: self.count -= 1
-    if reason in ("stop", "length"): self.faults, self.seconds = 0, .9*self.seconds + .1*(time.monotonic() - row.since)
-    row.say(text, reason)
+    if reason in ("stop", "length"):
+        self.faults, self.fault, self.seconds = 0, "", .9*self.seconds + .1*(time.monotonic() - row.since)
+    row.say(text, reason, fault)
 
 @patch
 def _grew(self:AnswerQueue, row:Question, token:int)->bool:
@@ -209,11 +213,12 @@ def _grew(self:AnswerQueue, row:Question, token:int)->bool:
     return not row.over
 
 @patch
-def _failed(self:AnswerQueue, rows:list[Question]):
+def _failed(self:AnswerQueue, rows:list[Question], error:Exception):
     "Read rows again, each alone; those that were alone have failed."
-    self.faults += 1
+    self.faults, fault = self.faults + 1, str(error) if isinstance(error, NotFinite) else ""
+    if fault: self.fault = self._illness()
     for row in rows:
-        if row.alone: self._end(row, "", "error")
+        if row.alone: self._end(row, "", "error", fault)
         else:
             row.alone, row.cache, row.read = True, None, 0
             self._reading.append(row)
@@ -236,7 +241,8 @@ def _drop_cancelled(self:AnswerQueue):
 # %% ../../nbs/use/06_queue.ipynb #steps
 @patch
 def _drawn(self:AnswerQueue, rows:list[Question], logits:torch.Tensor)->list[int]:
-    "The next token of each row."
+    "The next token of each row. Raises `NotFinite`."
+    if bool(not_finite(logits).any()): raise NotFinite
     kinds, tokens = {}, [0]*len(rows)
     for i, row in enumerate(rows): kinds.setdefault((row.how.temperature, row.how.top_p, row.how.top_k), []).append(i)
     for mine in kinds.values():
@@ -250,6 +256,15 @@ def _forward(self:AnswerQueue, position_ids:torch.Tensor, **inputs):
     if self._placed: inputs["position_ids"] = position_ids
     out = self.chat.model(**inputs, use_cache=True, **self._last)
     return out.logits[:, -1], out.past_key_values
+
+@patch
+def _illness(self:AnswerQueue)->str:
+    "What is wrong with the model even for a prompt of one token."
+    ids = torch.tensor([[self.chat.renderer.stop_ids[0]]], device=self.chat.device)
+    with contextlib.suppress(Exception), torch.no_grad():          # of other faults the answers tell
+        logits, _ = self._forward(torch.zeros_like(ids), input_ids=ids, attention_mask=None, past_key_values=None)
+        if not_finite(logits).any(): return str(NotFinite())
+    return ""
 
 @patch
 def _read(self:AnswerQueue):
@@ -289,14 +304,14 @@ def _turn(self:AnswerQueue):
     if self._reading:
         row = self._reading[0]
         try: self._read()
-        except Exception:
+        except Exception as e:
             if self._reading and self._reading[0] is row: self._reading.popleft()
-            if not row.over: self._failed([row])
+            if not row.over: self._failed([row], e)
     for batch in list(self._batches):
         try: self._step(batch)
-        except Exception:
+        except Exception as e:
             self._batches.remove(batch)
-            self._failed([row for row in batch.rows if not row.over])
+            self._failed([row for row in batch.rows if not row.over], e)
     self._batches = [batch for batch in self._batches if batch.rows]
 
 @patch

@@ -23,7 +23,7 @@ from ..data.readers import read_rows
 from ..data.registry import find_sources
 from ..evaluate.choice import model_facts
 from ..evaluate.compare import compare_scores
-from ..evaluate.result import Result, Task, compares, measures, summarises
+from ..evaluate.result import Result, Task, compares, measures, summarises, told_apart
 from ..evaluate.statistics import mcnemar, mean, paired, share, verdict_words
 from ..models.chat import ChatModel
 from ..models.sampling import Sampling
@@ -83,7 +83,7 @@ def row_questions(
             title = row.data.get("title") or ()
             titles = (title,) if isinstance(title, str) else tuple(title)
             found.append(Question(str(row.data.get("id") or n), example.turns[-1].text, example.gold, titles))
-    return found
+    return [q._replace(id=id) for q, id in zip(found, told_apart(q.id for q in found))]
 
 # %% ../../nbs/use/23_retrieval_scores.ipynb #search
 DEEP = 10 # Hits looked at
@@ -131,7 +131,7 @@ def compare_search(
     "Two ways of searching, by reciprocal rank."
     inside = [i for i, item in enumerate(base.items) if item["inside"]]
     ranks = lambda r: [1/r.items[i]["rank"] if r.items[i]["rank"] else 0.0 for i in inside]
-    return compare_scores(ranks(base), ranks(tuned))
+    return compare_scores(ranks(base), ranks(tuned)) | {"measure": "reciprocal_rank"}
 
 # %% ../../nbs/use/23_retrieval_scores.ipynb #answers
 def grounded_result(
@@ -182,7 +182,8 @@ def compare_answers(
     tuned:Result, # After, with the same questions
 )->dict:
     "Two models, both with passages."
-    return compare_scores(*([float(item["with"]) for item in r.items] for r in (base, tuned)), unit="share")
+    found = compare_scores(*([float(item["with"]) for item in r.items] for r in (base, tuned)), unit="share")
+    return found | {"measure": "right_with_passages"}
 
 # %% ../../nbs/use/23_retrieval_scores.ipynb #tasks
 @dataclass(frozen=True)

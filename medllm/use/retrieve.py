@@ -14,7 +14,6 @@ import math
 import os
 import re
 import shutil
-import tempfile
 import threading
 import unicodedata
 from collections import Counter
@@ -30,6 +29,7 @@ from filelock import FileLock
 
 from ..core import UserError, find_path, say, sha256, write_bytes, write_json
 from ..data.cache import cache_folder
+from ..machine import beside, cache_home, placed
 from ..data.registry import Source
 from ..data.words import HAN, words
 from .knowledge import LONGEST, Passage, find_knowledge, read_passages
@@ -252,7 +252,7 @@ def _read(folder:Path, dense:Dense|None)->Index|None:
         if json.loads(note.read_text()) != {k: v for k, v in _folder_hash(folder).items() if k != "index.json"}:
             raise ValueError("hash")
         lines = (folder/"passages.jsonl").read_text(encoding="utf-8", errors="surrogatepass").split("\n")
-        passages = [Passage(*row[:4], tuple(row[4])) for row in map(json.loads, filter(None, lines))]
+        passages = [Passage(*row[:4], tuple(row[4]), *row[5:]) for row in map(json.loads, filter(None, lines))]
         bm25 = _library("bm25s").BM25.load(folder/"bm25", load_corpus=False, show_progress=False)
         if dense: dense.vectors = np.load(folder/"vectors.npy")
         return Index(passages, bm25, json.loads((folder/"held.json").read_text(encoding="utf-8")), dense)
@@ -271,19 +271,18 @@ def open_index(
         f"knowledge must be in local files, and {lost[0]} is not; download it first")
     dense = Dense(plan.dense) if plan.dense else None
     files = source_hashes(sources)
-    keep = cache_folder(Path(os.environ.get("MEDLLM_CACHE", "~/.cache/medllm")).expanduser()/"knowledge")
+    with placed(): keep = cache_folder(cache_home()/"knowledge")
     place = keep/_key(sources, plan, files)
-    with FileLock(f"{place}.lock"):
+    with placed(), FileLock(f"{place}.lock"):
         if index := _read(place, dense): return index
         index = make_index(read_passages(sources, plan.longest))
         if dense:
             dense.vectors = dense.encode([p.whole for p in index.passages], False)
             index.dense = dense
         if source_hashes(sources) != files: raise UserError("a source of knowledge changed while it was read; start again")
-        part = Path(tempfile.mkdtemp(dir=keep, prefix=".part-"))
-        try:
+        with beside(place) as part:
+            part.chmod(0o700)
             _write(index, part)
             shutil.rmtree(place, ignore_errors=True)
             os.replace(part, place)
-        finally: shutil.rmtree(part, ignore_errors=True)
     return index

@@ -13,6 +13,7 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from ..core import UserError, say
+from ..marks import asked
 
 # %% ../../nbs/use/04_runs.ipynb #predict
 def _like(default, text:str):
@@ -132,11 +133,10 @@ def add_predict(
 # %% ../../nbs/use/04_runs.ipynb #verdict
 def verdict_of(
     summary:dict, # From `answer_all`
-)->list[dict]:    # what, target, measured, met
-    "The table of a record."
+)->list[dict]:    # Rows of `medllm.marks`
+    "The table of a record; without an answer nothing can be told of answers."
     rows, said = summary["rows"], summary["answered"]
-    return [
-        {"what": "rows answered", "target": "all", "measured": f"{said} of {rows}", "met": said == rows},
-        {"what": "answers that end by themselves", "target": "most", "measured": f"{summary['ended']} of {said}",
-            "met": 2*summary["ended"] > said},
-        {"what": "empty answers", "target": "none", "measured": str(summary["empty"]), "met": not summary["empty"]}]
+    told = lambda met: met if said else None
+    return [asked("rows answered", "all", f"{said} of {rows}", said == rows),
+        asked("answers that end by themselves", "most", f"{summary['ended']} of {said}", told(2*summary["ended"] > said)),
+        asked("empty answers", "none", summary["empty"], told(not summary["empty"]))]

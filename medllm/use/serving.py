@@ -14,6 +14,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,6 +84,8 @@ class Patient:
 
     def connection_made(self, transport):
         super().connection_made(transport)
+        # asyncio does this for sockets that name their protocol, and those of `socket.create_server` do not
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.late = self.loop.call_later(self.patience, transport.abort)
         if len(self.connections) > self.most: transport.abort()
 
@@ -112,7 +115,7 @@ class Patient:
 # %% ../../nbs/use/11_serving.ipynb #orderly
 class Orderly:
     "Laid over uvicorn's server: it ends with an exit code of its own."
-    cut = 0                                        # answers that were not whole in time
+    cut, hurried = 0, False                        # answers that were not whole in time; a second signal came
 
     @contextlib.contextmanager
     def capture_signals(self):
@@ -121,13 +124,22 @@ class Orderly:
             self._captured_signals.clear()         # uvicorn would raise them again
 
     def handle_exit(self, sig, frame):
-        self.force_exit = self.should_exit         # the second signal
+        self.force_exit, self.hurried = self.hurried, self.should_exit
         self.should_exit = True
+
+    async def _limit(self, grace:float, flush:float=.5):
+        "Cut answers off when their time is over, and leave them some to say so."
+        end = time.monotonic() + grace
+        while time.monotonic() < end and not self.hurried: await asyncio.sleep(.02)
+        self.cut = self.service.cut()
+        await asyncio.sleep(flush)
+        self.force_exit = self.force_exit or self.hurried
 
     async def shutdown(self, sockets=None):
         self.service.stopping = True
-        await super().shutdown(sockets)
-        self.cut = len(self.server_state.tasks)    # those that were told to stop
+        limit = asyncio.create_task(self._limit(self.grace))
+        try: await super().shutdown(sockets)
+        finally: limit.cancel()
 
 # %% ../../nbs/use/11_serving.ipynb #server
 def build_server(
@@ -148,8 +160,8 @@ def build_server(
     server = type("Server", (Orderly, uvicorn.Server), {})(uvicorn.Config(
         build_app(service, keys, local, **more), http=protocol, ws="none", lifespan="off", log_config=None, access_log=False,
         server_header=False, date_header=False, proxy_headers=False, timeout_keep_alive=5, h11_max_incomplete_event_size=32768,
-        timeout_graceful_shutdown=choice.grace))
-    server.service = service
+        timeout_graceful_shutdown=choice.grace + 2))    # answers end at the grace; this is for clients that do not listen
+    server.service, server.grace = service, choice.grace
     return server
 
 def build_service(

@@ -6,7 +6,7 @@
 __all__ = ['GrowingText']
 
 # %% ../../nbs/use/05_stream.ipynb #imports
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 # %% ../../nbs/use/05_stream.ipynb #growing
 def _held(text:str, stops:Sequence[str])->int:
@@ -20,8 +20,9 @@ class GrowingText:
         tokenizer,                 # Of the model
         stop_ids:Sequence[int],    # Tokens that end an answer
         stops:Sequence[str] = (),  # Texts that end it; they are no part of it
+        silent:Container[int] = (), # Control tokens: they are no text, see `medllm.models.chat`
     ):
-        self.tokenizer, self.stop_ids, self.stops = tokenizer, frozenset(stop_ids), tuple(stops)
+        self.tokenizer, self.stop_ids, self.stops, self.silent = tokenizer, frozenset(stop_ids), tuple(stops), silent
         self.tokens, self.text, self.ended = [], "", False   # `text`: all that is settled, blanks at its edges too
         self._from, self._settled, self._sent = 0, 0, 0
 
@@ -53,6 +54,7 @@ class GrowingText:
         if token in self.stop_ids:
             self.ended = True
             return self._news(True)
+        if token in self.silent: return ""
         self.tokens.append(token)
         return self._news(False)
 

@@ -24,7 +24,8 @@ from medllm.models.adapters import AdaptPlan, adapt
 from medllm.models.loading import load_tokenizer
 from medllm.train import resumable
 from medllm.train.checkpoints import check, commit
-from medllm.train.trainer import StageTrainer, TokenLoss
+from medllm.train.objectives import TokenLoss
+from medllm.train.trainer import StageTrainer
 
 ROUNDS, SAVES = 7, 6
 

@@ -32,11 +32,11 @@ def hit(owner, name, nth, before=True):
     setattr(owner, name, changed)
 
 
-def forward(): from medllm.train.trainer import TokenLoss; hit(TokenLoss, "__call__", 5)
+def forward(): from medllm.train.objectives import TokenLoss; hit(TokenLoss, "__call__", 5)
 def backward(): from accelerate import Accelerator; hit(Accelerator, "backward", 5, before=False)
 def optimizer(): from torch.optim import AdamW; hit(AdamW, "step", 5)
-def evaluation(): from medllm.train.trainer import TokenLoss; hit(TokenLoss, "validate", 1)      # before training
-def validation(): from medllm.train.trainer import TokenLoss; hit(TokenLoss, "validate", 2)      # after step 5
+def evaluation(): from medllm.train.objectives import TokenLoss; hit(TokenLoss, "validate", 1)      # before training
+def validation(): from medllm.train.objectives import TokenLoss; hit(TokenLoss, "validate", 2)      # after step 5
 def save(): from medllm.train import resumable; hit(resumable, "commit", 1)
 def after_save(): from medllm.train import resumable; hit(resumable, "commit", 2, before=False)
 def mapping(): from medllm.data import cache; hit(cache, "tokenise", 1, before=False)
@@ -74,7 +74,7 @@ def interrupted(folder, flags, place):
 def twice(folder, number):
     "A run that gets two signals while it holds a step up: exit code, and whether its checkpoints are whole."
     def work():
-        from medllm.train.trainer import TokenLoss
+        from medllm.train.objectives import TokenLoss
         original, calls = TokenLoss.__call__, [0]
         def slow(*args):
             calls[0] += 1
