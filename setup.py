@@ -17,6 +17,8 @@ setup(
     long_description_content_type="text/markdown",
     author=cfg["author"],
     author_email=cfg["author_email"],
+    url=cfg["git_url"],
+    project_urls={"Issues": f"{cfg['git_url']}/issues"},
     license="Apache-2.0",
     keywords=cfg["keywords"].split(),
     python_requires=f">={cfg['min_python']}",

@@ -8,12 +8,11 @@ __all__ = ['parser', 'main']
 # %% ../nbs/99_cli.ipynb #imports
 import argparse
 import contextlib
-import os
 import sys
 from collections.abc import Sequence
 
-from .core import Interrupted, UserError, say, spelled, terminal
-from .machine import arrive, place_fault
+from .core import UserError, say, spelled, terminal
+from .machine import arrive, exit_code
 from .model_cli import add_chat, add_evaluate, add_export, add_knowledge, add_serve, whole_number
 from .records.commands import add_verbs, report
 from .use.runs import add_predict
@@ -208,27 +207,18 @@ def _data_commands(p):
 # %% ../nbs/99_cli.ipynb #main
 _TALKING = ("chat", "serve")   # commands that read the terminal's lines, or are read by a program
 
+def _main(argv:list[str], own:bool)->int:
+    arrive(own)
+    if argv[:1] == ["train"]: return _train(argparse.Namespace(words=argv[1:]))
+    args = parser().parse_args(argv)
+    if not hasattr(args, "function"):
+        parser().print_help()
+        return 0
+    with contextlib.nullcontext() if argv[0] in _TALKING else spelled(): return args.function(args)
+
 def main(
     argv:Sequence[str]|None = None, # Words; None takes the program's own
-)->int:                             # 0; 1 when a run failed; 2 for a user's mistake
+)->int:                             # 0; 1 when a run failed; 2 for a user's mistake or a broken file
     "The `medllm` command; returns the exit code: also 75 when it was asked to stop, 124 out of time, 130 by the keyboard."
     own, argv = argv is None, sys.argv[1:] if argv is None else list(argv)
-    try:
-        arrive(own)
-        if argv[:1] == ["train"]: return _train(argparse.Namespace(words=argv[1:]))
-        args = parser().parse_args(argv)
-        if not hasattr(args, "function"):
-            parser().print_help()
-            return 0
-        with contextlib.nullcontext() if argv[0] in _TALKING else spelled(): return args.function(args)
-    except UserError as e:
-        say(f"error: {e}")
-        return 75 if isinstance(e, Interrupted) else 2
-    except KeyboardInterrupt: return 130
-    except BrokenPipeError:                     # the reader of the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0
-    except OSError as e:
-        if not (why := place_fault(e)): raise
-        say(f"error: {why}")
-        return 2
+    return exit_code(lambda: _main(argv, own))

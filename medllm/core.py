@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SENTENCES', 'RECORDED', 'UserError', 'Interrupted', 'nearest', 'project_root', 'bundled', 'find_path', 'sha256',
            'sync_folder', 'write_bytes', 'write_json', 'append_event', 'boot', 'quiet_bars', 'visible', 'spelled',
-           'terminal', 'is_first_process', 'say', 'progress_line', 'recorded']
+           'terminal', 'is_first_process', 'say', 'progress_line', 'first_line', 'foreign', 'recorded']
 
 # %% ../nbs/00_core.ipynb #imports
 import contextlib
@@ -154,6 +154,7 @@ def boot()->str: # 12 hex digits
     return hashlib.sha256(told.encode()).hexdigest()[:12]
 
 # %% ../nbs/00_core.ipynb #quiet
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")     # read when the library is imported, which is later
 for _part in ("backends.cpu.ops", "autograd._functions"): logging.getLogger(f"bitsandbytes.{_part}").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.* is deprecated")  # peft asks transformers so
 
@@ -215,6 +216,30 @@ def progress_line(
     "Put a line in the place of the terminal's last one, on stderr."
     sys.stderr.write(f"\r\033[K{visible(text, lines=False)}")
     sys.stderr.flush()
+
+# %% ../nbs/00_core.ipynb #foreign
+_NOT_THEIRS = (UserError, KeyboardInterrupt, SystemExit, GeneratorExit)
+
+def first_line(
+    error:BaseException, # Of any library
+    most:int = 200,      # Longest [characters]
+)->str:                  # "KeyError: 'metadata'"
+    "What an error is and says, in one line that is safe to print."
+    said = next(filter(None, map(str.strip, str(error).splitlines())), "")
+    said = visible(said if len(said) <= most else f"{said[:most]}…", lines=False)
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+@contextlib.contextmanager
+def foreign(
+    what:str,          # What is read, and where: "the tokenizer of model x"
+    mend:str,          # What to do about it
+    quote:bool = True, # Whether the library's words are shown; not where they may hold somebody's text
+):
+    "Within the block somebody else's file is read: whatever goes wrong is a `UserError` that blames it."
+    try: yield
+    except _NOT_THEIRS: raise
+    except BaseException as e:      # a panic of a Rust library is no Exception
+        raise UserError(f"{what} cannot be used ({first_line(e) if quote else type(e).__name__}); {mend}") from e
 
 # %% ../nbs/00_core.ipynb #recorded
 RECORDED = {"MEDLLM_RECORDED": "1"} # environment of a process whose output is kept

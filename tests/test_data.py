@@ -149,7 +149,7 @@ BROKEN = {
         "no column 'instruction' .there are: .* and 999988 other names"),
     "D14 a row of 40 MB": ("r.jsonl", f'{GOOD}\n{{"instruction": "{"x"*40_000_000}", "output": "y"}}\n'.encode(),
         "longer than 16 MiB"),
-    "D14 a bomb": ("r.jsonl.gz", gzip.compress(b'{"a": "' + b"x"*200_000_000), "longer than 16 MiB"),
+    "D14 a bomb": ("r.jsonl.gz", gzip.compress(b'{"a": "' + b"x"*200_000_000), "unpacks to more than 100 times"),
     "D18 empty": ("r.jsonl", b"", "is empty"),
     "D18 blank": ("r.json", b" \n ", "is empty"),
 }

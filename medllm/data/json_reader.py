@@ -8,7 +8,6 @@ __all__ = ['MAX_ROW', 'Row', 'Bad', 'file_and_at', 'open_bytes', 'find_encoding'
 
 # %% ../../nbs/data/01_json_reader.ipynb #imports
 import codecs
-import gzip
 import io
 import itertools
 import json
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..core import UserError
+from .packed import Unpacked
 from .registry import unique_keys
 
 # %% ../../nbs/data/01_json_reader.ipynb #row
@@ -67,7 +67,7 @@ def open_bytes(
 )->io.BufferedReader:
     "The file's bytes, unpacked when they are gzip, whatever its name says."
     f = open(file, "rb")
-    return io.BufferedReader(gzip.GzipFile(fileobj=f)) if f.peek(2)[:2] == b"\x1f\x8b" else f
+    return io.BufferedReader(Unpacked(f)) if f.peek(2)[:2] == b"\x1f\x8b" else f
 
 _BLOCK = 2**20
 

@@ -17,30 +17,37 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
+
 from ..core import UserError, say
 from .json_reader import (
     MAX_ROW, Bad, Row, find_encoding, is_text, json_line, json_lines, json_rows, open_bytes, read_lines)
+from .packed import Total, check_arrow, check_parquet, check_rows, check_xlsx, row_bytes, row_parts
 from .registry import Source
 
 # %% ../../nbs/data/02_readers.ipynb #table
-def _counted(f, codec:str, at:list)->Iterator[str]:
-    "Lines of a text file, with the bytes so far in `at`."
-    for line in f:
+def _counted(f, codec:str, at:list, name:str)->Iterator[str]:
+    "Lines of a text file, with the bytes so far in `at`. Raises `UserError` for a row longer than is read, wherever it ends."
+    for number in itertools.count(1):
+        if not (line := f.readline(MAX_ROW + 1)): return
         at[0] += len(line.encode(codec))
+        if at[0] - at[1] > MAX_ROW: raise UserError(
+            f"{name}, line {number}: the row is longer than {MAX_ROW//2**20} MiB; split it or leave it out, or close its quotes")
         yield line
 
 def _table(file:Path, name:str, encoding:str, delimiter:str=",")->Iterator[Row|Bad]:
     "Rows of a CSV or TSV file with a header line."
     csv.field_size_limit(MAX_ROW)
-    at, codec = [0], {"utf-16": "utf-16-le", "utf-8-sig": "utf-8", "utf-32": "utf-32-le"}.get(encoding, encoding)
+    at, codec = [0, 0], {"utf-16": "utf-16-le", "utf-8-sig": "utf-8", "utf-32": "utf-32-le"}.get(encoding, encoding)
     with io.TextIOWrapper(open_bytes(file), encoding=encoding, newline="") as f:
-        reader = csv.reader(_counted(f, codec, at), delimiter=delimiter, strict=True)
+        reader = csv.reader(_counted(f, codec, at, name), delimiter=delimiter, strict=True)
         try:
             header, begin = next(reader, None), (2, at[0])
             if not header: raise UserError(f"{name} is empty")
             if len(set(header)) < len(header): raise UserError(f"{name}, line 1: two columns have the same name")
+            at[1] = at[0]
             for values in reader:
-                (line, byte), begin = begin, (reader.line_num + 1, at[0])
+                (line, byte), begin, at[1] = begin, (reader.line_num + 1, at[0]), at[0]
                 if not values: continue
                 if len(values) != len(header): yield Bad("wrong_columns", name, line, byte,
                     f"{len(values)} values for {len(header)} columns; quote commas and quotes")
@@ -63,33 +70,68 @@ def _text(file:Path, name:str, encoding:str)->Iterator[Row|Bad]:
         else: yield Row({"text": text.rstrip("\r\n")}, name, line, byte)
 
 # %% ../../nbs/data/02_readers.ipynb #arrow
+def _batches(file:Path, name:str)->Iterator:
+    "Record batches of a Parquet or Arrow file, which was looked at before."
+    import pyarrow as pa
+    import pyarrow.parquet
+    if file.suffix.lower() == ".parquet":
+        with open(file, "rb") as f: footer = pa.parquet.read_metadata(f)
+        at_once, schema = check_parquet(file, name, footer), footer.schema
+        columns = map(schema.column, range(len(schema)))
+        inside = [c.path for c in columns if c.max_repetition_level and c.physical_type == "BYTE_ARRAY"]
+        yield from pa.parquet.ParquetFile(file, read_dictionary=inside).iter_batches(at_once)    # else each entry is copied
+        return
+    with pa.memory_map(str(file)) as f:
+        data, rows = f.read_buffer(), 0
+        if data[:6].to_pybytes() == b"ARROW1": data = data[8:]        # a file is a stream with a table of contents behind it
+        check_arrow(data, name)
+        for batch in pa.ipc.open_stream(data):
+            batch.validate(full=True)
+            rows += batch.num_rows
+            check_rows(name, rows, f.size())
+            yield batch
+
 def _arrow(file:Path, name:str, encoding:str)->Iterator[Row|Bad]:
     "Rows of a Parquet or Arrow file."
     import pyarrow as pa
-    import pyarrow.parquet
+    long, odd = (f"the row is longer than {MAX_ROW//2**20} MiB; split it or leave it out",
+        "a text holds a NUL or half a surrogate pair; take it out")
     try:
-        if file.suffix.lower() == ".parquet": batches = pa.parquet.ParquetFile(file).iter_batches(1000)
-        else:
-            try: batches = pa.ipc.open_stream(file)
-            except pa.ArrowInvalid:
-                whole = pa.ipc.open_file(file)
-                batches = (whole.get_batch(i) for i in range(whole.num_record_batches))
-        rows = (row for batch in batches for row in batch.to_pylist())
-        for n, row in enumerate(rows, 1): yield Row(row, name, n, number=n) if is_text(row) else Bad(
-            "bad_text", name, n, 0, "a text holds a NUL or half a surrogate pair; take it out", n)
-    except (pa.ArrowException, OSError) as e:
+        n, total = 0, Total(name, file.stat().st_size)
+        for batch in _batches(file, name):
+            sizes = sum(map(row_bytes, batch.columns), np.zeros(batch.num_rows, np.int64))
+            for first, rows in row_parts(batch, sizes, MAX_ROW):
+                total.add(int(sizes[first:first + len(rows or ())].sum()))
+                if rows is None: yield Bad("row_too_large", name, n + first + 1, 0, long, n + first + 1)
+                for k, row in enumerate(rows or (), n + first + 1): yield (
+                    Row(row, name, k, number=k) if is_text(row) else Bad("bad_text", name, k, 0, odd, k))
+            n += batch.num_rows
+    except UserError as e: raise UserError(str(e) if str(e).startswith(name) else f"{name}: {e}") from None
+    except (pa.ArrowException, OSError, ValueError, UnicodeError, OverflowError, MemoryError) as e:
         raise UserError(f"{name}: not a readable {file.suffix} file ({type(e).__name__}); write it anew") from None
 
+# %% ../../nbs/data/02_readers.ipynb #sheet
 def _cell(value)->str|None:
     "A spreadsheet's value as text."
     if isinstance(value, float) and value.is_integer(): value = int(value)
     return value if value is None or isinstance(value, str) else str(value)
 
-def _sheet_row(header:list, values:list, name:str, line:int)->Iterator[Row|Bad]:
-    "The row of a line of a sheet; none for an empty line."
-    row, lost = {k: v for k, v in zip(header, values) if k}, values[len(header):]
-    if any(lost): yield Bad("wrong_columns", name, line, 0, "a value stands beyond the header; give its column a name")
+def _sheet_row(header:dict, width:int, values:dict, name:str, line:int)->Iterator[Row|Bad]:
+    "The row of a line of a sheet, from values by column; none for an empty line."
+    row = {name: values.get(column) for column, name in header.items() if name}
+    if any(value for column, value in values.items() if column > width): yield Bad(
+        "wrong_columns", name, line, 0, "a value stands beyond the header; give its column a name")
+    elif sum(len(v) for v in row.values() if v) > MAX_ROW: yield Bad("row_too_large", name, line, 0,
+        f"the row is longer than {MAX_ROW//2**20} MiB; split it or leave it out")
     elif any(v is not None for v in row.values()): yield Row(row, name, line)
+
+def _cells(book, sheet)->Iterator[tuple[int, dict]]:
+    "Lines of a sheet, number and values by column; no cell is made up, however far apart they stand."
+    from openpyxl.worksheet._reader import WorkSheetParser
+    with sheet._get_source() as source:
+        parser = WorkSheetParser(source, sheet._shared_strings, data_only=True, epoch=book.epoch,
+            date_formats=book._date_formats, timedelta_formats=book._timedelta_formats)
+        for line, cells in parser.parse(): yield line, {cell["column"]: _cell(cell["value"]) for cell in cells}
 
 def _sheet(file:Path, name:str, encoding:str)->Iterator[Row|Bad]:
     "Rows of the first sheet of an Excel file; columns without a name and empty rows are left out."
@@ -97,14 +139,20 @@ def _sheet(file:Path, name:str, encoding:str)->Iterator[Row|Bad]:
     except ImportError:
         raise UserError(f"{name}: reading .xlsx needs the extra: pip install 'medllm[excel]'") from None
     try:
-        sheets = load_workbook(file, read_only=True, data_only=True).worksheets
-        cells = ([_cell(v) for v in row] for row in sheets[0].iter_rows(values_only=True))
-        header = next(cells, [])
-        named = [k for k in header if k]
-        if not named: raise UserError(f"{name} is empty")
+        check_xlsx(file, name)
+        book = load_workbook(file, read_only=True, data_only=True)
+        sheet = book.worksheets[0]
+        lines = _cells(book, sheet)
+        first, header = next(lines, (1, {}))
+        named = [title for title in header.values() if title] if first == 1 else []
+        if not named: raise UserError(f"{name}, line 1: no column has a name" if header else f"{name} is empty")
         if len(set(named)) < len(named): raise UserError(f"{name}, line 1: two columns have the same name")
-        if len(sheets) > 1: say(f"{name}: the first of {len(sheets)} sheets is read")
-        for line, values in enumerate(cells, 2): yield from _sheet_row(header, values, name, line)
+        if len(book.worksheets) > 1: say(f"{name}: the first of {len(book.worksheets)} sheets is read")
+        width = max(*header, sheet.max_column or 0)
+        total = Total(name, file.stat().st_size)
+        for line, values in lines:
+            total.add(sum(len(v) for v in values.values() if v))
+            yield from _sheet_row(header, width, values, name, line)
     except UserError: raise
     except Exception as e: raise UserError(f"{name}: not a readable .xlsx file ({type(e).__name__})") from None
 
@@ -119,11 +167,9 @@ def _state(file:Path)->tuple:
 
 def _copy_unpacked(file:Path, folder:str)->Path:
     "A copy of a gzipped file without its packing, for readers that jump about in files."
-    copy, size = Path(folder)/file.with_suffix("").name, 0
+    copy = Path(folder)/file.with_suffix("").name
     with open_bytes(file) as packed, open(copy, "wb") as plain:
-        while block := packed.read(2**20):
-            size += plain.write(block)
-            if size > 1000*file.stat().st_size: raise UserError(f"{file}: unpacks to more than 1000 times its size")
+        while block := packed.read(2**20): plain.write(block)
     return copy
 
 def _rows(file:Path, name:str, encoding:str, reader:Callable)->Iterator[Row|Bad]:

@@ -140,12 +140,16 @@ def _check(r:_Rendered):
     if len(said) != len(set(said)) or order != sorted(order):
         raise UserError(f"the chat template repeats or reorders the messages{_OTHER}")
 
+_LONGEST_HEADER = 10_000   # between the question and the answer [characters]
+
 def _begin(r:_Rendered, message:int, first:int, before:int, control:re.Pattern)->int:
     "Where the trained part of an answer begins; its first mark is at `first`, the mark before it ends at `before`."
     prompt = r.render(r.shape.messages[:message], True)
     if r.full.startswith(prompt) and len(prompt) <= first: return len(prompt)
     header = prompt.removeprefix(r.render(r.shape.messages[:message], False))
     if header == prompt: return first
+    if len(header) > _LONGEST_HEADER: raise UserError(
+        f"the chat template writes {len(header):,} characters before an answer{_OTHER}")
     cuts = {len(header), *(at for t in control.finditer(header) for at in t.span()), *(
         m.end() for m in re.finditer("\n", header))} - {0}
     for cut in sorted(cuts, reverse=True):

@@ -22,7 +22,7 @@ from ..core import UserError, say
 from .formats import Example
 from .messages import Call, Turn
 from .skeleton import Piece, Shape, shape_of, skeleton
-from .templates import chat_jinja, control_tokens
+from .templates import chat_jinja, control_tokens, write_messages
 
 # %% ../../nbs/data/08_tokens.ipynb #plain
 def _parts(node, key:str)->list[dict]:
@@ -149,8 +149,7 @@ class Renderer:
     def _text(self, messages:list, tools:list|None, generate:bool)->str:
         "What the template writes."
         more = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
-        try: return self.tokenizer.apply_chat_template(messages, tools=tools, chat_template=self.jinja,
-            tokenize=False, add_generation_prompt=generate, **more)
+        try: return write_messages(self.tokenizer, self.jinja, messages, tools, generate, **more)
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as e: raise UserError(
             f"the chat template cannot write {', '.join(m['role'] for m in messages)}: "
             f"{str(e).removesuffix('; choose another with --template')}; choose another with --template") from None

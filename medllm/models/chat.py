@@ -7,7 +7,6 @@ __all__ = ['ModelChoice', 'Said', 'silent_ids', 'ChatModel', 'load_chat_model', 
 
 # %% ../../nbs/models/09_chat.ipynb #imports
 import gc
-import json
 import re
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -21,8 +20,8 @@ import torch
 from ..core import UserError, find_path
 from ..data.formats import Example, Turn
 from ..data.tokens import Renderer
-from .adapters import chain_of, check_chain, load_adapter, merged, names
-from .loading import LoadPlan, check_vocabulary, load_model, load_tokenizer
+from .adapters import base_of, chain_of, check_chain, load_adapter, merged, names
+from .loading import LoadPlan, check_vocabulary, load_model, load_tokenizer, open_tokenizer
 from .sampling import Sampling, rows_that_fit, sample_answers, uniform_table
 
 # %% ../../nbs/models/09_chat.ipynb #choice
@@ -41,9 +40,7 @@ class ModelChoice:
         "The same choice, an adapter in the model's place looked through. Raises `UserError` when its base is not known."
         config = find_path(self.model_name_or_path)/"adapter_config.json"
         if not config.exists() or (config.parent/"config.json").exists(): return self
-        base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
-        if not base: raise UserError(f"{config} does not name its base model: give it with --model_name_or_path")
-        return replace(self, model_name_or_path=base, adapter_name_or_path=",".join(
+        return replace(self, model_name_or_path=base_of(str(config.parent)), adapter_name_or_path=",".join(
             [*chain_of(str(config.parent)), *self.adapters]))
 
     @property
@@ -131,13 +128,6 @@ class ChatModel:
         return [said[i] for i in range(len(prompts))]
 
 # %% ../../nbs/models/09_chat.ipynb #load
-def _tokenizer_beside(folder:str):
-    "The tokenizer that lies beside an adapter."
-    from transformers import AutoTokenizer
-    try: return AutoTokenizer.from_pretrained(find_path(folder), trust_remote_code=False)
-    except (OSError, ValueError) as e: raise UserError(
-        f"the tokenizer in {folder} cannot be loaded ({type(e).__name__}); take its files away to use the base model's") from None
-
 def load_chat_model(
     choice:ModelChoice = ModelChoice(), # Which model
     device:str|None = None,             # Where it goes; None: the accelerator, or the CPU
@@ -152,7 +142,7 @@ def load_chat_model(
     if last: model = load_adapter(model, last)
     if not getattr(model, "is_quantized", False): model = model.to(device)
     own = last and (find_path(last)/"tokenizer_config.json").exists()
-    tokenizer = _tokenizer_beside(last) if own else load_tokenizer(choice.model_name_or_path, plan)
+    tokenizer = open_tokenizer(str(find_path(last)), last, {}) if own else load_tokenizer(choice.model_name_or_path, plan)
     check_vocabulary(choice.model_name_or_path, tokenizer, model.get_input_embeddings().weight.shape[0])
     renderer = Renderer(tokenizer, choice.template, choice.default_system, enable_thinking=choice.enable_thinking)
     renderer.stop_also(getattr(getattr(model, "generation_config", None), "eos_token_id", None))

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
-from ..core import UserError, find_path
+from ..core import UserError, find_path, foreign
+from .adapters import read_adapter
 
 # %% ../../nbs/models/05_roles.ipynb #speaking
 def _tuned(model)->list:
@@ -61,17 +62,17 @@ def load_role(
     name:str,   # What it is called here
 )->dict:        # Tensors of the folder that belong to no adapter layer: a reward model's head, by name
     "Add a trained adapter, frozen. Raises `UserError` when it was made for another model."
-    from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
-    where = find_path(folder)
-    if not (where/"adapter_config.json").exists(): raise UserError(
-        f"{folder} is not an adapter: it has no adapter_config.json")
-    config, tensors = PeftConfig.from_pretrained(where), load_file(where/"adapter_model.safetensors")
+    where, config = find_path(folder), read_adapter(folder)
+    tensors = load_file(where/"adapter_model.safetensors")
     heads = {key: t for key, t in tensors.items() if "lora_" not in key}
     trains = [p for p in model.parameters() if p.requires_grad]
-    try: model.add_adapter(name, replace(config, task_type="CAUSAL_LM", modules_to_save=None, inference_mode=True))
-    except ValueError as e: raise UserError(
-        f"the adapter {folder} is for another model: {str(e).splitlines()[0]}") from None
+    config = replace(config, task_type="CAUSAL_LM", modules_to_save=None, inference_mode=True, base_model_name_or_path=None)
+    with foreign(f"the adapter {folder}", "have it saved anew"):
+        try: model.add_adapter(name, config)
+        except ValueError as e: raise UserError(
+            f"the adapter {folder} is for another model: {str(e).splitlines()[0]}") from None
     want = {key: tuple(t.shape) for key, t in get_peft_model_state_dict(model, adapter_name=name).items() if "lora_" in key}
     have = {key: tuple(t.shape) for key, t in tensors.items() if "lora_" in key}
     odd = [key for key in sorted(want.keys() | have.keys()) if want.get(key) != have.get(key)]

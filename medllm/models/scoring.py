@@ -6,7 +6,6 @@
 __all__ = ['load_scorer', 'scores', 'load_reward_model', 'score_rows', 'scoring_pad']
 
 # %% ../../nbs/models/06_scoring.ipynb #imports
-import json
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -14,7 +13,8 @@ import torch
 
 from ..core import UserError, find_path
 from ..data.templates import control_tokens
-from .adapters import chain_of, load_adapter, merged
+from .adapters import base_of, chain_of, load_adapter, merged
+from .folder import read_object
 from .loading import LoadPlan, pretrained, scalar_head
 
 # %% ../../nbs/models/06_scoring.ipynb #load
@@ -72,12 +72,12 @@ def load_reward_model(
     where = find_path(folder)
     adapter, whole = where/"adapter_config.json", where/"config.json"
     if adapter.exists():
-        given = json.loads(adapter.read_text(encoding="utf-8"))
-        if given.get("task_type") != "SEQ_CLS": raise UserError(
+        if read_object(adapter).get("task_type") != "SEQ_CLS": raise UserError(
             f"{folder} is no reward model but the adapter of a language model; stage rm makes one of it")
-        model = load_scorer(base or given["base_model_name_or_path"], plan, chain_of(str(where)), device)
+        model = load_scorer(base or base_of(str(where)), plan, chain_of(str(where)), device)
     else:
-        kinds = json.loads(whole.read_text(encoding="utf-8")).get("architectures") if whole.exists() else None
+        kinds = read_object(whole).get("architectures") if whole.exists() else None
+        kinds = [str(kind) for kind in kinds] if isinstance(kinds, list) else []
         if kinds and not any(kind.endswith("ForSequenceClassification") for kind in kinds): raise UserError(
             f"{folder} is no reward model but a {kinds[0]}; stage rm makes one of it")
         model = load_scorer(folder, plan, device=device)

@@ -11,8 +11,8 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..core import UserError, say, visible
-from ..json_file import finite
+from ..core import UserError, issue_address, say, visible
+from ..json_file import finite, read_json
 from ..marks import conclusion
 
 # %% ../../nbs/records/25_commands.ipynb #look
@@ -88,6 +88,20 @@ def _sign(args)->int:
 # %% ../../nbs/records/25_commands.ipynb #run
 EXIT = {"completed": 0, "rejected": 2, "interrupted": 75, "timed_out": 124}   # any other end: 1
 
+def _raised(run)->str:
+    "Name of the error that the notebook of a failed run ended with; none for stages and points, which say it themselves."
+    try: cells = [] if run.state.get("stages") else read_json(run.folder/"record.ipynb")["cells"]
+    except (OSError, ValueError, KeyError, TypeError): return ""
+    return next((o["ename"] for c in cells for o in c.get("outputs", []) if o.get("output_type") == "error"), "")
+
+def _of_failure(run)->int:
+    "The exit code of a run that did not complete; a fault of our own is said to be one."
+    if "in a row could not be written" in run.state.get("reason", ""): return 74
+    kind = _raised(run) if run.state["status"] == "failed" else ""
+    if kind in ("UserError", "PanicException"): return 2
+    if kind: say(f"where this is a fault of medllm, please report it with the traceback in record.ipynb: {issue_address()}")
+    return EXIT.get(run.state["status"], 1)
+
 def report(
     run,   # `medllm.records.record.Run` that has ended
 )->int:    # The exit code
@@ -97,7 +111,7 @@ def report(
     state = run.state
     if state["status"] != "completed":
         say(f"{state['status']}: {state.get('reason', '')}\nrecord: {run.folder}")
-        return 74 if "in a row could not be written" in state.get("reason", "") else EXIT.get(state["status"], 1)
+        return _of_failure(run)
     m = read_state(run.folder).get("metrics") or {}       # a notebook that keeps no record of its own has none
     if "passed" in m: print(f"the data {'passed' if m['passed'] else 'did not pass'}: {run.folder/'card.md'}")
     known = all(m.get(name) is not None for name in ("loss_first", "loss_last", "steps", "train_runtime")) and m["loss_first"]

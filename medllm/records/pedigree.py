@@ -45,7 +45,10 @@ def consumed(
         if not name: continue
         place = model_location(name) if name == "tiny" or not find_path(name).is_dir() else find_path(name)
         if Path(place).is_dir(): place = Path(place).resolve()
-        found.append({"role": role, "name": name, "place": str(place), "weights": weights(place)})
+        held = weights(place)
+        if not held and Path(place).is_dir(): raise UserError(
+            f"{place} holds no .safetensors file: the record could not name by a hash what the run starts from")
+        found.append({"role": role, "name": name, "place": str(place), "weights": held})
     return found
 
 # %% ../../nbs/records/02_pedigree.ipynb #tree

@@ -14,8 +14,8 @@ import threading
 import time
 from collections.abc import Sequence
 
-from ..core import Interrupted, UserError, say
-from ..machine import place_fault, settle_home, speak_utf8, tolerant_console
+from ..core import say
+from ..machine import exit_code, settle_home, speak_utf8, tolerant_console
 
 # %% ../../nbs/train/32_main.ipynb #help
 _HEAD = """usage: python -m medllm.train [FILE.yaml] [--flag value …] [flag=value …]
@@ -102,7 +102,7 @@ def main(
     if os.environ.get("MEDLLM_WITH"): end_with(int(os.environ["MEDLLM_WITH"]))
     if (code := mend_launch(argv)) is not None: return code
     from medllm.train.interruption import listening
-    with listening(): return _train(argv, own)
+    with listening(): return exit_code(lambda: _train(argv, own))
 
 def end_with(
     pid:int, # Of the notebook that started this process through a launcher
@@ -117,25 +117,16 @@ def end_with(
 
 def _train(argv:list[str], own:bool)->int:
     "The exit code of a training command; a signal ends it in a way that can be gone on from."
-    try:
-        settle_home()
-        from medllm.train.arguments import read_command
-        from medllm.train.determinism import begin_anew
-        from medllm.train.loop import run
-        given = read_command(argv)
-        if own: begin_anew(given.get("profile"))
-        metrics = run(given)
-        if metrics.get("loss_first"): say(
-            f"{metrics['steps']} steps, loss {metrics['loss_first']:.4f} -> {metrics['loss_last']:.4f}, "
-            f"{metrics['trained_tokens_per_second']:.0f} trained tokens/s")
-        return 0
-    except UserError as e:
-        say(f"error: {e}")
-        return 75 if isinstance(e, Interrupted) else 74 if type(e).__name__ == "Unwritable" else 2
-    except OSError as e:
-        if not (why := place_fault(e)): raise
-        say(f"error: {why}")
-        return 2
-    except KeyboardInterrupt: return 130
+    settle_home()
+    from medllm.train.arguments import read_command
+    from medllm.train.determinism import begin_anew
+    from medllm.train.loop import run
+    given = read_command(argv)
+    if own: begin_anew(given.get("profile"))
+    metrics = run(given)
+    if metrics.get("loss_first"): say(
+        f"{metrics['steps']} steps, loss {metrics['loss_first']:.4f} -> {metrics['loss_last']:.4f}, "
+        f"{metrics['trained_tokens_per_second']:.0f} trained tokens/s")
+    return 0
 
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())   # a notebook has no __file__

@@ -23,6 +23,7 @@ from ..core import UserError, find_path, say, write_json
 from ..data.cache import cache_folder
 from ..machine import described, differs
 from ..models.adapters import AdaptPlan, adapt, names
+from ..models.folder import read_object
 from ..models.loading import load_model, load_tokenizer
 from ..models.roles import copy_adapter, load_role, speaking
 from .arguments import Arguments
@@ -42,7 +43,7 @@ class ReferencePlan:
 def _whole_modules(folder:str)->bool:
     "Whether an adapter holds more than adapter layers."
     file = find_path(folder)/"adapter_config.json"
-    return file.exists() and bool(json.loads(file.read_text(encoding="utf-8")).get("modules_to_save"))
+    return file.exists() and bool(read_object(file).get("modules_to_save"))
 
 def _named(args:Arguments)->ReferencePlan:
     "The reference that was named."

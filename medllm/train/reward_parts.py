@@ -6,14 +6,13 @@
 __all__ = ['RewardModelPlan', 'plan_reward_model', 'whole_rows', 'RoleScorer', 'load_scores', 'RewardParts', 'reward_parts']
 
 # %% ../../nbs/train/28_reward_parts.ipynb #imports
-import json
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from ..core import UserError, find_path, say
-from ..models.adapters import chain_of, names
+from ..models.adapters import base_of, chain_of, names
 from ..models.loading import load_tokenizer, model_location
 from ..models.roles import load_role, speaking
 from ..models.sampling import at_rest
@@ -53,8 +52,7 @@ def plan_reward_model(
     if given and kind == "full": raise UserError(
         f"--reward_model_adapters {folder} is not an adapter: it has no adapter_config.json")
     if kind == "full": return RewardModelPlan(folder, None, False, r.reward_model_quantization_bit)
-    named = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path", "")
-    base, bare = r.reward_model if given else named, plan.kind == "lora" and (
+    base, bare = r.reward_model if given else base_of(folder), plan.kind == "lora" and (
         not plan.adapters or len(plan.adapters) == 1 and not plan.new_adapter)
     same = str(model_location(base)) == str(model_location(m.model_name_or_path))
     bare = bare and len(chain_of(folder)) == 1

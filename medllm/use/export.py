@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..core import Interrupted, UserError, find_path, say, sha256, write_bytes, write_json
+from ..data.templates import chat_jinja, write_messages
 from ..machine import beside, check_writable, place_fault, sweep, take_place, writing_failed
 from ..models.chat import ChatModel, ModelChoice, load_chat_model
 from ..models.loading import LoadPlan, load_model, load_tokenizer, model_location
@@ -162,8 +163,9 @@ def _merged(check:Check, part:Path, dtype:str, device:str):
     chat = load_chat_model(ModelChoice(str(part), dtype=dtype), device)
     check.model("merged", chat, limits_of("merged", dtype, check.plan.limits))
     own = load_tokenizer(str(part))
-    asked = ([{"role": "user", "content": q}] for q in check.questions)
-    check.tokens("prompts", [own.apply_chat_template(a, add_generation_prompt=True)["input_ids"] for a in asked],
+    template = chat_jinja(own, "auto")
+    texts = (write_messages(own, template, [{"role": "user", "content": q}], generate=True) for q in check.questions)
+    check.tokens("prompts", [own(text, add_special_tokens=False)["input_ids"] for text in texts],         # as apply_chat_template
         [p.tolist() for p in check.prompts])
 
 def _quantised(check:Check, part:Path, bits:int, chat:ChatModel, dtype:str):

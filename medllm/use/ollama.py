@@ -8,6 +8,7 @@ __all__ = ['PROBES', 'PROOFS', 'written', 'slots_of', 'go_template', 'modelfile'
 # %% ../../nbs/use/15_ollama.ipynb #imports
 import json
 
+from ..data.templates import write_messages
 from ..data.tokens import Renderer
 from .merge import template_text
 
@@ -22,8 +23,7 @@ def written(
     "What a template writes for a conversation."
     from jinja2 import TemplateError
     messages = [{"role": _ROLES[r], "content": _mark(n)} for n, r in enumerate(roles)]
-    try: return renderer.tokenizer.apply_chat_template(
-        messages, chat_template=template_text(renderer), tokenize=False, add_generation_prompt=True)
+    try: return write_messages(renderer.tokenizer, template_text(renderer), messages, generate=True)
     except (TemplateError, TypeError, ValueError, LookupError): return None
 
 # %% ../../nbs/use/15_ollama.ipynb #slots
