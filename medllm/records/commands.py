@@ -11,7 +11,8 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..core import UserError, issue_address, say, visible
+from ..core import UserError, say, visible
+from ..machine import issue_address
 from ..json_file import finite, read_json
 from ..marks import conclusion
 
