@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['writing_failed', 'place_fault', 'placed', 'can_write', 'check_writable', 'sweep', 'beside', 'take_place',
-           'substitute', 'home', 'settle_home', 'cache_home', 'tolerant_console', 'speak_utf8', 'arrive',
-           'issue_address', 'exit_code', 'described', 'differs', 'all_described', 'first_difference', 'digest']
+           'substitute', 'home', 'settle_home', 'cache_home', 'hub_answers', 'check_hub', 'tolerant_console',
+           'speak_utf8', 'arrive', 'issue_address', 'exit_code', 'described', 'differs', 'all_described',
+           'first_difference', 'digest']
 
 # %% ../nbs/04_machine.ipynb #imports
 import atexit
@@ -214,6 +215,25 @@ def cache_home()->Path:
     if own and not can_write(own/".cache/medllm"): return own/".cache/medllm"
     _told_of(place := substitute()/"cache")
     return place
+
+# %% ../nbs/04_machine.ipynb #network
+@cache
+def hub_answers()->bool:
+    "Whether the hub can be reached; asked once in a process, and waited for five seconds."
+    from huggingface_hub import constants, get_session
+    if constants.HF_HUB_OFFLINE: return False
+    try: get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception: return False                 # of whatever library carries the request: there is no way
+    return True
+
+def check_hub(
+    what:str, # "model owner/name"
+):
+    "Raise `UserError` at once where the hub would have to be asked for something and cannot be."
+    from huggingface_hub import constants
+    if hub_answers(): return
+    why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} cannot be reached"
+    raise UserError(f"{what} is not on this machine, and {why}: check the name, or fetch it where there is a network")
 
 # %% ../nbs/04_machine.ipynb #console
 def tolerant_console():

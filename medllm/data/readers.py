@@ -24,6 +24,7 @@ from .json_reader import (
     MAX_ROW, Bad, Row, find_encoding, is_text, json_line, json_lines, json_rows, open_bytes, read_lines)
 from .packed import Total, check_arrow, check_parquet, check_rows, check_xlsx, row_bytes, row_parts
 from .registry import Source
+from ..machine import check_hub
 
 # %% ../../nbs/data/02_readers.ipynb #table
 def _counted(f, codec:str, at:list, name:str)->Iterator[str]:
@@ -213,6 +214,7 @@ def _hub_builder(source:Source):
     "What reads a hub set: data files of its own, of a type that holds rows."
     from datasets import load_dataset_builder
     local = source.hub.startswith(("/", ".", "~"))            # a local copy, from Python: a registry names owner/name
+    if not local: check_hub(f"dataset '{source.name}': the hub set {source.hub}")
     builder = load_dataset_builder(source.hub if local else f"hf://datasets/{source.hub}", name=source.subset,
         revision=source.revision, data_dir=source.folder)
     kind = type(builder).__module__.split(".")[-1]

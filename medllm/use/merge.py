@@ -13,7 +13,7 @@ from pathlib import Path
 from ..core import UserError
 from ..data.tokens import Renderer
 from ..models.chat import ChatModel
-from ..models.loading import DTYPES, model_location
+from ..models.loading import DTYPES, hub_options, model_location
 
 # %% ../../nbs/use/12_merge.ipynb #dtype
 def stored_dtype(
@@ -24,7 +24,7 @@ def stored_dtype(
     if asked not in DTYPES: raise UserError(f"--dtype {asked}: must be one of {', '.join(DTYPES)}")
     if asked != "auto": return asked
     from transformers import AutoConfig
-    try: found = AutoConfig.from_pretrained(model_location(name), trust_remote_code=False).dtype
+    try: found = AutoConfig.from_pretrained(model_location(name), trust_remote_code=False, **hub_options(name)).dtype
     except (OSError, ValueError) as e: raise UserError(
         f"the configuration of {name} cannot be read ({type(e).__name__}); give the type with --dtype") from None
     found = str(found).removeprefix("torch.")
