@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ..core import UserError, bundled, visible
 from ..json_file import finite
+from ..machine import home
 from ..marks import MARKS, conclusion, mark_of, met_of, tally
 from .pedigree import ancestry, as_tree
 from .record import read_events, read_lines, read_state, status_of, why_torn
@@ -111,8 +112,8 @@ def as_said(
     text = json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else str(value)
     if len(text) > 2000: text = f"{text[:2000]}… ({len(text):,} characters)"
     if re.fullmatch("[0-9a-f]{40,64}", text): return f"{text[:16]}…"                     # a hash: run.json has the rest
-    home = str(Path.home())
-    return (text.replace(home, "~") if len(home) > 1 else text) or "(empty)"
+    own = str(home() or "")
+    return (text.replace(own, "~") if len(own) > 1 else text) or "(empty)"
 
 def _lasted(seconds:float|None)->str:
     "A duration as people say it."
