@@ -79,7 +79,8 @@ def _batches(file:Path, name:str)->Iterator:
         at_once, schema = check_parquet(file, name, footer), footer.schema
         columns = map(schema.column, range(len(schema)))
         inside = [c.path for c in columns if c.max_repetition_level and c.physical_type == "BYTE_ARRAY"]
-        yield from pa.parquet.ParquetFile(file, read_dictionary=inside).iter_batches(at_once)    # else each entry is copied
+        table = pa.parquet.ParquetFile(file, read_dictionary=inside)                  # else each entry is copied
+        for group in range(footer.num_row_groups): yield from table.iter_batches(at_once, [group])    # each has its dictionaries
         return
     with pa.memory_map(str(file)) as f:
         data, rows = f.read_buffer(), 0
@@ -154,7 +155,8 @@ def _sheet(file:Path, name:str, encoding:str)->Iterator[Row|Bad]:
             total.add(sum(len(v) for v in values.values() if v))
             yield from _sheet_row(header, width, values, name, line)
     except UserError: raise
-    except Exception as e: raise UserError(f"{name}: not a readable .xlsx file ({type(e).__name__})") from None
+    except Exception as e: raise UserError(
+        f"{name}: not a readable .xlsx file ({type(e).__name__}); open it and save it anew, or as CSV") from None
 
 # %% ../../nbs/data/02_readers.ipynb #read
 _READERS = {".json": json_rows, ".jsonl": json_rows, ".csv": _table, ".txt": _text, ".parquet": _arrow,
