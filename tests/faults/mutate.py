@@ -10,6 +10,7 @@ import os
 import pickle
 import random
 import resource
+import select
 import signal
 import time
 import traceback
@@ -175,7 +176,7 @@ def survives(read, pairs, allowed=(), seconds=10, memory=2**30, count=200):
         done, found = _in_child(read, some, allowed, seconds, memory)
         faults += found
         if done < len(some):                                       # the child died of some[done]
-            faults.append(f"{some[done][0]}: the process ended in it: killed, or out of memory")
+            faults.append(f"{some[done][0]}: the process ended in it, or had to be ended: out of memory, or a library that hangs")
             waiting = some[done + 1:] + waiting
     return faults
 
@@ -193,11 +194,12 @@ def _in_child(read, pairs, allowed, seconds, memory):
         finally: os._exit(code)
     os.close(far)
     done, faults = 0, []
-    with os.fdopen(near, "rb") as told, contextlib.suppress(EOFError, pickle.UnpicklingError):
-        while True:
+    with os.fdopen(near, "rb", buffering=0) as told, contextlib.suppress(EOFError, pickle.UnpicklingError):
+        while select.select([told], [], [], 2*seconds + 10)[0]:           # nothing heard: it hangs where Python is not asked
             fault = pickle.load(told)
             done += 1
             if fault: faults.append(fault)
+    os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     return done, faults
 
