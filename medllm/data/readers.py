@@ -174,6 +174,13 @@ def _copy_unpacked(file:Path, folder:str)->Path:
         while block := packed.read(2**20): plain.write(block)
     return copy
 
+def _misread(file:Path, name:str, encoding:str)->UserError:
+    "What is wrong with a file that is not in its encoding, with the place where that is known."
+    bad = (text for _, _, text in read_lines(file, name, encoding) if isinstance(text, Bad))
+    try: found = next((b for b in bad if b.reason == "bad_text"), None)     # none in a line too long to look into
+    except UnicodeError: found = None                                       # of an encoding that knows no place, such as idna
+    return found.error() if found else UserError(f"{name}: a byte is not {encoding}; save the file as UTF-8")
+
 def _rows(file:Path, name:str, encoding:str, reader:Callable)->Iterator[Row|Bad]:
     "Rows of a file; low-level errors become sentences."
     try:
@@ -183,10 +190,7 @@ def _rows(file:Path, name:str, encoding:str, reader:Callable)->Iterator[Row|Bad]
         elif file.suffix.lower() == ".gz":
             with tempfile.TemporaryDirectory() as d: yield from reader(_copy_unpacked(file, d), name, encoding)
         else: yield from reader(file, name, encoding)
-    except UnicodeDecodeError:
-        bad = (text for _, _, text in read_lines(file, name, encoding) if isinstance(text, Bad))
-        found = next((b for b in bad if b.reason == "bad_text"), None)      # none in a line too long to look into
-        raise (found.error() if found else UserError(f"{name}: a byte is not {encoding}; save the file as UTF-8")) from None
+    except UnicodeError: raise _misread(file, name, encoding) from None
     except (gzip.BadGzipFile, EOFError, zlib.error):
         raise UserError(f"{name}: the gzip file is damaged or cut off") from None
 
@@ -201,8 +205,8 @@ def read_file(
     if suffix not in _READERS: raise UserError(f"{file}: unknown type '{suffix}'; known are {', '.join(_READERS)}")
     if encoding:
         try: encoding = codecs.lookup(encoding).name if "a".encode(encoding) else ""
-        except (LookupError, UnicodeError, TypeError):
-            raise UserError(f"{file}: unknown encoding '{encoding}'; UTF-8 is 'utf-8'") from None
+        except (LookupError, ValueError, TypeError):
+            raise UserError(f"{file}: unknown encoding {encoding!r:.40}; UTF-8 is 'utf-8'") from None
     before = _state(file)
     try: yield from _rows(file, name or str(file), encoding, _READERS[suffix])
     finally:
