@@ -67,7 +67,8 @@ def find_path(
     path:str|Path, # As the user wrote it
 )->Path:           # The first of: as written, relative to the project's root; as written when neither exists
     "Where `path` is: from the working directory, else from the project's root."
-    path = Path(path).expanduser()
+    with contextlib.suppress(RuntimeError): path = Path(path).expanduser()      # ~name of nobody here
+    path = Path(path)
     root = project_root()
     if _is_there(path) or path.is_absolute() or root is None: return path
     return root/path if _is_there(root/path) else path
@@ -225,7 +226,8 @@ def first_line(
     most:int = 200,      # Longest [characters]
 )->str:                  # "KeyError: 'metadata'"
     "What an error is and says, in one line that is safe to print."
-    said = next(filter(None, map(str.strip, str(error).splitlines())), "")
+    lines = [line for line in map(str.strip, str(error).splitlines()) if line] or [""]
+    said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]       # a heading says nothing
     said = visible(said if len(said) <= most else f"{said[:most]}…", lines=False)
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
 

@@ -319,6 +319,18 @@ def test_rows_without_lines_are_numbered(tmp_path):
     assert [row.where for row in read_file(tmp_path/"r.parquet")] == [f"{tmp_path}/r.parquet, row {n}" for n in (1, 2)]
 
 
+@pytest.mark.parametrize("rows, group", [(2500, 700), (30, 7), (30, 1), (30, 30)])
+def test_parquet_of_any_row_groups_is_read(tmp_path, rows, group):
+    "Conversations, whose texts each group lists in a dictionary of its own."
+    import pyarrow as pa
+    import pyarrow.parquet
+    said = [[{"role": "user", "content": f"Fever for {k} days?"}, {"role": "assistant", "content": "Rest."}] for k in range(rows)]
+    for table in ({"messages": said}, {"messages": said, "tags": [["a", f"b{k}"] for k in range(rows)]}):
+        pa.parquet.write_table(pa.table(table), tmp_path/"r.parquet", row_group_size=group)
+        read = list(read_file(tmp_path/"r.parquet"))
+        assert [row.data["messages"] for row in read] == said and [row.number for row in read] == list(range(1, rows + 1))
+
+
 @settings(max_examples=1000, deadline=None)
 @given(st.one_of(st.binary(max_size=400), st.text(max_size=200).map(str.encode), st.lists(st.sampled_from(
     [b'{"instruction": "a", "output": "b"}', b"\n", b"\r", b"[", b"]", b",", b'"', b"{", b"}", b"\xff", b"\x00", b'"a": 1',

@@ -1,11 +1,14 @@
 """What other people's files may do here: nothing but be read. Registries, models, adapters, templates, tables."""
+import encodings.aliases
+import gzip
 import json
+import pkgutil
 
 import pytest
 from fastcore.test import test_fail as fails
 
 from medllm.core import UserError
-from medllm.data.readers import read_rows
+from medllm.data.readers import read_file, read_rows
 from medllm.data.registry import Source, find_sources, parse_entry
 
 
@@ -17,6 +20,24 @@ def secret(tmp_path):
     (place/"rows.jsonl").write_text('{"instruction": "secret", "output": "words"}\n')
     (tmp_path/"registry").mkdir()
     return place
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv", "a.txt", "a.json.gz"])
+def test_any_encoding_that_a_registry_names_is_taken_or_refused(name, tmp_path):
+    "Python has encodings of domain names (idna, punycode), of bytes (hex), and some that read nothing."
+    rows = [{"instruction": "Fever? 发热", "output": "Rest."}]*2
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    text = {"a.csv": "instruction,output\nFever? 发热,Rest.\n", "a.txt": "Fever 发热\n\\u12 +AGE-\n",
+        "a.jsonl": "\n".join(lines)}.get(name, f"[{', '.join(lines)}]").encode()
+    (tmp_path/name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
+    known = {m.name for m in pkgutil.iter_modules(encodings.__path__)} | set(encodings.aliases.aliases)
+    assert {"idna", "punycode", "unicode_escape", "undefined", "hex", "utf_16"} <= known
+    for encoding in sorted(known) + ["x"*1000, "a\0b", "../x", "é", " "]:
+        try: list(read_file(tmp_path/name, encoding))
+        except UserError as e: assert name in str(e) and "\n" not in str(e)
+    for encoding in (3, ["utf-8"], {"a": 1}, True):
+        (tmp_path/"dataset_info.json").write_text(json.dumps({"a": {"file_name": name, "encoding": encoding}}))
+        fails(lambda: find_sources("a", str(tmp_path)), contains="encoding must be text", exc=UserError)
 
 
 ADDRESSES = (

@@ -329,6 +329,69 @@ def test_a_configuration_that_fits_no_weights(fields, model):
     assert time.monotonic() - began < 10
 
 
+TORN = {"cut off": '{"eos_token_id": 4', "no JSON": "x", "empty": "", "another encoding": '{"é": 1}'.encode("latin-1"),
+    "too deep": "["*100_000, "a zero behind": "{}\0"}
+
+
+@pytest.mark.parametrize("how", TORN)
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json", "special_tokens_map.json"])
+def test_a_settings_file_is_read_or_named(name, how, model):
+    "transformers passes over a torn generation_config.json, and the model would not know where its answers end."
+    (model/name).write_bytes(data if isinstance(data := TORN[how], bytes) else data.encode())
+    loads(model, f"{model/name}")
+    tokenizer_of(model, f"{model/name}")
+
+
+@pytest.mark.parametrize("name, text", [("generation_config.json", text) for text in (
+    "[]", '{"eos_token_id": ' + "9"*5000 + "}", '{"eos_token_id": "4"}', '{"eos_token_id": [4, 0.5]}', '{"temperature": "hot"}',
+    '{"eos_token_id": 1e400}', '{"pad_token_id": {"a": 1}}', '{"do_sample": 3}')] + [("tokenizer_config.json", text) for text in (
+    "[]", '{"eos_token": 4}', '{"bos_token": ["a"]}', '{"model_max_length": "long"}', '{"tokenizer_class": {"a": 1}}')])
+def test_a_field_of_settings_is_of_its_kind_or_named(name, text, model):
+    (model/name).write_text(text)
+    loads(model, f"{model/name}: a field is of another kind")
+
+
+TOKENIZERS = {
+    "two of one id": (lambda t: t["model"]["vocab"].update(dict.fromkeys(list(t["model"]["vocab"])[-2:], 300)), "the same id"),
+    "a far id": (lambda t: t["model"]["vocab"].update(dict.fromkeys(list(t["model"]["vocab"])[-1:], 2**31)), "an id is"),
+    "lost merges": (lambda t: t["model"].update(merges=[["a", "nowhere"]]), "out of vocabulary"),
+    "a long normaliser": (lambda t: t.update(
+        normalizer={"type": "Replace", "pattern": {"String": "a"}, "content": "a"*1000}), "far longer"),
+    "no pattern": (lambda t: t.update(
+        pre_tokenizer={"type": "Split", "pattern": {"Regex": "(a|"}, "behavior": "Isolated", "invert": False}), ""),
+    "empty": (lambda t: t.clear(), ""), "no model": (lambda t: t.pop("model"), "")}
+
+
+@pytest.mark.parametrize("how", TOKENIZERS)
+def test_a_tokenizer_that_cannot_be_one(how, model):
+    text, (change, says) = json.loads((model/"tokenizer.json").read_text()), TOKENIZERS[how]
+    change(text)
+    (model/"tokenizer.json").write_text(json.dumps(text))
+    tokenizer_of(model, says)
+
+
+@pytest.mark.parametrize("text", ["", "[", "{", '{"model": ' + "["*100_000, "\0", "null"])
+def test_a_tokenizer_that_is_no_json_is_named(text, model):
+    (model/"tokenizer.json").write_text(text)
+    tokenizer_of(model, "tokenizer.json")
+
+
+@pytest.mark.parametrize("name", ["x"*300, "x"*300 + "/y", "a/"*3000, "x\0y", "~nobody-of-this-name/x"])
+def test_a_model_has_a_name_that_the_system_knows(name, adapter):
+    from medllm.models.chat import ModelChoice, load_chat_model
+    from medllm.models.loading import load_model
+    with pytest.raises(UserError): load_model(name)
+    edit(adapter/"adapter_config.json", base_model_name_or_path=name)
+    with pytest.raises(UserError): load_chat_model(ModelChoice(str(adapter)))
+
+
+def test_a_configuration_says_which_field_is_wrong(model):
+    edit(model/"config.json", hidden_size="64")
+    loads(model, "'hidden_size' expected int, got str")
+    edit(model/"config.json", hidden_size=64)
+    loads(model, "shapes that config.json describes")
+
+
 def test_the_record_names_what_a_run_starts_from_by_its_hash(model, tmp_path):
     from medllm.records.pedigree import consumed
     from medllm.train.arguments import parse

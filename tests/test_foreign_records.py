@@ -149,6 +149,33 @@ def test_some_mutated_files_of_a_record(runs, name):
 def test_500_mutated_files_of_a_record(runs, name): walk(runs, name, 500, "all")
 
 
+def notebook_to_run(tmp_path, monkeypatch):
+    "Reads a notebook that is given to `medllm run`, up to the kernel: checked, copied into a record, parameters put in."
+    from papermill.engines import papermill_engines
+    monkeypatch.setattr(papermill_engines, "execute_notebook_with_engine", lambda engine, nb, *a, **k: nb)
+    file = tmp_path/"data.ipynb"
+    def read(what, data):
+        file.write_bytes(data)
+        code, _, err = command("run", file, "-p", "dataset", "mm", "-p", "output_dir", tmp_path/"out")
+        assert code == 1 or f"{file}" in err, (code, err)          # begun, or refused with its name
+        shutil.rmtree(tmp_path/"out", ignore_errors=True)
+    return read
+
+
+def run_mutated(tmp_path, monkeypatch, n, seed):
+    good, read = (ROOT/"nbs/runs/data.ipynb").read_bytes(), notebook_to_run(tmp_path, monkeypatch)
+    read("as it is", good)
+    found = survives(read, both(good, seed, n))
+    assert not found, f"{len(found)} of {n}: " + "\n".join(found[:6])
+
+
+def test_some_mutated_notebooks_that_are_to_be_run(tmp_path, monkeypatch): run_mutated(tmp_path, monkeypatch, 24, "some")
+
+
+@pytest.mark.slow
+def test_500_mutated_notebooks_that_are_to_be_run(tmp_path, monkeypatch): run_mutated(tmp_path, monkeypatch, 500, "all")
+
+
 # whose code runs
 
 @pytest.fixture

@@ -152,8 +152,8 @@ def _pages(data, start:int, length:int)->Iterator[Page]:
     while start < end:
         head, start = _struct(data, start)
         inner = head.get(5) or head.get(8) or head.get(7) or {}
-        page = Page(head[3], head[2], inner.get(1, 0), 7 in head)
-        if not (0 <= page.packed <= end - start and min(page) >= 0): raise ValueError("a page of no length")
+        page = Page(head[3], head[2], inner.get(1, 0) if isinstance(inner, dict) else None, 7 in head)
+        if not all(isinstance(n, int) and n >= 0 for n in page) or page.packed > end - start: raise ValueError("no page header")
         start += page.packed
         yield page
 

@@ -80,7 +80,8 @@ def _batches(file:Path, name:str)->Iterator:
         at_once, schema = check_parquet(file, name, footer), footer.schema
         columns = map(schema.column, range(len(schema)))
         inside = [c.path for c in columns if c.max_repetition_level and c.physical_type == "BYTE_ARRAY"]
-        yield from pa.parquet.ParquetFile(file, read_dictionary=inside).iter_batches(at_once)    # else each entry is copied
+        table = pa.parquet.ParquetFile(file, read_dictionary=inside)                  # else each entry is copied
+        for group in range(footer.num_row_groups): yield from table.iter_batches(at_once, [group])    # each has its dictionaries
         return
     with pa.memory_map(str(file)) as f:
         data, rows = f.read_buffer(), 0
@@ -155,7 +156,8 @@ def _sheet(file:Path, name:str, encoding:str)->Iterator[Row|Bad]:
             total.add(sum(len(v) for v in values.values() if v))
             yield from _sheet_row(header, width, values, name, line)
     except UserError: raise
-    except Exception as e: raise UserError(f"{name}: not a readable .xlsx file ({type(e).__name__})") from None
+    except Exception as e: raise UserError(
+        f"{name}: not a readable .xlsx file ({type(e).__name__}); open it and save it anew, or as CSV") from None
 
 # %% ../../nbs/data/02_readers.ipynb #read
 _READERS = {".json": json_rows, ".jsonl": json_rows, ".csv": _table, ".txt": _text, ".parquet": _arrow,
@@ -173,6 +175,13 @@ def _copy_unpacked(file:Path, folder:str)->Path:
         while block := packed.read(2**20): plain.write(block)
     return copy
 
+def _misread(file:Path, name:str, encoding:str)->UserError:
+    "What is wrong with a file that is not in its encoding, with the place where that is known."
+    bad = (text for _, _, text in read_lines(file, name, encoding) if isinstance(text, Bad))
+    try: found = next((b for b in bad if b.reason == "bad_text"), None)     # none in a line too long to look into
+    except UnicodeError: found = None                                       # of an encoding that knows no place, such as idna
+    return found.error() if found else UserError(f"{name}: a byte is not {encoding}; save the file as UTF-8")
+
 def _rows(file:Path, name:str, encoding:str, reader:Callable)->Iterator[Row|Bad]:
     "Rows of a file; low-level errors become sentences."
     try:
@@ -182,10 +191,7 @@ def _rows(file:Path, name:str, encoding:str, reader:Callable)->Iterator[Row|Bad]
         elif file.suffix.lower() == ".gz":
             with tempfile.TemporaryDirectory() as d: yield from reader(_copy_unpacked(file, d), name, encoding)
         else: yield from reader(file, name, encoding)
-    except UnicodeDecodeError:
-        bad = (text for _, _, text in read_lines(file, name, encoding) if isinstance(text, Bad))
-        found = next((b for b in bad if b.reason == "bad_text"), None)      # none in a line too long to look into
-        raise (found.error() if found else UserError(f"{name}: a byte is not {encoding}; save the file as UTF-8")) from None
+    except UnicodeError: raise _misread(file, name, encoding) from None
     except (gzip.BadGzipFile, EOFError, zlib.error):
         raise UserError(f"{name}: the gzip file is damaged or cut off") from None
 
@@ -200,8 +206,8 @@ def read_file(
     if suffix not in _READERS: raise UserError(f"{file}: unknown type '{suffix}'; known are {', '.join(_READERS)}")
     if encoding:
         try: encoding = codecs.lookup(encoding).name if "a".encode(encoding) else ""
-        except (LookupError, UnicodeError, TypeError):
-            raise UserError(f"{file}: unknown encoding '{encoding}'; UTF-8 is 'utf-8'") from None
+        except (LookupError, ValueError, TypeError):
+            raise UserError(f"{file}: unknown encoding {encoding!r:.40}; UTF-8 is 'utf-8'") from None
     before = _state(file)
     try: yield from _rows(file, name or str(file), encoding, _READERS[suffix])
     finally:

@@ -7,13 +7,14 @@ __all__ = ['OPENAI_TAGS', 'KEYS', 'Columns', 'Tags', 'Source', 'data_files', 'pa
            'read_registry', 'load_registry', 'missing_files', 'check_file', 'find_sources', 'with_columns']
 
 # %% ../../nbs/data/00_registry.ipynb #imports
-import json
+import codecs
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..core import UserError, bundled, find_path, nearest, sha256
+from ..json_file import parse_json, read_bounded
 
 # %% ../../nbs/data/00_registry.ipynb #columns
 @dataclass(frozen=True)
@@ -228,9 +229,9 @@ def read_registry(
 )->dict[str, dict]:           # Name to entry
     "The entries of a registry file as they stand. Raises `UserError` when the file is not a JSON object."
     file = registry_folder(dataset_dir)/"dataset_info.json"
-    try: entries = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=unique_keys)
-    except json.JSONDecodeError as e: raise UserError(f"{file}, line {e.lineno}: not valid JSON ({e.msg})") from None
-    except ValueError as e: raise UserError(f"{file}: not valid JSON ({e})") from None
+    try: entries = parse_json(read_bounded(file).removeprefix(codecs.BOM_UTF8))
+    except OSError as e: raise UserError(f"{file} cannot be read: {e.strerror}") from None
+    except ValueError as e: raise UserError(f"{file} cannot be read: {e}; mend it there") from None
     if not isinstance(entries, dict): raise UserError(
         f"{file} must hold an object: names of datasets and what they are")
     return entries

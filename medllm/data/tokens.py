@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
-from ..core import UserError, say
+from ..core import UserError, foreign, say
 from .formats import Example
 from .messages import Call, Turn
 from .skeleton import Piece, Shape, shape_of, skeleton
@@ -72,8 +72,9 @@ class PlainText:
         words = {t["content"]: t["id"] for t in text}
         self.words = [word for word in words if word.strip(" \t\r\n▁")]   # added, and no more than text
         joined, prefix_after_control = _without_prefix(spec)
-        first = Tokenizer.from_str(json.dumps(spec))
-        inner = first if joined == spec else Tokenizer.from_str(json.dumps(joined))
+        with foreign("the tokenizer without its control tokens", "have its tokenizer.json made anew"):
+            first = Tokenizer.from_str(json.dumps(spec))
+            inner = first if joined == spec else Tokenizer.from_str(json.dumps(joined))
         self.by_place = {"start": first, "after_control": first if prefix_after_control else inner, "joined": inner}
         self.numbers = {place: _numbers(*((first, spec) if t is first else (inner, joined)), words)
             for place, t in self.by_place.items()}
@@ -196,7 +197,7 @@ def stop_also(self:Renderer,
     ids:int|Sequence[int]|None, # As a model's generation settings have them
 ):
     "Let the ends that a model's publisher names end answers too; an id that is no control token here is of another tokenizer."
-    named = [ids] if isinstance(ids, int) else ids or []
+    named = ids if isinstance(ids, list | tuple) else [ids]
     known = [i for i in named if type(i) is int and 0 <= i < len(self.plain.is_control) and self.plain.is_control[i]]
     self.stop_ids = sorted({*self.stop_ids, *known})
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core import UserError, find_path, first_line, foreign, quiet_bars
+from ..json_file import place as can_be_path
 from ..machine import check_hub, hub_answers
-from .folder import check_counts, check_files, check_size, held, read_object, weight_files
+from .folder import check_counts, check_files, check_json, check_size, held, read_object, weight_files
 from .tiny import tiny_folder
 
 # %% ../../nbs/models/01_loading.ipynb #where
@@ -23,6 +24,7 @@ def model_location(
 )->str:       # Folder, or hub id
     "Where a model lies. Raises `UserError` for a folder that is missing or is not a model."
     if name == "tiny": return str(tiny_folder())
+    if not can_be_path(name): raise UserError(f"no model can have the name {name!r:.60}: it is too long, or no text")
     folder = find_path(name)
     if folder.is_dir():
         both = (folder/"config.json").exists() and (folder/"adapter_config.json").exists()
@@ -44,7 +46,7 @@ def from_cache(
 )->str:       # `name`
     "A model named by a file: a folder, or a hub model in the cache. Raises `UserError` for one that is to be fetched."
     from huggingface_hub import try_to_load_from_cache
-    if name == "tiny" or find_path(name).is_dir(): return name
+    if name == "tiny" or can_be_path(name) and find_path(name).is_dir(): return name
     try: there = isinstance(try_to_load_from_cache(model_location(name), "config.json"), str)
     except ValueError: there = False
     if not there: raise UserError(f"{file} was made for the model {name}, which is not on this machine: to have it fetched, "
@@ -129,12 +131,16 @@ def _why(name:str, error:Exception)->str:
     if isinstance(error, OSError) and "safetensors" in text: return (
         f"model {name} has no safetensors weights; convert them first (pickles are not loaded)")
     if "trust_remote_code" in text: return f"model {name} wants to run code of its own, which medllm does not do"
+    if "ignore_mismatched_sizes" in text: return (f"model {name}: the weights have not the shapes that config.json "
+        "describes; they do not belong together: fetch both anew")
     return f"model {name}: {first_line(error).split(': ', 1)[-1]}" if isinstance(error, ImportError) else ""
 
 @contextmanager
-def _reading(name:str):
-    "Within the block a model is read; whatever goes wrong becomes a sentence about it."
-    with foreign(f"model {name}", "check the name, and the network if it is on the hub; else have it written or fetched anew"):
+def _reading(name:str, where:str, part:str=""):
+    "Within the block a model is read, or a part of it; whatever goes wrong becomes a sentence about it."
+    local = Path(where).is_dir()
+    what = f"{part} of model {name}" if part and local else f"model {name}"
+    with foreign(what, "have it written or fetched anew" if local else "check the name, and the network if it is on the hub"):
         try: yield
         except Exception as e:
             if said := _why(name, e): raise UserError(said) from e
@@ -175,7 +181,9 @@ def _check_tokenizer(tokenizer):
     normalizer = tokenizer.backend_tokenizer.normalizer
     if normalizer is not None and _growth(json.loads(normalizer.__getstate__())) > _MOST_GROWTH:
         raise UserError("its normaliser makes texts far longer than they are")
-    if max(tokenizer.get_vocab().values(), default=0) >= _MOST_IDS: raise UserError(f"an id is {_MOST_IDS:,} or more")
+    ids = tokenizer.get_vocab().values()
+    if max(ids, default=0) >= _MOST_IDS: raise UserError(f"an id is {_MOST_IDS:,} or more")
+    if len(set(ids)) < len(ids): raise UserError("two of its tokens have the same id")
     tokenizer.decode(tokenizer("Fever: 38,5\u2009°C\n发热").input_ids)
 
 def open_tokenizer(
@@ -186,10 +194,13 @@ def open_tokenizer(
     "A tokenizer, unchanged. Raises `UserError` when it cannot be loaded or used."
     from transformers import AutoTokenizer
     if Path(place).is_dir(): check_files(Path(place))
-    with _reading(name):
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **hub)
+    with _reading(name, place, "the tokenizer (tokenizer.json, tokenizer_config.json)"):
+        try: tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **hub)
+        except Exception:
+            for file in Path(place).glob("*.json"): check_json(file)          # one that is no JSON is named
+            raise
         try: _check_tokenizer(tokenizer)
-        except UserError as e: raise UserError(f"the tokenizer of {name} cannot be used: {e}") from None
+        except UserError as e: raise UserError(f"the tokenizer of {name} cannot be used: {e}; have it made anew") from None
     return tokenizer
 
 def load_tokenizer(
@@ -244,8 +255,8 @@ def pretrained(
     options = dict(dtype=plan.torch_dtype(), attn_implementation=ATTENTION[plan.attention], use_safetensors=True,
         trust_remote_code=False, adapter_kwargs={"local_files_only": hub["local_files_only"]}) | hub | options
     if plan.bits: options = dict(quantization_config=plan.quantisation(), device_map={"": device}) | options
-    with _reading(name), _unreported():
-        _check_model(kind, name, place, hub)
+    with _reading(name, place, "config.json"), _unreported(): _check_model(kind, name, place, hub)
+    with _reading(name, place), _unreported():
         model, info = kind.from_pretrained(place, output_loading_info=True, **options)
     if getattr(model, "_hf_peft_config_loaded", False): raise UserError(
         f"{name} holds an adapter: download it, and name its folder with --adapter_name_or_path")

@@ -10,6 +10,7 @@ import os
 import pickle
 import random
 import resource
+import select
 import signal
 import time
 import traceback
@@ -175,7 +176,7 @@ def survives(read, pairs, allowed=(), seconds=10, memory=2**30, count=200):
         done, found = _in_child(read, some, allowed, seconds, memory)
         faults += found
         if done < len(some):                                       # the child died of some[done]
-            faults.append(f"{some[done][0]}: the process ended in it: killed, or out of memory")
+            faults.append(f"{some[done][0]}: the process ended in it, or had to be ended: out of memory, or a library that hangs")
             waiting = some[done + 1:] + waiting
     return faults
 
@@ -193,11 +194,12 @@ def _in_child(read, pairs, allowed, seconds, memory):
         finally: os._exit(code)
     os.close(far)
     done, faults = 0, []
-    with os.fdopen(near, "rb") as told, contextlib.suppress(EOFError, pickle.UnpicklingError):
-        while True:
+    with os.fdopen(near, "rb", buffering=0) as told, contextlib.suppress(EOFError, pickle.UnpicklingError):
+        while select.select([told], [], [], 12*seconds)[0]:           # nothing heard: it hangs where Python is not asked
             fault = pickle.load(told)
             done += 1
             if fault: faults.append(fault)
+    os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     return done, faults
 
@@ -208,15 +210,17 @@ def _work(read, pairs, allowed, seconds, memory, out):
     resource.setrlimit(resource.RLIMIT_AS, (now + memory, now + memory))
     class Slow(BaseException): pass
     def late(*_): raise Slow
-    signal.signal(signal.SIGALRM, late)
+    for number in (signal.SIGALRM, signal.SIGPROF): signal.signal(number, late)
     for name, data in pairs:
-        fault, begun = None, time.monotonic()
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        fault, begun = None, time.process_time()              # of the processor: others may keep the machine busy
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        signal.setitimer(signal.ITIMER_REAL, 6*seconds)
         try: read(name, data)
         except allowed: pass
         except Slow: fault = f"{name}: still at it after {seconds} s: {''.join(traceback.format_exc().splitlines(True)[-9:-1])}"
         except BaseException as e:
             fault = f"{name}: {type(e).__name__}: {str(e)[:200]}\n{''.join(traceback.format_exc().splitlines(True)[-7:-1])}"
-        finally: signal.setitimer(signal.ITIMER_REAL, 0)
-        if not fault and time.monotonic() - begun > seconds: fault = f"{name}: took {time.monotonic() - begun:.0f} s"
+        finally:
+            for clock in (signal.ITIMER_PROF, signal.ITIMER_REAL): signal.setitimer(clock, 0)
+        if not fault and time.process_time() - begun > seconds: fault = f"{name}: took {time.process_time() - begun:.0f} s"
         out.write(pickle.dumps(fault))
