@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['SENTENCES', 'RECORDED', 'UserError', 'Interrupted', 'nearest', 'project_root', 'bundled', 'find_path', 'sha256',
-           'sync_folder', 'write_bytes', 'write_json', 'append_event', 'boot', 'quiet_bars', 'visible', 'spelled',
-           'terminal', 'is_first_process', 'say', 'progress_line', 'first_line', 'foreign', 'recorded']
+           'sync_folder', 'try_lock', 'whole_file', 'write_bytes', 'write_json', 'append_event', 'boot', 'process_mark',
+           'is_there', 'quiet_bars', 'visible', 'spelled', 'terminal', 'is_first_process', 'say', 'progress_line',
+           'first_line', 'foreign', 'recorded']
 
 # %% ../nbs/00_core.ipynb #imports
 import contextlib
 import difflib
+import errno
 import hashlib
 import importlib.util
 import json
@@ -20,9 +22,13 @@ import re
 import sys
 import threading
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import BinaryIO
+
+try: import fcntl
+except ImportError: fcntl = None                           # no locks on Windows
 
 # %% ../nbs/00_core.ipynb #error
 class UserError(Exception):
@@ -94,25 +100,72 @@ def sync_folder(
     try: os.fsync(handle)
     finally: os.close(handle)
 
-def write_bytes(
+def try_lock(
+    place:str|Path|int, # A file or folder that is there, or a handle of it
+)->int|None:            # A handle that holds it until it is closed; None: somebody else does, or nobody can
+    "Lock a file or folder as long as this process lives."
+    if fcntl is None: return None
+    try: handle = os.dup(place) if isinstance(place, int) else os.open(place, os.O_RDONLY)
+    except OSError: return None
+    try: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+# %% ../nbs/00_core.ipynb #whole-file
+_PART = re.compile(r"\..+\.\d+\.\d+\.part")
+
+def _sweep(folder:Path):
+    "Take away temporary files whose processes were killed."
+    with contextlib.suppress(OSError):
+        for left in filter(_PART.fullmatch, os.listdir(folder)):
+            if (handle := try_lock(folder/left)) is None: continue
+            (folder/left).unlink(missing_ok=True)
+            os.close(handle)
+
+def _opened(part:Path)->tuple[BinaryIO, int|None]:
+    "A new temporary file, and what holds it; one that another process took for a leftover before that is left to it."
+    for _ in range(100):
+        f = open(part, "wb")
+        held = try_lock(f.fileno())
+        if held is None or part.exists(): return f, held
+        f.close()
+        os.close(held)
+    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(part))
+
+@contextlib.contextmanager
+def whole_file(
     path:str|Path,   # Where to
-    data:bytes,      # All of the file
     sync:bool = True,# Whether it must survive a power cut
-)->Path:             # `path`
-    "Write a file whole or not at all (temporary file, fsync, rename, fsync of the folder)."
-    path = Path(path)
+)->Iterator[BinaryIO]:
+    "A file to write into; it takes its place when the block has ended well (fsync, rename, fsync of the folder)."
+    path, held = Path(path), None
     part = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.part")
     try:
-        with open(part, "wb") as f:
-            f.write(data)
+        f, held = _opened(part)
+        with f:
+            yield f
             f.flush()
             if sync: os.fsync(f.fileno())
         os.replace(part, path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+    finally:
+        if held is not None: os.close(held)
     if sync: sync_folder(path.parent)
-    return path
+    _sweep(path.parent)
+
+# %% ../nbs/00_core.ipynb #write
+def write_bytes(
+    path:str|Path,   # Where to
+    data:bytes,      # All of the file
+    sync:bool = True,# Whether it must survive a power cut
+)->Path:             # `path`
+    "Write a file whole or not at all."
+    with whole_file(path, sync) as f: f.write(data)
+    return Path(path)
 
 def write_json(
     path:str|Path,   # Where to
@@ -146,12 +199,33 @@ def _whole_lines(f):
     tail = f.read()
     if tail and not tail.endswith(b"\n"): f.truncate(size - len(tail) + tail.rfind(b"\n") + 1)
 
+# %% ../nbs/00_core.ipynb #process
 def boot()->str: # 12 hex digits
-    "What tells this start of this machine from any other, and no name of it."
+    "What tells this start of this machine, and the processes that have numbers here, from any other, and no name of it."
     import psutil
     file = Path("/proc/sys/kernel/random/boot_id")
     told = file.read_text().strip() if file.exists() else f"{platform.node()} {psutil.boot_time():.0f}"
+    with contextlib.suppress(OSError): told += os.readlink("/proc/self/ns/pid")        # of the container
     return hashlib.sha256(told.encode()).hexdigest()[:12]
+
+def process_mark(
+    pid:int|None = None, # Of a process that is there; None: this one
+)->dict:                 # pid, begun, boot
+    "What tells a process from any other."
+    import psutil
+    process = psutil.Process(pid)
+    return {"pid": process.pid, "begun": process.create_time(), "boot": boot()}
+
+def is_there(
+    mark:dict, # From `process_mark`, in a file
+)->bool|None:  # None: of another machine or container, it cannot be told from here
+    "Whether a process is still there."
+    import psutil
+    if mark.get("boot") != boot(): return None
+    try:
+        process = psutil.Process(mark["pid"])
+        return abs(process.create_time() - mark["begun"]) < 2 and process.status() != psutil.STATUS_ZOMBIE
+    except (psutil.Error, KeyError, TypeError, OverflowError, ValueError): return False
 
 # %% ../nbs/00_core.ipynb #quiet
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")     # read when the library is imported, which is later

@@ -192,11 +192,11 @@ def execute(
     source = read_source(notebook, [*parameters, "output_dir"])
     folder = Path(resume or wanted.output_dir or new_folder(stage, wanted.runs_dir, wanted.tag))
     run = _go_on(folder) if resume else _new(folder)
-    options, begun = _limits(wanted, time_limit), {"parent": parent} if parent else {}
+    options, begun = _limits(wanted, time_limit), {"seals": True} | ({"parent": parent} if parent else {})
     try:
         with _stoppable():
-            run.update(stage=stage, status="created", started=now(), parameters=asdict(wanted), **begun).beat()
             _write_source(source, folder)
+            run.update(stage=stage, status="created", started=now(), parameters=asdict(wanted), **begun).beat()
             say(f"record: {folder}")
             with Progress(folder): _papermill(folder/"source.ipynb", run, parameters | {"output_dir": str(folder)}, **options)
         return _ended(run)

@@ -17,10 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
 
-import psutil
 from filelock import FileLock, Timeout
 
-from ..core import UserError, append_event, boot, say, sync_folder, write_bytes, write_json
+from ..core import UserError, append_event, boot, is_there, process_mark, say, sync_folder, write_bytes, write_json
 from ..json_file import misfit, read_json
 from ..machine import described, digest, first_difference, writing_failed
 from .interruption import goes_on
@@ -205,9 +204,7 @@ def _owner(file:Path)->dict:
 
 def _is_there(owner:dict)->bool:
     "Whether the process is; one on another machine, or in another container, is taken to be."
-    if owner.get("boot") != boot(): return True
-    try: return abs(psutil.Process(owner["pid"]).create_time() - owner["begun"]) < 2
-    except (psutil.Error, KeyError, TypeError): return False
+    return is_there(owner) is not False
 
 class _Held:
     "A lock on a folder, and which file it is."
@@ -229,8 +226,7 @@ class _Held:
 
     def note(self, **more):
         "Say whose it is, in it."
-        me = {"pid": os.getpid(), "begun": psutil.Process().create_time(), "boot": boot()}
-        with contextlib.suppress(OSError): self.file.write_text(json.dumps(me | more))
+        with contextlib.suppress(OSError): self.file.write_text(json.dumps(process_mark() | more))
 
 # %% ../../nbs/train/09_checkpoints.ipynb #owned
 _held:dict[Path, _Held] = {} # Folders of this process
