@@ -271,15 +271,12 @@ def why_torn(
 # %% ../../nbs/records/00_record.ipynb #beat
 BEAT = 10.0   # between two heartbeats [s]
 
-def _shell():
-    "The IPython shell, if this is one."
-    return sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-
 @patch
 def beat(self:Run):
     "Say that this process is alive."
-    who = process_mark()
-    with contextlib.suppress(psutil.Error): who |= {"with": process_mark(os.getppid())} if _shell() else {}    # executes it
+    who, executes = process_mark(), int(os.environ.get("JPY_PARENT_PID") or 0)
+    if executes == os.getppid():                                 # else it is gone, and this kernel has not noticed yet
+        with contextlib.suppress(psutil.Error): who |= {"with": process_mark(executes)}
     write_json(self.folder/"heartbeat.json", {"time": time.time()} | who, sync=False)
     return self
 
@@ -312,6 +309,10 @@ def status_of(
     except (OSError, ValueError, KeyError, TypeError, AttributeError): return "lost"
 
 # %% ../../nbs/records/00_record.ipynb #watch
+def _shell():
+    "The IPython shell, if this is one."
+    return sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+
 @patch
 def watch(self:Run):
     "Notice a cell that raises, and beat."

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import nbformat
 
-from ..core import Interrupted, UserError, bundled, nearest, progress_line, say, write_bytes
+from ..core import Interrupted, Unwritable, UserError, bundled, nearest, progress_line, say, write_bytes
 from ..json_file import NUMBER
 from ..data.check import DataRun
 from ..evaluate.runs import EvaluateRun
@@ -203,7 +203,7 @@ def execute(
     except (KeyboardInterrupt, Interrupted) as error: return run.read().fail(error)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS): raise
-        raise UserError(f"{folder}: how the run ended could not be written ({error.strerror}): make room; medllm runs list "
+        raise Unwritable(f"{folder}: how the run ended could not be written ({error.strerror}): make room; medllm runs list "
             "shows the run as lost, and medllm runs resume goes on with it") from None
 
 def _ended(run:Run)->Run:

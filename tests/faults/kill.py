@@ -82,20 +82,16 @@ def table(file): return json.loads(Path(file).read_text(encoding="utf-8"))
 @dataclass
 class Command:
     "What is killed, and how it is looked at. A folder is the one that it works in."
-    words:Callable    # Folder -> the words that begin it, or go on with it
+    words:Callable    # Folder -> the words that begin it, or go on with it; none where it is done
     result:Callable   # Folder -> what must come out the same, once it is finished
     kept:Callable     # Folder -> what is finished, each part by a name: never less than after the kill before
     prepare:Callable = lambda folder: None # Make the folder ready
 
 
-def _is_over(folder, stage):
-    "The newest record of a stage, if there is one."
-    return max(records_in(folder/"runs"/stage), default=None)
-
-
 def _words_of_run(folder, stage, *parameters):
     "Begin a record, or go on with it."
     given = [w for name, value in parameters for w in ("-p", name, str(value))]
+    if read_state(folder/"r").get("status") == "completed" and status_of(folder/"r") == "completed": return []
     if not (folder/"r/run.json").exists(): return ["run", stage, *given, "-p", "output_dir", f"{folder}/r"]
     return ["runs", "resume", f"{folder}/r"]
 
@@ -220,7 +216,7 @@ def begun(command, folder, at=0, note=None):
         os.environ.update(TMPDIR=f"{folder}/tmp", MEDLLM_CACHE=f"{folder.parent}/cache", MEDLLM_MARK=str(folder))
         tempfile.tempdir = None
         if at or note: counted(at, note)
-        return medllm(said)
+        return medllm(said) if said else 0
     return fork(work, folder.with_suffix(".log"))
 
 
@@ -264,7 +260,7 @@ def true_and_whole(folder):
         elif file.suffix == ".jsonl": lines(file)
     for record in (r for below in (folder, folder/"runs") for r in records_in(below)):
         status = status_of(record)
-        assert status not in RUNNING, f"{record} is said to be {status}"
+        assert status not in RUNNING, f"{record} is said to be {status}: {(record/'heartbeat.json').read_text()}"
         assert read_state(record), f"{record}: run.json is torn"
         held = verify(record)
         assert held if status == "completed" else any("lost" in d for d in held.defects), f"{record} is {status}: {held}"
