@@ -86,6 +86,7 @@ class Command:
     result:Callable   # Folder -> what must come out the same, once it is finished
     kept:Callable     # Folder -> what is finished, each part by a name: never less than after the kill before
     prepare:Callable = lambda folder: None # Make the folder ready
+    apart:bool = False # Processes of its own do the work: it is killed at moments only
 
 
 def _words_of_run(folder, stage, *parameters):
@@ -186,9 +187,9 @@ COMMANDS = {
         lambda folder: ((folder/"r/predictions.jsonl").read_bytes(), _metrics(folder/"r")),
         lambda folder: _answers(folder/"r", "predictions.jsonl")),
     "pipeline": Command(
-        lambda folder: ["run", "pipeline", "-f", f"{folder}/plan.json", "--runs", f"{folder}/runs"], _stages, _records, _plan),
+        lambda folder: ["run", "pipeline", "-f", f"{folder}/plan.json", "--runs", f"{folder}/runs"], _stages, _records, _plan, True),
     "sweep": Command(
-        lambda folder: ["sweep", "sft", "-f", f"{folder}/grid.json", "--runs", f"{folder}/runs"], _stages, _records, _grid),
+        lambda folder: ["sweep", "sft", "-f", f"{folder}/grid.json", "--runs", f"{folder}/runs"], _stages, _records, _grid, True),
 }
 
 
@@ -243,11 +244,16 @@ def killed(command, folder, within, at):
     return code != 0
 
 
+def records(folder):
+    "Folders of records below it."
+    return [r for below in (folder, folder/"runs") for r in records_in(below)]
+
+
 def all_gone(folder):
-    "Seconds until what a killed command had started has gone by itself."
+    "Seconds until what a killed command had started has gone by itself, and no record is said to be running."
     start = time.monotonic()
-    while left := descendants(folder):
-        assert time.monotonic() - start < GONE, f"still there: {[p.cmdline() for p in left]}"
+    while (left := descendants(folder)) or any(status_of(r) in RUNNING for r in records(folder)):
+        assert time.monotonic() - start < GONE, f"still there: {[p.cmdline() for p in left] or records(folder)}"
         time.sleep(0.05)
     return time.monotonic() - start
 
@@ -258,9 +264,8 @@ def true_and_whole(folder):
         if file.name.startswith(".") or not file.is_file(): continue
         if file.suffix in (".json", ".ipynb"): table(file)
         elif file.suffix == ".jsonl": lines(file)
-    for record in (r for below in (folder, folder/"runs") for r in records_in(below)):
+    for record in records(folder):
         status = status_of(record)
-        assert status not in RUNNING, f"{record} is said to be {status}: {(record/'heartbeat.json').read_text()}"
         assert read_state(record), f"{record}: run.json is torn"
         held = verify(record)
         assert held if status == "completed" else any("lost" in d for d in held.defects), f"{record} is {status}: {held}"
@@ -303,7 +308,7 @@ def commands(name, kills):
         while done < kills:
             folder, before = made(command, Path(d)/str(runs)), set()
             while done < kills:
-                moment, at = (rng.uniform(0, took), 0) if done % 2 else (None, rng.randint(1, operations))
+                moment, at = (rng.uniform(0, took), 0) if done % 2 or command.apart else (None, rng.randint(1, operations))
                 if not killed(command, folder, moment, at): break
                 done, slowest = done + 1, max(slowest, all_gone(folder))
                 true_and_whole(folder)
