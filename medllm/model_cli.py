@@ -11,6 +11,7 @@ import os
 import sys
 
 from .core import say
+from .machine import scratch
 
 # %% ../nbs/98_model_cli.ipynb #number
 def whole_number(
@@ -43,8 +44,6 @@ def _told(found:dict)->str:
     return "\n\n".join(filter(None, parts))
 
 def _evaluate(args)->int:
-    import tempfile
-    from pathlib import Path
     from medllm.evaluate.runs import EvaluateRun, evaluate
     from medllm.train.runs import run_parameters
     from medllm.yaml_file import read_yaml
@@ -52,7 +51,7 @@ def _evaluate(args)->int:
     given |= {name: value for name in _EVALUATE if (value := getattr(args, name)) is not None}
     if args.names: given["dataset"] = ",".join(args.names)
     wanted = EvaluateRun(**run_parameters(EvaluateRun, given))
-    with tempfile.TemporaryDirectory() as d: found = evaluate(wanted, Path(args.output or d))
+    with scratch() as d: found = evaluate(wanted, args.output or d)
     print(_told(found))
     if args.output: print(f"\nitems and figures: {args.output}")
     return 0

@@ -87,7 +87,7 @@ def test_a_folder_that_is_only_read_serves(made, monkeypatch, tmp_path):
     import medllm.data.cache as cache
     source, renderer, whole = made
     def refuse(*args, **more): raise OSError(30, "Read-only file system")
-    for name in ("os.utime", "os.replace", "tempfile.mkdtemp", "FileLock"):
+    for name in ("os.utime", "os.replace", "lasting", "FileLock"):
         monkeypatch.setattr(f"medllm.data.cache.{name}", refuse)
     rows, account = cached_rows(source, renderer, folder=whole)
     assert account.kept == 40 and len(rows) == 40

@@ -228,7 +228,7 @@ def _words(process):
 def test_a_worker_ends_with_its_notebook():
     "kill -9 of the runner: the kernel goes, and the workers that it had started too."
     owner = subprocess.Popen(["sleep", "60"])
-    code = ("import time; from medllm.train.__main__ import end_with\n"
+    code = ("import time; from medllm.machine import end_with\n"
         f"end_with({owner.pid}); print('on', flush=True); time.sleep(60)")
     worker = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert worker.stdout.readline() == "on\n"
@@ -252,8 +252,10 @@ def test_a_runner_that_is_killed_leaves_a_lost_run(tmp_path):
     process.kill()
     process.wait()
     beat = json.loads((tmp_path/"r/heartbeat.json").read_text())
+    assert status_of(tmp_path/"r") == "lost"
+    (tmp_path/"r/heartbeat.json").write_text(json.dumps(beat | {"boot": "another container"}))
     assert status_of(tmp_path/"r") == "created"                         # it may only be slow
-    (tmp_path/"r/heartbeat.json").write_text(json.dumps(beat | {"time": beat["time"] - 31}))
+    (tmp_path/"r/heartbeat.json").write_text(json.dumps(beat | {"boot": "another container", "time": beat["time"] - 31}))
     assert status_of(tmp_path/"r") == "lost"
     nbformat.read(tmp_path/"r/record.ipynb", 4)
 

@@ -6,14 +6,12 @@
 __all__ = ['Recipe', 'code_hash', 'renderer_hash', 'source_files', 'cache_key', 'cache_folder', 'find_rows', 'cached_rows']
 
 # %% ../../nbs/data/10_cache.ipynb #imports
-import atexit
 import hashlib
 import importlib.util
 import json
 import os
 import shutil
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +23,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from ..core import UserError, is_first_process, say, sha256, write_json
-from ..machine import all_described, beside, cache_home, digest, first_difference
+from ..machine import all_described, beside, cache_home, digest, first_difference, lasting
 from .accounts import Account, OnBad, stream_examples
 from .formats import Example
 from .registry import Source
@@ -155,12 +153,6 @@ def find_rows(
     except FileNotFoundError: return None                         # another process is making them anew
 
 # %% ../../nbs/data/10_cache.ipynb #cached
-def _private_folder()->Path:
-    "A folder that is gone when the process ends."
-    folder = Path(tempfile.mkdtemp(prefix="medllm-rows-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
-
 def _states(source:Source)->list[tuple]:
     "Size, time and number of the local files."
     return [(s.st_size, s.st_mtime_ns, s.st_ino) for s in (f.stat() for f in source.files)]
@@ -184,7 +176,7 @@ def cached_rows(
     before = _states(source)
     files = source_files(source)
     if not files:
-        place = _private_folder()
+        place = lasting()
         account = _make(source, renderer, recipe, place, watch)
         return open_rows(place), account
     with _writable(folder): rows, account = _kept_rows(source, renderer, recipe, (files, before), folder, anew, watch)

@@ -12,7 +12,6 @@ import gzip
 import io
 import itertools
 import sys
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core import UserError, say
+from ..machine import scratch
 from .json_reader import (
     MAX_ROW, Bad, Row, find_encoding, is_text, json_line, json_lines, json_rows, open_bytes, read_lines)
 from .packed import Total, check_arrow, check_parquet, check_rows, check_xlsx, row_bytes, row_parts
@@ -189,7 +189,7 @@ def _rows(file:Path, name:str, encoding:str, reader:Callable)->Iterator[Row|Bad]
             encoding = encoding or find_encoding(file)
             yield from reader(file, name, encoding)
         elif file.suffix.lower() == ".gz":
-            with tempfile.TemporaryDirectory() as d: yield from reader(_copy_unpacked(file, d), name, encoding)
+            with scratch() as d: yield from reader(_copy_unpacked(file, d), name, encoding)
         else: yield from reader(file, name, encoding)
     except UnicodeError: raise _misread(file, name, encoding) from None
     except (gzip.BadGzipFile, EOFError, zlib.error):
@@ -250,10 +250,10 @@ def _hub_rows(source:Source, streaming:bool=False)->Iterator[Row]:
 def _cloud_rows(source:Source)->Iterator[Row|Bad]:
     "Rows of a file that fsspec can fetch."
     import fsspec
-    with tempfile.TemporaryDirectory() as d:
+    with scratch() as d:
         try:
             system, path = fsspec.core.url_to_fs(source.cloud)
-            file = Path(d)/f"rows{''.join(Path(path).suffixes[-2:])}"       # the name is somebody else's
+            file = d/f"rows{''.join(Path(path).suffixes[-2:])}"       # the name is somebody else's
             system.get_file(path, str(file))
         except Exception as e:
             raise UserError(f"dataset '{source.name}': {source.cloud} cannot be fetched ({type(e).__name__}); "
@@ -280,9 +280,9 @@ def _builder(source:Source, cache:str):
 def _script_rows(source:Source)->Iterator[Row]:
     "Rows as a loading script yields them."
     from datasets import DownloadManager
-    with tempfile.TemporaryDirectory() as cache:
+    with scratch() as cache:
         try:
-            builder = _builder(source, cache)
+            builder = _builder(source, str(cache))
             here = str(source.script)
             manager = DownloadManager(dataset_name=source.name, data_dir=here, base_path=here)
             splits = {str(g.name): g for g in builder._split_generators(manager)}

@@ -127,6 +127,7 @@ def evaluate_models(
 )->dict: # base, tuned: summaries by name; comparisons; verdict; results: `Result`s of the tuned model, by name
     "A model on all tasks, and its base beside it."
     folder = Path(folder)
+    (folder/"evaluation.json").unlink(missing_ok=True)     # its figures are replaced one by one
     before = measure_all(base, tasks, folder/"base") if base else {}
     after = measure_all(tuned, tasks, folder/"tuned")
     found = {"base": {n: summary(r) for n, r in before.items()}, "tuned": {n: summary(r) for n, r in after.items()},

@@ -97,8 +97,8 @@ def _raised(run)->str:
 
 def _of_failure(run)->int:
     "The exit code of a run that did not complete; a fault of our own is said to be one."
-    if "in a row could not be written" in run.state.get("reason", ""): return 74
     kind = _raised(run) if run.state["status"] == "failed" else ""
+    if kind == "Unwritable" or "could not be written" in run.state.get("reason", ""): return 74
     if kind in ("UserError", "PanicException"): return 2
     if kind: say(f"where this is a fault of medllm, please report it with the traceback in record.ipynb: {issue_address()}")
     return EXIT.get(run.state["status"], 1)

@@ -29,6 +29,7 @@ from papermill.iorw import papermill_io
 from traitlets import CaselessStrEnum, Unicode
 
 from ..core import RECORDED, SENTENCES, Interrupted, UserError, say
+from ..machine import scratch
 from .cells import TrueManager
 from .parameters import check_parameters, declared, is_private, same
 from .record import ENDED, Run, now
@@ -238,6 +239,7 @@ def conclude(
     found = Counter({f"secret: {rule}": n for rule, n in scrub_folder(manager.folder).items()})
     facts["privacy"]["scrubbed"] = dict(Counter(facts["privacy"]["scrubbed"]) + found)
     if reason: facts["reason"] = reason
+    with contextlib.suppress(OSError): run.beat()                        # the kernel is gone, and hashing takes its time
     run.read().update(status=manager.status, ended=now(), duration_s=run._seconds(), **facts)
     with contextlib.suppress(ImportError):
         from medllm.records.seal import seal
@@ -260,7 +262,7 @@ class _Once:
 
 def _short_place()->str|None: # None: the usual one
     "A folder for temporary files; the address of a socket has at most 107 bytes."
-    if len(os.fsencode(tempfile.gettempdir())) <= 80 or os.name != "posix": return None
+    if len(os.fsencode(tempfile.gettempdir())) <= 76 or os.name != "posix": return None
     return next((place for place in ("/tmp", "/var/tmp", "/dev/shm") if os.access(place, os.W_OK | os.X_OK)), None)
 
 @contextlib.contextmanager
@@ -334,7 +336,7 @@ class RecordEngine(Engine):
         whole = {n: d for n, (_, d) in defaults.items()} | values
         nb_man.policy.private = is_private(whole)
         # the folder of the sockets is readable by this user only
-        with tempfile.TemporaryDirectory(prefix="medllm-", dir=_short_place()) as sockets, Stopper(
+        with scratch(_short_place()) as sockets, Stopper(
                 nb_man, time_limit, execution_timeout, grace) as stopper:
             class IpcKernel(AsyncKernelManager):
                 transport = CaselessStrEnum(["tcp", "ipc"], default_value="ipc")

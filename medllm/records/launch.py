@@ -15,6 +15,7 @@ import threading
 from pathlib import Path
 
 from ..core import Interrupted, UserError, write_json
+from ..machine import attached
 from .pedigree import consumed, weights
 from .record import Run
 from .scrub import SafeLog
@@ -58,8 +59,7 @@ def launch(
 )->dict:           # The metrics
     "Train in several processes. Raises `UserError` with the children's reason when they fail."
     file = write_json(folder/"args.json", scrub_values(flags)[0])
-    log, environment = folder/"train.log", os.environ | launch_environment(flags.get("profile")) | {
-        "MEDLLM_WITH": str(os.getpid())}                    # they end when this process does
+    log, environment = folder/"train.log", os.environ | launch_environment(flags.get("profile")) | attached()
     with open(log, "w", encoding="utf-8") as out:
         child = subprocess.Popen(_command(file, processes), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
             errors="replace", env=environment)

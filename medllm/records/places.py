@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import os
 import re
-import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
 from ..core import UserError, say
+from ..machine import scratch
 from .record import BEAT
 
 # %% ../../nbs/records/06_places.ipynb #address
@@ -186,7 +186,7 @@ def fetched(
 ):                                # The place, and the local folder
     "A place as a local folder, as long as the block lasts. Raises `UserError` when nothing is there."
     place = open_place(url)
-    with tempfile.TemporaryDirectory(prefix="medllm-") as d:
+    with scratch() as d:
         fetch(place, d, names=names)
-        if not any(Path(d).iterdir()): raise UserError(f"there are no records: nothing is at {url}")
-        yield place, Path(d)
+        if not any(d.iterdir()): raise UserError(f"there are no records: nothing is at {url}")
+        yield place, d

@@ -24,7 +24,7 @@ from pathlib import Path
 import psutil
 from fastcore.basics import patch
 
-from ..core import Interrupted, UserError, append_event, boot, project_root, sha256, write_json
+from ..core import Interrupted, UserError, append_event, is_there, process_mark, project_root, sha256, write_json
 from ..json_file import NUMBER, misfit, parse_json, place, read_bounded, read_json
 from ..marks import conclusion
 from ..secrets import scrub_values
@@ -227,7 +227,7 @@ _COUNTS = {...: NUMBER}
 _ROLLOUT = {"reward": NUMBER}
 STATE = {        # the kinds of what is read out of run.json; all else is only shown
     **dict.fromkeys(("stage", "status", "started", "ended", "reason", "tag", "note", "profile", "conclusion"), str),
-    "duration_s": NUMBER, "warnings": [str],
+    "duration_s": NUMBER, "warnings": [str], "seals": bool,
     "parameters": {"extra": dict}, "arguments": dict, "effective": dict, "privacy": dict, "parent": {...: place},
     "weights": _HASHES, "contract": {"sha256": str, "parts": dict},
     "provenance": {"code": {"version": str, "commit": str, "diff_sha256": str}, "python": str, "system": str, "processor": str,
@@ -274,8 +274,10 @@ BEAT = 10.0   # between two heartbeats [s]
 @patch
 def beat(self:Run):
     "Say that this process is alive."
-    write_json(self.folder/"heartbeat.json", {"time": time.time(), "pid": os.getpid(),
-        "begun": psutil.Process().create_time(), "boot": boot()}, sync=False)
+    who, executes = process_mark(), int(os.environ.get("JPY_PARENT_PID") or 0)
+    if executes == os.getppid():                                 # else it is gone, and this kernel has not noticed yet
+        with contextlib.suppress(psutil.Error): who |= {"with": process_mark(executes)}
+    write_json(self.folder/"heartbeat.json", {"time": time.time()} | who, sync=False)
     return self
 
 @patch
@@ -290,12 +292,6 @@ def beating(self:Run):
     threading.Thread(target=go_on, daemon=True).start()
     return self
 
-def _there(beat:dict)->bool:
-    "Whether the process of a heartbeat is still there."
-    if beat.get("boot") != boot(): return False
-    try: return abs(psutil.Process(beat["pid"]).create_time() - beat["begun"]) < 2
-    except (psutil.Error, OverflowError, ValueError): return False
-
 def status_of(
     folder:str|Path,        # Of a record
     state:dict|None = None, # Its run.json, if it was read already
@@ -304,10 +300,12 @@ def status_of(
     try:
         if state is None: state = read_state(folder)
         status = state["status"]
+        if status == "completed" and state.get("seals") and not (Path(folder)/"seal.json").exists(): status = "running"
         if status not in RUNNING: return status if status in ENDED else "lost"
         beat = read_json(Path(folder)/"heartbeat.json")
-        fresh = -BEAT <= time.time() - beat["time"] <= 3*BEAT
-        return status if fresh or _there(beat) else "lost"
+        there, fresh = is_there(beat), -BEAT <= time.time() - beat["time"] <= 3*BEAT
+        if there is False and fresh: fresh = bool(beat.get("with")) and is_there(beat["with"])
+        return status if there or fresh else "lost"
     except (OSError, ValueError, KeyError, TypeError, AttributeError): return "lost"
 
 # %% ../../nbs/records/00_record.ipynb #watch
@@ -362,5 +360,6 @@ def start(
     run = Run(where)
     if run.state.get("status") in ENDED: raise UserError(
         f"{where} already holds a record; a record is written once")
-    run.update(stage=stage, status="running", started=now(), parameters=parameters, provenance=provenance())
+    seals = {"seals": True} if os.environ.get("MEDLLM_RECORDED") == "1" else {}          # whoever executes the notebook does
+    run.update(stage=stage, status="running", started=now(), parameters=parameters, provenance=provenance(), **seals)
     return run.watch()

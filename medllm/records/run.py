@@ -19,7 +19,7 @@ from pathlib import Path
 
 import nbformat
 
-from ..core import Interrupted, UserError, bundled, nearest, progress_line, say, write_bytes
+from ..core import Interrupted, Unwritable, UserError, bundled, nearest, progress_line, say, write_bytes
 from ..json_file import NUMBER
 from ..data.check import DataRun
 from ..evaluate.runs import EvaluateRun
@@ -192,18 +192,18 @@ def execute(
     source = read_source(notebook, [*parameters, "output_dir"])
     folder = Path(resume or wanted.output_dir or new_folder(stage, wanted.runs_dir, wanted.tag))
     run = _go_on(folder) if resume else _new(folder)
-    options, begun = _limits(wanted, time_limit), {"parent": parent} if parent else {}
+    options, begun = _limits(wanted, time_limit), {"seals": True} | ({"parent": parent} if parent else {})
     try:
         with _stoppable():
-            run.update(stage=stage, status="created", started=now(), parameters=asdict(wanted), **begun).beat()
             _write_source(source, folder)
+            run.update(stage=stage, status="created", started=now(), parameters=asdict(wanted), **begun).beat()
             say(f"record: {folder}")
             with Progress(folder): _papermill(folder/"source.ipynb", run, parameters | {"output_dir": str(folder)}, **options)
         return _ended(run)
     except (KeyboardInterrupt, Interrupted) as error: return run.read().fail(error)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS): raise
-        raise UserError(f"{folder}: how the run ended could not be written ({error.strerror}): make room; medllm runs list "
+        raise Unwritable(f"{folder}: how the run ended could not be written ({error.strerror}): make room; medllm runs list "
             "shows the run as lost, and medllm runs resume goes on with it") from None
 
 def _ended(run:Run)->Run:

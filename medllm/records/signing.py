@@ -10,10 +10,10 @@ import os
 import re
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 from ..core import UserError, find_path, write_bytes
+from ..machine import scratch
 from ..json_file import read_bounded
 from .seal import look_at_seal
 
@@ -62,7 +62,7 @@ def signature(
     try: written, data = read_bounded(folder/"seal.json.sig", 2**16), read_bounded(folder/"seal.json")
     except (OSError, ValueError) as e: return f"seal.json.sig: it cannot be read: {e}", ""
     if not file and not shutil.which("ssh-keygen"): return "", "signed, but by whom cannot be told without ssh-keygen (OpenSSH)"
-    with tempfile.TemporaryDirectory() as d: return _signed(data, write_bytes(Path(d)/"seal.json.sig", written, sync=False), file)
+    with scratch() as d: return _signed(data, write_bytes(d/"seal.json.sig", written, sync=False), file)
 
 def _signed(data:bytes, sig:Path, allowed:Path|None)->tuple[str, str]:
     "A defect, a note."

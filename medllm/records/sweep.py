@@ -19,8 +19,9 @@ from pathlib import Path
 
 from ..core import RECORDED, Interrupted, UserError, nearest, say, write_bytes, write_json
 from ..data.look import picture
+from ..machine import attach, attached
 from .page import result_of
-from .pipeline import find_finished, find_unfinished, note, stage_key
+from .pipeline import attempt_of, find_finished, find_unfinished, note, stage_key
 from .plan import Stage
 from .record import ENDED, RUNNING, Run, code_version, new_folder, now, status_of
 from .rerun import resume
@@ -92,6 +93,7 @@ def run_point(
     file:str|Path, # JSON: stage, given, folder, resume, sweep
 )->int:            # 0 when it completed
     "Run a point of a sweep, or go on with it; called in a process of its own."
+    attach()
     p = json.loads(Path(file).read_text(encoding="utf-8"))
     try:
         if p["resume"]: run = resume(p["folder"], {"extra": p["given"]["extra"]} if p["given"].get("extra") else {})
@@ -120,11 +122,11 @@ def _begin(run:Run, wanted:Sweep, name:str, sets:dict, runs:str)->Point|None:
     if done := find_finished(key, runs):
         note(run, name, **told, folder=str(done), status="completed", taken_over=True)
         return None
-    old = find_unfinished(key, runs)
-    folder = old or new_folder(wanted.stage, runs, name).resolve()
-    note(run, name, **told, folder=str(folder), status="created", **({"resumed": True} if old else {}))
+    old = find_unfinished(key, runs, run.folder)
+    folder, attempt = old or new_folder(wanted.stage, runs, name).resolve(), attempt_of(old)
+    note(run, name, **told, folder=str(folder), status="created", attempt=attempt, **({"resumed": True} if attempt else {}))
     file = write_json(run.folder/f"{name}.json", {"stage": wanted.stage, "given": given, "folder": str(folder),
-        "resume": bool(old), "sweep": str(run.folder.resolve())})
+        "resume": bool(attempt), "sweep": str(run.folder.resolve())})
     return Point(name, sets, folder, file, run.folder/f"{name}.log")
 
 # %% ../../nbs/records/24_sweep.ipynb #machine
@@ -135,7 +137,7 @@ def _started(point:Point, jobs:int)->subprocess.Popen:
     threads = str(max(1, (os.cpu_count() or 1)//jobs))
     with open(point.log, "a", encoding="utf-8") as out: return subprocess.Popen(
         [sys.executable, "-c", _PROGRAM, str(point.file)], stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-        start_new_session=True, env=os.environ | RECORDED | {"OMP_NUM_THREADS": threads})
+        start_new_session=True, env=os.environ | RECORDED | attached() | {"OMP_NUM_THREADS": threads})
 
 @contextlib.contextmanager
 def _asked_to_stop():
@@ -204,7 +206,7 @@ def on_ray(
         import sys
         with open(log, "a", encoding="utf-8") as out:
             return subprocess.run([sys.executable, "-c", _PROGRAM, file], stdout=out, stderr=subprocess.STDOUT,
-                env=os.environ | RECORDED).returncode
+                env=os.environ | RECORDED | attached()).returncode
     task = ray.remote(num_cpus=cores, max_retries=0)(work)
     try:
         live = {task.remote(str(p.file.resolve()), str(p.log.resolve())): p for p in points}
@@ -292,8 +294,9 @@ def sweep(
     if jobs < 1: raise UserError(f"--jobs {jobs}: must be at least 1")
     wanted = read_sweep(stage, file)
     run = Run(new_folder("sweep", runs, tag))
-    run.update(stage="sweep", status="running", started=now(), provenance={"code": code_version()}, parameters={"stage": stage,
-        "dataset": wanted.common.get("dataset"), "common": wanted.common, "metric": wanted.metric, "jobs": jobs, "tag": tag})
+    run.update(stage="sweep", status="running", started=now(), seals=True, provenance={"code": code_version()}, parameters={
+        "stage": stage, "dataset": wanted.common.get("dataset"), "common": wanted.common, "metric": wanted.metric, "jobs": jobs,
+        "tag": tag})
     run.beating()
     say(f"record: {run.folder}: {len(wanted.points)} points, {jobs} at a time")
     try:

@@ -12,12 +12,12 @@ import os
 import re
 import shutil
 import subprocess
-import tempfile
 from importlib import metadata
 from pathlib import Path
 from unittest.mock import patch
 
 from ..core import UserError, bundled, project_root, say, write_json
+from ..machine import scratch
 from ..json_file import misfit, parse_json
 from .seal import cell_names, read_notebook
 
@@ -122,7 +122,7 @@ def trusted(
     for text in reasons if trust else (): say(f"trusted: {text}")
     if reasons and not trust: raise UserError(
         f"{folder} is not run: {'; '.join(reasons)}; read it, and say --trust to run it as it is")
-    with tempfile.TemporaryDirectory() as place, patch.dict(os.environ, {} if trust else {"PYTHONSAFEPATH": "1"}):
-        if cells: own = str(shutil.copyfile(folder/"source.ipynb", Path(place)/f"{state['stage']}.ipynb"))
-        elif isinstance(own, dict): own = str(write_json(Path(place)/f"{state['stage']}.ipynb", own))
+    with scratch() as place, patch.dict(os.environ, {} if trust else {"PYTHONSAFEPATH": "1"}):
+        if cells: own = str(shutil.copyfile(folder/"source.ipynb", place/f"{state['stage']}.ipynb"))
+        elif isinstance(own, dict): own = str(write_json(place/f"{state['stage']}.ipynb", own))
         yield own         # a safe path: Python imports no module that lies about in the working directory

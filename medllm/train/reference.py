@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..core import UserError, find_path, say, write_json
+from ..core import UserError, find_path, say, whole_file, write_json
 from ..data.cache import cache_folder
 from ..machine import described, differs
 from ..models.adapters import AdaptPlan, adapt, names
@@ -254,14 +254,10 @@ def _keep(file:Path, made:np.ndarray):
     "Put an array into a file, and the note beside it; what is old goes."
     for old in (f for f in file.parent.glob("*.npy") if time.time() - f.stat().st_mtime > _KEEP):
         for one in (old, old.with_suffix(".json")): one.unlink(missing_ok=True)
-    part = file.with_suffix(f".{os.getpid()}.part")
     try:
-        with open(part, "wb") as f: np.save(f, made)
-        known = described(part)
-        part.replace(file)
-        write_json(file.with_suffix(".json"), known)
+        with whole_file(file) as f: np.save(f, made)
+        write_json(file.with_suffix(".json"), described(file))
     except OSError as e: say(f"the reference's log-probabilities cannot be kept in {file.parent} ({e.strerror})")
-    finally: part.unlink(missing_ok=True)
 
 def _stored(file:Path, trainer, compute:Callable[[], np.ndarray])->np.ndarray:
     "An array from a file that every process sees, or computed and put there by the first."
