@@ -27,9 +27,9 @@ SHORT = dict(
     logging_steps=1, save_steps=2, learning_rate=1e-3, disable_tqdm=True, finetuning_type="lora", lora_rank=4)
 
 
-def fault(script, *words, **env):
+def fault(script, *words, timeout=900, **env):
     "What a script of tests/faults found."
-    done = run(sys.executable, ROOT/"tests/faults"/script, *words, timeout=900, **env)
+    done = run(sys.executable, ROOT/"tests/faults"/script, *words, timeout=timeout, **env)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout[done.stdout.index("{"):])
 

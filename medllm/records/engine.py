@@ -341,6 +341,7 @@ class RecordEngine(Engine):
             class IpcKernel(AsyncKernelManager):
                 transport = CaselessStrEnum(["tcp", "ipc"], default_value="ipc")
                 ip = Unicode(f"{sockets}/kernel")
+                connection_file = Unicode(f"{sockets}/kernel.json")      # holds the key to the kernel
             client = RecordClient(nb_man, kernel_name=kernel_name, kernel_manager_class=IpcKernel, startup_timeout=start_timeout,
                 log_output=log_output, stdout_file=stdout_file, stderr_file=stderr_file)
             client.may_show = whole.get("reveal") is True

@@ -187,7 +187,8 @@ COMMANDS = {
         lambda folder: ((folder/"r/predictions.jsonl").read_bytes(), _metrics(folder/"r")),
         lambda folder: _answers(folder/"r", "predictions.jsonl")),
     "pipeline": Command(
-        lambda folder: ["run", "pipeline", "-f", f"{folder}/plan.json", "--runs", f"{folder}/runs"], _stages, _records, _plan, True),
+        lambda folder: ["run", "pipeline", "-f", f"{folder}/plan.json", "--runs", f"{folder}/runs"],
+        _stages, _records, _plan, True),
     "sweep": Command(
         lambda folder: ["sweep", "sft", "-f", f"{folder}/grid.json", "--runs", f"{folder}/runs"], _stages, _records, _grid, True),
 }
