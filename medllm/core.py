@@ -325,4 +325,5 @@ RECORDED = {"MEDLLM_RECORDED": "1"} # environment of a process whose output is k
 
 def recorded()->bool: # True in a notebook's kernel, too
     "Whether what this process says becomes part of a record."
-    return os.environ.get("MEDLLM_RECORDED") == "1" or "ipykernel" in sys.modules
+    kernel = sys.modules.get("ipykernel.kernelapp")               # imported is not running
+    return os.environ.get("MEDLLM_RECORDED") == "1" or bool(kernel and kernel.IPKernelApp.initialized())

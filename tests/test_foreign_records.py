@@ -500,9 +500,8 @@ def test_a_pipe_and_a_hole_hold_nobody_up(runs, tmp_path):
 def test_gc_keeps_what_a_torn_record_came_from(runs, tmp_path):
     from medllm.records.keep import waste
     parent = runs/"sft/whole"
-    shutil.copytree(parent/"checkpoint-2", parent/"checkpoint-4")
-    for file in ("COMMIT.json",): (parent/"checkpoint-4"/file).write_text((parent/"checkpoint-4"/file).read_text())
-    assert [w.name for w in waste(runs)] == ["checkpoint-2"]
+    shutil.copytree(parent/"checkpoint-2", parent/"checkpoint-1")              # no whole one: it says that it is another
+    assert [w.name for w in waste(runs)] == ["checkpoint-1"]
     child = shutil.copytree(parent, runs/"sft/child", ignore=shutil.ignore_patterns("checkpoint-*"))
-    write_json(child/"run.json", {"status": 3, "consumed": [{"place": str(parent/"checkpoint-2")}]})
+    write_json(child/"run.json", {"status": 3, "consumed": [{"place": str(parent/"checkpoint-1")}]})
     assert waste(runs) == []

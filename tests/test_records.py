@@ -14,7 +14,7 @@ def test_a_failing_run_says_so(tmp_path):
     rows = tmp_path/"rows.json"
     rows.write_text(json.dumps([{"instruction": "a", "output": ""}]*3))
     done = run("medllm", "run", "sft", "-p", "dataset", rows, "-p", "output_dir", tmp_path/"r")
-    assert (done.returncode == 1 and "3 rejected (empty_answer)" in done.stderr
+    assert (done.returncode == 2 and "3 rejected (empty_answer)" in done.stderr
         and "Traceback" not in done.stderr), done.stderr
     state = state_of(tmp_path/"r")
     assert state["status"] == "failed" and "no row is left to train on" in state["reason"]

@@ -19,6 +19,9 @@ RUN = dict(model_name_or_path="tiny", cutoff_len=64, per_device_train_batch_size
     save_steps=2, learning_rate=1e-3, disable_tqdm=True, finetuning_type="lora", lora_rank=4, dtype="float32")
 
 
+BLIND = dict(eval_strategy="no", eval_dataset=None, eval_steps=None)     # without validation
+
+
 def questions(file, *asked):
     "A file of rows."
     file.write_text(json.dumps([{"instruction": one, "output": "Rest."} for one in asked]))
@@ -171,7 +174,7 @@ def rows_trained(folder, monkeypatch, **more):
         return collate(self, rows)
     with monkeypatch.context() as m:
         m.setattr(Collate, "__call__", noted)
-        metrics, said = whole(folder, eval_strategy="no", eval_dataset=None, num_train_epochs=2, **more)
+        metrics, said = whole(folder, **BLIND, num_train_epochs=2, **more)
     return seen, metrics, said
 
 
@@ -219,8 +222,8 @@ def test_other_validation_rows_begin_anew(finished, tmp_path):
 
 def test_another_precision(finished, tmp_path):
     "Adapters of bfloat16 stay so when a checkpoint is loaded into them (peft makes them float32)."
-    whole(tmp_path/"run", dtype="bfloat16", max_steps=1, save_steps=1, eval_strategy="no")
+    whole(tmp_path/"run", dtype="bfloat16", max_steps=1, save_steps=1, **BLIND)
     for pure in (True, False):
-        trainer, _, _ = resumed(tmp_path/"run", "precision,steps", dtype="bfloat16", pure_bf16=pure, eval_strategy="no")
+        trainer, _, _ = resumed(tmp_path/"run", "precision,steps", dtype="bfloat16", pure_bf16=pure, **BLIND)
         kinds = {p.dtype for p in trainer.model.parameters() if p.requires_grad}
         assert kinds == {torch.bfloat16 if pure else torch.float32} and trainer.state.global_step == 2

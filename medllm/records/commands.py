@@ -51,7 +51,7 @@ def _compare(args)->int:
     if args.json: _json(found.as_dict())
     else: print(found)
     if args.notebooks:
-        for other in found.folders[1:]: print(f"\nnotebook of {other.name}:\n"
+        for other in found.folders[1:]: print(f"\nnotebook of {visible(other.name, lines=False)}:\n"
             + (notebook_differences(found.folders[0], other) or "the same code was run"))
     if args.plot:
         plot(found, args.plot, args.quantity)

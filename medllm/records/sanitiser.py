@@ -14,7 +14,7 @@ from pathlib import Path
 from ..json_file import misfit
 from .seal import read_notebook
 
-# %% ../../nbs/records/20_sanitiser.ipynb #notebook
+# %% ../../nbs/records/20_sanitiser.ipynb #sanitised
 _KINDS = ("text/html", "text/markdown", "image/png", "image/jpeg", "text/plain")
 _LONGEST = {"text/html": 10**6, "image/png": 4*10**6, "image/jpeg": 4*10**6}   # of an output [characters]; else 10**5
 _TAGS = set("""a b blockquote br caption code col colgroup dd del details div dl dt em h1 h2 h3 h4 h5 h6 hr i img kbd li mark ol p
@@ -38,6 +38,7 @@ def sanitised(
     return nh3.clean(html, tags=_TAGS, clean_content_tags=_GONE, attributes=_ATTRIBUTES, attribute_filter=_kept,
         filter_style_properties=_STYLES, url_schemes={"http", "https", "mailto", "data"}, link_rel="noopener noreferrer")
 
+# %% ../../nbs/records/20_sanitiser.ipynb #notebook
 def _shortened(text:str, longest:int)->str:
     return text if len(text) <= longest else f"{text[:longest]}\n… {len(text) - longest:,} characters are left out of this page"
 

@@ -48,9 +48,12 @@ def _cells_text(then:dict, now:dict)->list[str]:
         how = "is not in it" if name not in now else "was added" if name not in then else "is another"
         pair = [(part.get(name) or "").splitlines() for part in (then, now)]
         lines = [line for line in list(difflib.unified_diff(*pair, lineterm="", n=0))[2:] if not line.startswith("@@")]
+        lines.sort(key=lambda line: not line.startswith("+"))           # what would be run comes first
         shown = [line if len(line) <= 160 else f"{line[:160]}… ({len(line)} characters)" for line in lines]
-        rest = [f"… {len(shown) - 12} more lines"]*(len(shown) > 12)
-        said.append("\n    ".join([f"cell '{name}' {how}", *shown[:12], *rest]))
+        new = sum(line.startswith("+") for line in lines)
+        shown = [*shown[:8 if len(lines) > new else 12], *shown[new:]][:12]
+        rest = [f"… {len(lines) - len(shown)} more lines"]*(len(lines) > len(shown))
+        said.append("\n    ".join([f"cell '{name}' {how}", *shown, *rest]))
     return said or ["its cells are in another order"]
 
 def differing(

@@ -160,6 +160,7 @@ def _note_begin(args:Arguments, folder:Path, contract:dict):
     append_event(folder, "begins", model=args.model.model_name_or_path, adapters=args.model.adapter_name_or_path,
         dataset=args.data.dataset)
 
+# %% ../../nbs/train/31_loop.ipynb #steps
 def _train(args:Arguments, data:TrainingData, contract:dict, checkpoint:Path|None)->dict:
     "The run itself, in a folder that is ours."
     from transformers import set_seed

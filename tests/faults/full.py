@@ -25,7 +25,7 @@ from medllm.records.record import read_state, status_of
 from medllm.records.verify import verify
 from medllm.train.checkpoints import check, checkpoints_in
 
-FLAGS = SFT | dict(max_steps=8, save_steps=2, eval_strategy="no", val_size=0)
+FLAGS = SFT | dict(max_steps=8, save_steps=2, eval_strategy="no", eval_steps=None, val_size=0)
 ALL = {k: v for k, v in FLAGS.items() if not k.startswith(("lora", "eval"))} | dict(finetuning_type="full", save_total_limit=2)
 
 

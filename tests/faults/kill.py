@@ -29,7 +29,7 @@ from medllm.records.verify import verify
 from medllm.train.checkpoints import check, checkpoints_in
 from medllm.use import predict  # noqa: F401
 
-FLAGS = SFT | dict(max_steps=24, save_steps=1, save_total_limit=2, eval_strategy="no", val_size=0)
+FLAGS = SFT | dict(max_steps=24, save_steps=1, save_total_limit=2, eval_strategy="no", eval_steps=None, val_size=0)
 GONE = 15    # longest time until what a killed command had started is gone too [s]
 
 
