@@ -370,6 +370,20 @@ def test_a_tokenizer_that_cannot_be_one(how, model):
     tokenizer_of(model, says)
 
 
+def test_a_pattern_that_panics_is_a_sentence_without_the_text(model):
+    "The regular expressions of tokenizers end in a PanicException, which is no Exception, when they are tried too long."
+    from medllm.data.formats import Example, Turn
+    from medllm.data.tokens import Renderer
+    from medllm.models.loading import load_tokenizer
+    text = json.loads((model/"tokenizer.json").read_text())
+    step = {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False}
+    text["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [step, text["pre_tokenizer"]]}
+    (model/"tokenizer.json").write_text(json.dumps(text))
+    renderer = Renderer(load_tokenizer(str(model)), "auto")
+    with pytest.raises(UserError) as refused: renderer.encode([Example((Turn("user", "x"*40 + "!"), Turn("assistant", "b")))])
+    assert "tokenizer.json" in str(refused.value) and "xxx" not in str(refused.value)
+
+
 @pytest.mark.parametrize("text", ["", "[", "{", '{"model": ' + "["*100_000, "\0", "null"])
 def test_a_tokenizer_that_is_no_json_is_named(text, model):
     (model/"tokenizer.json").write_text(text)

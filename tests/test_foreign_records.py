@@ -176,6 +176,26 @@ def test_some_mutated_notebooks_that_are_to_be_run(tmp_path, monkeypatch): run_m
 def test_500_mutated_notebooks_that_are_to_be_run(tmp_path, monkeypatch): run_mutated(tmp_path, monkeypatch, 500, "all")
 
 
+@pytest.mark.parametrize("text", ["["*100_000, '{"files":'*50_000, "[" + "{},"*100_000 + "{}]"])
+@pytest.mark.parametrize("name", ["seal.json", "run.json", "record.ipynb"])
+def test_a_depth_that_no_file_has_is_said(runs, name, text):
+    (runs/"sft/whole"/name).write_text(text)
+    code, out, err = command("runs", "verify", runs/"sft/whole")
+    assert code in (1, 2) and name in out + err
+    command("runs", "show", runs/"sft/whole")
+
+
+def test_a_fault_of_our_own_keeps_its_traceback(runs, monkeypatch):
+    "And says where it is reported; it is not called a broken file."
+    from medllm.cli import main
+    from medllm.records import listing
+    def broken(*a, **k): raise ZeroDivisionError("ours\x1b[2J")
+    monkeypatch.setattr(listing, "find_record", broken)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as err:
+        assert main(["runs", "show", str(runs/"sft/whole")]) == 1
+    for part in ("Traceback", "ZeroDivisionError: ours\\u001b", "a fault of medllm", "/issues"): assert part in err.getvalue()
+
+
 # whose code runs
 
 @pytest.fixture

@@ -91,6 +91,9 @@ class PlainText:
         return [ids.tolist() for ids in self.arrays(texts, place)]
 
 # %% ../../nbs/data/08_tokens.ipynb #plain-arrays
+_TOKENIZER = ("the tokenizer, which gives up at one of the texts (a pattern that is tried without end, for example),",
+    "have its tokenizer.json made anew")
+
 @patch
 def arrays(self:PlainText,
     texts:Sequence[str], # As in a call
@@ -105,14 +108,15 @@ def arrays(self:PlainText,
 @patch
 def _ids(self:PlainText, texts:Sequence[str], place:str)->tuple[np.ndarray, list[int]]:
     "Ids of all texts behind each other, and where each text's end."
-    rows = [e.ids for e in self.by_place[place].encode_batch_fast(texts, add_special_tokens=False)]
+    with foreign(*_TOKENIZER, quote=False): rows = [
+        e.ids for e in self.by_place[place].encode_batch_fast(texts, add_special_tokens=False)]
     flat, numbers = np.fromiter(chain.from_iterable(rows), np.int32), self.numbers[place]
     return (flat if numbers is None else numbers[flat]), np.cumsum([len(ids) for ids in rows]).tolist()
 
 @patch
 def _split(self:PlainText, text:str, place:str)->np.ndarray:
     "Ids of a text that the vocabulary reads as control tokens: each of these is cut in the middle."
-    spans = self.by_place[place].encode(text, add_special_tokens=False).offsets
+    with foreign(*_TOKENIZER, quote=False): spans = self.by_place[place].encode(text, add_special_tokens=False).offsets
     hit = [spans[i] for i in np.flatnonzero(self.is_control[self._ids([text], place)[0]])]
     for begin, end in hit:
         if end - begin > 1: continue

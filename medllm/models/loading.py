@@ -194,7 +194,7 @@ def open_tokenizer(
     "A tokenizer, unchanged. Raises `UserError` when it cannot be loaded or used."
     from transformers import AutoTokenizer
     if Path(place).is_dir(): check_files(Path(place))
-    with _reading(name, place, "the tokenizer (tokenizer.json, tokenizer_config.json)"):
+    with _reading(name, place, "config.json, tokenizer.json or tokenizer_config.json"):
         try: tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **hub)
         except Exception:
             for file in Path(place).glob("*.json"): check_json(file)          # one that is no JSON is named
