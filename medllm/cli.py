@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 
 from .core import UserError, say, spelled, terminal
-from .machine import arrive, exit_code
+from .exits import exit_code
+from .machine import arrive
 from .model_cli import add_chat, add_evaluate, add_export, add_knowledge, add_serve, whole_number
 from .records.commands import add_verbs, report
 from .use.runs import add_predict

@@ -9,6 +9,7 @@ __all__ = ['MOST', 'DEEPEST', 'MOST_PARTS', 'NUMBER', 'read_bounded', 'parse_jso
 import json
 import math
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -68,6 +69,10 @@ def _decoded(text:str, data:bytes, deepest:int, unique:bool):
     return value
 
 # %% ../nbs/03_json_file.ipynb #parse-json
+_QUOTED = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.S)
+
+def _brackets(data:bytes)->int: return sum(map(data.count, (b"{", b"[", b",")))
+
 def parse_json(
     text:str|bytes,        # Of one value
     deepest:int = DEEPEST, # Levels that it may have
@@ -75,7 +80,8 @@ def parse_json(
 ):                         # The value
     "The value of a JSON text. Raises `ValueError` with the reason in a few words, whatever the text is."
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
-    if sum(map(data.count, (b"{", b"[", b","))) > MOST_PARTS: raise ValueError(f"it holds more than {MOST_PARTS:,} parts")
+    if _brackets(data) > MOST_PARTS < _brackets(_QUOTED.sub(b"", data)):
+        raise ValueError(f"it holds more than {MOST_PARTS:,} parts")
     try: return _decoded(text if isinstance(text, str) else data.decode("utf-8"), data, deepest, unique)
     except UnicodeDecodeError: raise ValueError("it is not UTF-8") from None
     except RecursionError: raise ValueError("it is nested too deep") from None

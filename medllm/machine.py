@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['writing_failed', 'place_fault', 'placed', 'can_write', 'check_writable', 'sweep', 'beside', 'take_place', 'scratch',
            'lasting', 'substitute', 'home', 'settle_home', 'cache_home', 'hub_answers', 'check_hub', 'tolerant_console',
-           'speak_utf8', 'end_with', 'attached', 'attach', 'arrive', 'issue_address', 'exit_code', 'described',
-           'differs', 'all_described', 'first_difference', 'digest']
+           'speak_utf8', 'end_with', 'attached', 'attach', 'arrive', 'described', 'differs', 'all_described',
+           'first_difference', 'digest']
 
 # %% ../nbs/04_machine.ipynb #imports
 import atexit
 import contextlib
 import errno
 import hashlib
-import importlib.metadata
 import json
 import os
 import re
@@ -23,13 +22,12 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
-from .core import UserError, first_line, project_root, say, sync_folder, try_lock, visible
+from .core import UserError, say, sync_folder, try_lock
 
 # %% ../nbs/04_machine.ipynb #refused
 _REFUSED = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EIO", "ESTALE",
@@ -296,44 +294,6 @@ def arrive(
     if own: speak_utf8()
     tolerant_console()
     settle_home()
-
-# %% ../nbs/04_machine.ipynb #exit
-def issue_address()->str:
-    "Where a fault of medllm is reported."
-    if root := project_root():
-        found = re.search(r"^git_url\s*=\s*(\S+)", (root/"settings.ini").read_text(encoding="utf-8"), re.M)
-        if found: return f"{found[1]}/issues"
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        for line in importlib.metadata.metadata("medllm").get_all("Project-URL", []):
-            if line.startswith("Issues"): return line.split(", ", 1)[1]
-    return "the project's page"
-
-def _told(error:BaseException)->int|None: # None: it is nobody's but ours
-    "The exit code of an error, said in a sentence."
-    code = {"Interrupted": 75, "Unwritable": 74}.get(type(error).__name__, 2)
-    if why := "" if isinstance(error, UserError) else place_fault(error): error = UserError(why)
-    if type(error).__name__ == "PanicException": error = UserError(f"a file of the model or of the data makes a library give up "
-        f"({first_line(error)}); have its tokenizer made anew")
-    if not isinstance(error, UserError): return None
-    say(f"error: {error}")
-    return code
-
-def exit_code(
-    command:Callable[[], int], # What a command line asks for
-)->int:                        # Its own, or the error's
-    ("Run a command to its end, whatever that is: the one place where errors become sentences. 2 is a mistake or a broken file, "
-        "74 that nothing can be written, 75 asked to stop, 130 the keyboard, 1 our own fault.")
-    try: return command()
-    except KeyboardInterrupt: return 130
-    except BrokenPipeError:                     # the reader of the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0
-    except (SystemExit, GeneratorExit): raise
-    except BaseException as e:
-        if (code := _told(e)) is not None: return code
-        print(visible(traceback.format_exc()), file=sys.stderr, end="")
-        print(f"this is a fault of medllm; please report it with the lines above: {issue_address()}", file=sys.stderr, flush=True)
-        return 1
 
 # %% ../nbs/04_machine.ipynb #whole
 def described(

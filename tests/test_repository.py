@@ -81,8 +81,8 @@ def test_public_functions_are_documented(path):
             if isinstance(node, ast.FunctionDef): assert len(node.args.args) <= 8, node.name
 
 
-ORDER = ["core", "yaml_file", "secrets", "json_file", "machine", "marks", "data", "models", "train", "evaluate", "use", "records",
-    "model_cli", "cli"]
+ORDER = ["core", "yaml_file", "secrets", "json_file", "machine", "marks", "exits", "data", "models", "train", "evaluate", "use",
+    "records", "model_cli", "cli"]
 
 
 @pytest.mark.parametrize("path", EXPORTING, ids=name)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..core import UserError, say, visible
-from ..machine import issue_address
+from ..exits import issue_address
 from ..json_file import finite, read_json
 from ..marks import conclusion
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
-from ..core import UserError, say
+from ..core import UserError, say, visible
 from ..json_file import NUMBER
 from .listing import read_lines, read_state
 from .record import RUNNING, Run, code_version, status_of
@@ -75,10 +75,10 @@ def rerun(
 )->Run:
     "Run a record again, into a new one. Raises `UserError` for what is missing or changed, and for code that is not ours."
     folder, state = Path(folder), _state(Path(folder))
-    for text in broken(folder).values(): say(f"{folder.name}: {text}")
+    for text in broken(folder).values(): say(visible(f"{folder.name}: {text}", lines=False))
     if bad := missing_inputs(state, given): raise UserError(
         f"{'; '.join(bad)}; bring it back, or name another with -p dataset, -p dataset_dir or -p model_name_or_path")
-    for text in _suspects(state): say(text)
+    for text in _suspects(state): say(visible(text, lines=False))
     kept = {k: v for k, v in state["parameters"].items() if k not in ("output_dir", "runs_dir", "tag", "output")}
     if kept.get("extra"): kept["extra"] = _from_the_start(kept["extra"])
     if state["stage"] == "pipeline": kept["reuse"] = "none"       # what is taken over is not run again

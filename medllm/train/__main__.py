@@ -14,7 +14,8 @@ import time
 from collections.abc import Sequence
 
 from ..core import say
-from ..machine import attach, exit_code, settle_home, speak_utf8, tolerant_console
+from ..exits import exit_code
+from ..machine import attach, settle_home, speak_utf8, tolerant_console
 
 # %% ../../nbs/train/32_main.ipynb #help
 _HEAD = """usage: python -m medllm.train [FILE.yaml] [--flag value …] [flag=value …]
