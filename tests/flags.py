@@ -28,9 +28,11 @@ VERDICTS = (CRASH, NOTHING, IN_FORCE, TRANSLATED, REFUSED)      # what a flag is
 # what a case came to
 
 SPOKEN = ("said", "refused", "names of what trains")
-PLAIN = ("adapter", "4 bit", "scales of 4 bit", "attention", "what trains", "weights", "layers", "optimiser", "DDP in use", "DDP",
-    "processes", "model is wrapped in", "loader", "computed again", "synchronised", "algorithms", "profile", "compiled", "asked of the machine",
-    "log level", "writes to disk", "speaks", "progress bar", "HF_TOKEN", "memory given back", "checkpoints", "validated at steps",
+PLAIN = ("adapter", "4 bit", "scales of 4 bit", "attention", "what trains", "weights", "layers", "optimiser",
+    "model is wrapped in", "DDP in use", "DDP", "processes: backend in use", "processes: waits for", "processes", "loader",
+    "computed again", "synchronised", "algorithms", "profile", "compiled", "asked of the machine", "rollouts hold",
+    "run in MLflow", "log level", "writes to disk", "speaks", "progress bar", "HF_TOKEN", "memory given back",
+    "checkpoints", "validated at steps",
     "batches of validation", "logged at steps", "what is logged", "folder", "files", "rows made", "steps", "best", "epochs")
 TOKENS = ("batches", "trained tokens")                          # of sampled answers they follow from the numbers
 NUMBERS = ("log: learning_rate", "log: loss", "log: eval_loss", "log:", "weights at the start", "weights at the end")
@@ -101,7 +103,7 @@ def judged(case, found):
 
 def sentence(text, most=160):
     "Text for a cell of the table."
-    text = re.sub(r"\s+", " ", text).replace("|", "\\|")
+    text = re.sub(r"\d+%|\d\.\d+(?= nat)", "…", re.sub(r"\s+", " ", text)).replace("|", "\\|")
     return text if len(text) <= most else f"{text[:most - 1]}…"
 
 
