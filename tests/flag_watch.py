@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import socket
 import sqlite3
 import subprocess
@@ -337,6 +338,12 @@ def quiet():
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()): yield
 
 
+def end(process):
+    "End a process and all that it started."
+    with contextlib.suppress(ProcessLookupError): os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
 class Walk:
     "A place with data and models, and the runs that were made there."
     def __init__(self, place):
@@ -386,9 +393,9 @@ class Walk:
             f"--main_process_ip 127.0.0.1 --main_process_port {port} --mixed_precision no --dynamo_backend no --machine_rank")
         starts = [[*launch.split(), str(n)] for n in range(machines)] if number > 1 else [[]]
         begun = [subprocess.Popen([sys.executable, *start, __file__, str(self.place), str(out)], env=os.environ | environment,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for start in starts]
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True) for start in starts]
         try: said = [process.communicate(timeout=300)[0] for process in begun]
-        finally: [process.kill() for process in begun]
+        finally: [end(process) for process in begun]
         file = out/f"seen_{which}.json"
         assert file.exists(), "\n".join(said)[-3000:]
         return json.loads(file.read_text())
