@@ -5,7 +5,7 @@ BASE = dict(model_name_or_path="{place}/model", dataset="talk", dataset_dir="{pl
     max_steps=3, per_device_train_batch_size=4, logging_steps=1, save_strategy="no", learning_rate=1e-2,
     finetuning_type="full", disable_tqdm=True, output_dir="{out}/run")
 STAGES = {
-    "sft": {}, "pt": dict(dataset="text"), "rm": dict(dataset="pairs"), "dpo": dict(dataset="pairs"), "kto": dict(dataset="pairs"),
+    "sft": {}, "pt": dict(dataset="text"), **{stage: dict(dataset="pairs") for stage in ("rm", "dpo", "kto")},
     "ppo": dict(dataset="other", reward_funcs="walked", max_new_tokens=6, ppo_epochs=2, max_steps=4),
     "grpo": dict(dataset="other", reward_funcs="walked", max_new_tokens=6, num_generations=2, num_iterations=2, max_steps=4)}
 LOOKS = dict(eval_dataset="held", eval_strategy="steps", eval_steps=1)
@@ -106,7 +106,8 @@ DRAWN = [
 
 LOOP = [
     *tried("sft", output_dir="{out}/elsewhere", per_device_train_batch_size=2, max_steps=2, learning_rate=5e-2,
-        lr_scheduler_type=["cosine", "reduce_lr_on_plateau"], warmup_steps=2, weight_decay=.5, adam_beta1=.5, adam_beta2=.5, adam_epsilon=.1,
+        lr_scheduler_type=["cosine", "reduce_lr_on_plateau"], warmup_steps=2, weight_decay=.5, adam_beta1=.5, adam_beta2=.5,
+        adam_epsilon=.1,
         optim=["sgd", "galore_adamw"], optim_args="rank=2", optim_target_modules="all-linear", gradient_accumulation_steps=2,
         average_tokens_across_devices=False, max_grad_norm=1e-3, label_smoothing_factor=.3, bf16=True, fp16=True,
         bf16_full_eval=True, fp16_full_eval=True, tf32=True, activation_checkpointing=True, gradient_checkpointing=True,
@@ -155,8 +156,7 @@ MACHINE = [
         do_train=False, do_predict=True, local_rank=0),
     *tried("sft", beside=dict(dataset="talk,other,near"), train_sampling_strategy="random"),
     *tried("sft", "two processes", ddp_find_unused_parameters=True, ddp_bucket_cap_mb=1, ddp_broadcast_buffers=False,
-        ddp_static_graph=True, ddp_backend="gloo", ddp_timeout=60, fsdp="full_shard"),
-    *tried("sft", "two processes", dict(fsdp="full_shard"), fsdp_config={"version": 2}),
+        ddp_static_graph=True, ddp_backend="gloo", ddp_timeout=60),
     *tried("sft", beside=dict(max_steps=-1, num_train_epochs=1, max_samples=11), dataloader_drop_last=True),
     *tried("sft", beside=WORKERS, dataloader_persistent_workers=True, dataloader_prefetch_factor=4,
         dataloader_multiprocessing_context="fork", dataloader_in_order=False),

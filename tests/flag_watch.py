@@ -1,13 +1,16 @@
 """What a small training run does, wrote and came to, so that two of them can be compared; `flags.py` asks."""
 import contextlib
 import hashlib
+import importlib.util
 import io
 import json
 import logging
 import os
 import re
 import shutil
+import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 from collections import Counter
@@ -117,7 +120,8 @@ def hosted():
     from medllm.data import readers
     rows = Dataset.from_list([{k: r[k] for k in ("instruction", "output")} for r in talk()])
     came = lambda how, rows: lambda split: COUNTED.append(how) or rows
-    builder = mock.Mock(as_dataset=came("copied first", rows), as_streaming_dataset=came("as it comes", rows.to_iterable_dataset()))
+    builder = mock.Mock(as_dataset=came("copied first", rows),
+        as_streaming_dataset=came("as it comes", rows.to_iterable_dataset()))
     return mock.patch.object(readers, "_hub_builder", lambda source: builder)
 
 
@@ -136,7 +140,8 @@ EXACT = {"PYTHONHASHSEED": "0", "TOKENIZERS_PARALLELISM": "false", "CUBLAS_WORKS
     "FLASH_ATTENTION_DETERMINISTIC": "1", "OMP_NUM_THREADS": "1"}
 ONE = {"OMP_NUM_THREADS": "1"}
 PROCESSES = {   # processes, machines, whose view is kept, environment
-    "two processes": (2, 1, 0, ONE), "replica": (2, 1, 1, ONE), "second machine": (2, 2, 1, ONE), "exact environment": (1, 1, 0, EXACT)}
+    "two processes": (2, 1, 0, ONE), "replica": (2, 1, 1, ONE), "second machine": (2, 2, 1, ONE),
+    "exact environment": (1, 1, 0, EXACT)}
 
 
 # what a run did
@@ -151,6 +156,9 @@ def row_hashes(batch):
     if not torch.is_tensor(ids): return [key(ids)]
     if "borders" in batch: return [key(ids.flatten().tolist())]
     return [key([i for i in row if i]) for row in ids.tolist()]
+
+
+MISSING = ("wandb", "galore_torch", "deepspeed")                      # packages that are not looked for
 
 
 class Watch:
@@ -225,12 +233,14 @@ class Watch:
         def state(this, cpu=False, **how):
             for key, value in how.items() | {("cpu", cpu)}: self.note(f"processes: {key}", str(value))
             begun(this, cpu, **how)
+        found = importlib.util.find_spec
+        def find_spec(name, package=None): return None if name.split(".")[0] in MISSING else found(name, package)
         bar = mock.Mock(side_effect=lambda *a, **k: self.note("progress bar", "drawn") or mock.MagicMock())
         patches = [
             mock.patch.object(StageTrainer, "__init__", self.trainer_made(StageTrainer.__init__)),
             mock.patch.object(StageTrainer, "compute_loss", self.loss_taken(StageTrainer.compute_loss)),
             mock.patch.object(trainer, "DataLoader", self.loader()), mock.patch.object(PartialState, "__init__", state),
-            mock.patch("transformers.trainer_callback.tqdm", bar),
+            mock.patch("transformers.trainer_callback.tqdm", bar), mock.patch("importlib.util.find_spec", find_spec),
             mock.patch("transformers.trainer.clear_device_cache", self.counted("memory given back")),
             mock.patch.object(cache, "_make", self.counted("rows made", cache._make)),
             mock.patch.object(contract, "package_hash", lambda: ""), mock.patch.object(contract, "_version", lambda name: ""),
@@ -260,8 +270,10 @@ def came_to(watch, folder):
     seen["log level"] = logging.getLogger("transformers").level
     seen["steps"], seen["epochs"] = trainer.state.global_step, round(trainer.state.epoch or 0, 3)
     seen["writes to disk"], seen["speaks"] = args.should_save, args.should_log
-    if (folder/"run/metrics.json").exists():
-        seen["profile"] = json.loads((folder/"run/metrics.json").read_text())["determinism"].get("profile")
+    if (texts := folder/"run/rollouts.jsonl").exists():
+        seen["rollouts hold"] = sorted(json.loads(texts.read_text().splitlines()[0]))
+    if (reports := folder/"run/mlflow.db").exists():
+        with sqlite3.connect(reports) as base: seen["run in MLflow"] = base.execute("select name from runs").fetchall()[0][0]
     seen["best"] = trainer.state.best_global_step
     came_by_step(trainer, seen)
     files_of(folder, seen)
@@ -307,12 +319,14 @@ def as_it_was():
     import torch
     from transformers.utils import logging as library
     import torch._dynamo.utils
+    from medllm.train import determinism
     level, random = library.get_verbosity(), torch.get_rng_state()
     with mock.patch.dict(os.environ):
         try: yield
         finally:
             library.set_verbosity(level)
             torch.use_deterministic_algorithms(False)
+            determinism._applied["profile"] = "fast"
             torch._dynamo.utils.counters.clear()
             COUNTED.clear()
             torch.set_rng_state(random)
@@ -322,6 +336,12 @@ def as_it_was():
 def quiet():
     "Nothing is said."
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()): yield
+
+
+def end(process):
+    "End a process and all that it started."
+    with contextlib.suppress(ProcessLookupError): os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 class Walk:
@@ -369,13 +389,13 @@ class Walk:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        starts = [["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(number), "--num_machines", str(machines),
-            "--machine_rank", str(n), "--main_process_ip", "127.0.0.1", "--main_process_port", str(port), "--mixed_precision", "no",
-            "--dynamo_backend", "no"] for n in range(machines)] if number > 1 else [[]]
+        launch = (f"-m accelerate.commands.launch --multi_gpu --num_processes {number} --num_machines {machines} "
+            f"--main_process_ip 127.0.0.1 --main_process_port {port} --mixed_precision no --dynamo_backend no --machine_rank")
+        starts = [[*launch.split(), str(n)] for n in range(machines)] if number > 1 else [[]]
         begun = [subprocess.Popen([sys.executable, *start, __file__, str(self.place), str(out)], env=os.environ | environment,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for start in starts]
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True) for start in starts]
         try: said = [process.communicate(timeout=300)[0] for process in begun]
-        finally: [process.kill() for process in begun]
+        finally: [end(process) for process in begun]
         file = out/f"seen_{which}.json"
         assert file.exists(), "\n".join(said)[-3000:]
         return json.loads(file.read_text())
@@ -383,6 +403,7 @@ class Walk:
     def watched(self, given, around, out):
         "What a run in this process does."
         import torch
+        from medllm.train import determinism
         watch, said = Watch(), io.StringIO()
         machine = AROUND.get(around, contextlib.nullcontext)()
         with as_it_was(), mock.patch.dict(os.environ, MEDLLM_CACHE=str(out/"cache")), machine, watch.watching():
@@ -390,6 +411,7 @@ class Walk:
             watch.note("HF_TOKEN", bool(os.environ.get("HF_TOKEN")))
             watch.seen |= {name: count for name, count in watch.calls.items()}
             watch.seen["asked of the machine"] = sorted(set(COUNTED))
+            watch.seen["profile"] = determinism.in_force()["profile"]
             watch.seen["compiled"] = bool(torch._dynamo.utils.counters["frames"]["ok"])
             watch.seen["algorithms"] = "deterministic" if torch.are_deterministic_algorithms_enabled() else "any"
             came_to(watch, out)

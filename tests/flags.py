@@ -7,30 +7,35 @@
 
 A flag is in force when a small run with it differs from the same run without it, in what it did, wrote or came to. What
 differs is the evidence, and stands in the table: nothing here says beforehand what that should be. `flag_cases.py` says
-what is tried, `flag_watch.py` what is looked at.
+what is tried, `flag_watch.py` what is looked at. Where a flag came to nothing, or a case could not be run, the table says so,
+the flags are named and the walk ends with 1.
 """
 import argparse
 import json
 import re
 import sys
 import tempfile
+import time
 from dataclasses import replace
+from difflib import unified_diff
 from pathlib import Path
 
 from flag_cases import CASES, CIRCUMSTANCES, STAGES
 from flag_watch import Walk
 
 TABLE = Path(__file__).resolve().parent/"flags.md"
-IN_FORCE, TRANSLATED, REFUSED, NOTHING, CRASH = "in force", "translated", "refused", "NOTHING DIFFERS", "CRASH"
-VERDICTS = (CRASH, NOTHING, IN_FORCE, TRANSLATED, REFUSED)      # what a flag is, the first that any of its cases came to
+IN_FORCE, TRANSLATED, REFUSED, NOT_SHOWN, CRASH = "in force", "translated", "refused", "not shown", "crash"
+VERDICTS = (CRASH, NOT_SHOWN, IN_FORCE, TRANSLATED, REFUSED)    # what a flag is, the first that any of its cases came to
 
 
 # what a case came to
 
 SPOKEN = ("said", "refused", "names of what trains")
-PLAIN = ("adapter", "4 bit", "scales of 4 bit", "attention", "what trains", "weights", "layers", "optimiser", "DDP in use", "DDP",
-    "processes", "model is wrapped in", "loader", "computed again", "synchronised", "algorithms", "profile", "compiled", "asked of the machine",
-    "log level", "writes to disk", "speaks", "progress bar", "HF_TOKEN", "memory given back", "checkpoints", "validated at steps",
+PLAIN = ("adapter", "4 bit", "scales of 4 bit", "attention", "what trains", "weights", "layers", "optimiser",
+    "model is wrapped in", "DDP in use", "DDP", "processes: backend in use", "processes: waits for", "processes", "loader",
+    "computed again", "synchronised", "algorithms", "profile", "compiled", "asked of the machine", "rollouts hold",
+    "run in MLflow", "log level", "writes to disk", "speaks", "progress bar", "HF_TOKEN", "memory given back",
+    "checkpoints", "validated at steps",
     "batches of validation", "logged at steps", "what is logged", "folder", "files", "rows made", "steps", "best", "epochs")
 TOKENS = ("batches", "trained tokens")                          # of sampled answers they follow from the numbers
 NUMBERS = ("log: learning_rate", "log: loss", "log: eval_loss", "log:", "weights at the start", "weights at the end")
@@ -89,19 +94,19 @@ def judged(case, found):
     told = [line for line in said or [] if line not in (quiet or []) and line.startswith(f"--{case.flag} ")]
     differs, new = differing(case, found), translation(case)
     if after and after.startswith("CRASH"): return CRASH, after
-    if after and before: return (IN_FORCE if after != before else NOTHING), f"refused, but otherwise: {after}"
+    if after and before: return NOT_SHOWN, f"refused without it too: {before}"
     if after: return (IN_FORCE if case.refuses or "batches" not in found else REFUSED), after
     if new: return TRANSLATED, f"is {new}" + (f": {differs}" if differs else "")
     if told and not differs: return TRANSLATED, told[0]
     if before: return IN_FORCE, f"without it: {before}" if not before.startswith("CRASH") else "the run goes on"
-    return (IN_FORCE, differs) if differs else (NOTHING, "")
+    return (IN_FORCE, differs) if differs else (NOT_SHOWN, "nothing differs")
 
 
 # the table
 
 def sentence(text, most=160):
     "Text for a cell of the table."
-    text = re.sub(r"\s+", " ", text).replace("|", "\\|")
+    text = re.sub(r"\d+%|\d\.\d+(?= nat)", "…", re.sub(r"\s+", " ", text)).replace("|", "\\|")
     return text if len(text) <= most else f"{text[:most - 1]}…"
 
 
@@ -131,15 +136,16 @@ HEAD = """# What every flag of a training run does
 Made by `python tests/flags.py --write`; `tests/test_flags.py` makes it again. A small run with each flag is compared with
 the same run without it, and what differs is named: files, batches, optimiser, log. *In force*: the run is another one.
 *Translated*: the flag goes by another name today, or something else takes its place here, and the run says so. *Refused*: it
-would mean nothing here, and one sentence says why. Where "beside" says that something was stood in for, the machine that
+would mean nothing here, and one sentence says why. *Not shown*: nothing was seen to differ, or the case could not be tried
+on the machine that made the table; the reason stands beside it. Where "beside" says that something was stood in for, the machine that
 made the table has none of it, and what is shown is that the flag reaches it.
 """
 
 
 def write(rows):
     "The whole file."
-    count = {v: sum(f"| {v} |" in line for line in table(rows)) for v in (IN_FORCE, TRANSLATED, REFUSED)}
-    said = ", ".join(f"{number} {verdict}" for verdict, number in count.items())
+    count = {v: sum(f"| {v} |" in line for line in table(rows)) for v in (IN_FORCE, TRANSLATED, REFUSED, NOT_SHOWN, CRASH)}
+    said = ", ".join(f"{number} {verdict}" for verdict, number in count.items() if number)
     return f"{HEAD}\n{len(table(rows)) - 2} flags: {said}.\n\n" + "\n".join(table(rows)) + "\n"
 
 
@@ -159,9 +165,26 @@ def show(walk, case, all_of_it):
     for name, (a, b) in found.items(): print(f"    {name}: {str(a)[:150]} -> {str(b)[:150]}")
 
 
-def walked(walk, cases=CASES):
+def came_to(walk, case):
+    "The table's row of a case; one that could not be run says why."
+    try: return row_of(case, *judged(case, walk.apart(case)))
+    except Exception as e:
+        said = str(e).strip().splitlines() or [""]
+        return row_of(case, CRASH, f"could not be run: {type(e).__name__}: {said[-1]}")
+
+
+def walked(walk, cases=CASES, say=lambda line: None):
     "The table's rows of some cases."
-    return [row_of(case, *judged(case, walk.apart(case))) for case in cases]
+    rows, begun = [], time.monotonic()
+    for n, case in enumerate(cases, 1):
+        rows.append(came_to(walk, case))
+        say(f"{n}/{len(cases)} {time.monotonic() - begun:.0f} s: --{case.flag} {rows[-1][2]} {rows[-1][1]}")
+    return rows
+
+
+def failing(rows):
+    "The flags that some case does not show, or could not be run with."
+    return sorted({f"--{row[0]} {row[2]}: {row[1]}, {row[4]}" for row in rows if row[1] in (CRASH, NOT_SHOWN)})
 
 
 def main():
@@ -176,10 +199,12 @@ def main():
             for case in CASES if not words.stage else in_stage(CASES, words.stage):
                 if words.show in case.flag: show(walk, case, not words.stage)
             return 0
-        text = write(walked(walk))
+        rows = walked(walk, say=lambda line: print(line, file=sys.stderr, flush=True))
+    text, known = write(rows), TABLE.read_text(encoding="utf-8") if TABLE.exists() else ""
     if words.write: TABLE.write_text(text, encoding="utf-8")
-    elif text != TABLE.read_text(encoding="utf-8"): return print(text) or 1
-    return 0
+    else: print(*unified_diff(known.splitlines(), text.splitlines(), "flags.md", "now", n=0, lineterm=""), sep="\n")
+    print(*failing(rows), sep="\n")
+    return 1 if failing(rows) or not words.write and text != known else 0
 
 
 if __name__ == "__main__": sys.exit(main())

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OLD_FLAGS', 'translate', 'read_command', 'Arguments', 'parse', 'check_output_dir', 'resumes', 'goes_on_there',
-           'check_places', 'set_names', 'preflight']
+           'check_fetched', 'check_places', 'set_names', 'preflight']
 
 # %% ../../nbs/train/03_arguments.ipynb #imports
 import json
@@ -242,7 +242,8 @@ def parse(
     for check in (check_refused, check_packages, check_compile, check_accelerator): check(given)
     asked, given = given, _evaluation(given)
     given = _defaults(given) | given
-    if "do_train" not in given and not {"do_eval", "do_predict"} & given.keys(): given["do_train"] = True
+    other = any(_true(given.get(name, False)) for name in ("do_eval", "do_predict"))     # false asks for nothing else
+    if "do_train" not in given and not other: given["do_train"] = True
     name = "include_num_input_tokens_seen"
     if name in given: given[name] = _COUNTED.get(as_word(given[name]), given[name])
     args = _finished(Arguments(*_filled(given), asked))
@@ -284,6 +285,18 @@ def goes_on_there(
     asked = resumes(args)
     return asked in ("true", "auto") or bool(asked) and Path(asked).resolve().parent == Path(args.training.output_dir).resolve()
 
+# %% ../../nbs/train/03_arguments.ipynb #fetched
+def check_fetched(
+    args:Arguments, # From `parse`
+):
+    "Raise `UserError` when the model is not there, or when a revision is asked of a folder; say when a cache is not needed."
+    m, p, r = args.model, args.preference, args.reward
+    others = [named for named in (p.ref_model, r.reward_model) if named and not find_path(named).is_dir()]
+    if not Path(model_location(m.model_name_or_path)).is_dir(): return
+    if m.model_revision != ModelArguments.model_revision: raise UserError(
+        f"--model_revision {m.model_revision}: {m.model_name_or_path} is a folder, which has no other revision; leave it out")
+    if m.cache_dir and not others: say(f"--cache_dir {m.cache_dir} has no effect: no model is fetched from the hub")
+
 # %% ../../nbs/train/03_arguments.ipynb #preflight
 def check_places(
     args:Arguments,      # From `parse`
@@ -320,7 +333,7 @@ def preflight(
     d = args.data
     held = set_names(find_sources(d.eval_dataset, d.dataset_dir)) if d.eval_dataset else [""]
     check_metric(args.finetuning.stage, args.training.metric_for_best_model, held)
-    model_location(args.model.model_name_or_path)
+    check_fetched(args)
     for folder in args.adapt_plan().adapters:
         if not (find_path(folder)/"adapter_config.json").exists(): raise UserError(
             f"{folder} is not an adapter: it has no adapter_config.json")

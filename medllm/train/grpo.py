@@ -19,7 +19,7 @@ from .monitor import kl_estimate
 from .objectives import row_sums
 from .reference import make_reference
 from .reward_parts import reward_parts
-from .rollouts import RolloutObjective, RolloutPlan, RolloutTrainer
+from .rollouts import RolloutObjective, RolloutPlan, RolloutTrainer, keeps_texts
 from .start import start_model
 
 # %% ../../nbs/train/29_grpo.ipynb #advantage
@@ -119,7 +119,7 @@ def make_trainer(
     parts = reward_parts(args, data, model)
     how = Sampling(n.max_new_tokens, n.temperature, n.top_p, n.top_k)
     objective = GrpoObjective(loss, parts.rewards, n.num_generations, n.num_iterations)
-    plan = RolloutPlan(data.renderer, how, reference, n.kl_limit, n.log_completions and not data.private)
+    plan = RolloutPlan(data.renderer, how, reference, n.kl_limit, keeps_texts(n.log_completions, data.private))
     trainer = RolloutTrainer(model, args.training, objective, data.train, plan, data.eval)
     trainer.made = {"reference": reference.record() if reference else None, "rewards": parts.record}
     return trainer

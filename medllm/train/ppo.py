@@ -25,7 +25,7 @@ from .inputs import TrainingData
 from .reference import make_reference
 from .report_card import saved_head
 from .reward_parts import RewardParts, reward_parts
-from .rollouts import RolloutObjective, RolloutPlan, RolloutTrainer
+from .rollouts import RolloutObjective, RolloutPlan, RolloutTrainer, keeps_texts
 from .start import start_model
 
 # %% ../../nbs/train/30_ppo.ipynb #tokens
@@ -301,7 +301,7 @@ def make_trainer(
     attach_critic(args, model, parts)
     objective = PpoObjective(parts.rewards, loss, settings, weight)
     how = Sampling(n.max_new_tokens, n.temperature, n.top_p, n.top_k)
-    plan = RolloutPlan(data.renderer, how, reference, n.kl_limit, n.log_completions and not data.private)
+    plan = RolloutPlan(data.renderer, how, reference, n.kl_limit, keeps_texts(n.log_completions, data.private))
     trainer = PpoTrainer(model, args.training, objective, data.train, plan, data.eval)
     trainer.made = {"reference": reference.record(), "rewards": parts.record}
     return trainer

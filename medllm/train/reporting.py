@@ -9,6 +9,7 @@ __all__ = ['reporters', 'reporting', 'reported']
 import contextlib
 import functools
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
@@ -33,9 +34,10 @@ def reporters(
 # %% ../../nbs/train/12_reporting.ipynb #places
 @contextlib.contextmanager
 def _tensorboard(folder:Path, name:str):
-    "Event files in the record, named after no machine."
-    given = {} if "TENSORBOARD_LOGGING_DIR" in os.environ else {"TENSORBOARD_LOGGING_DIR": str(folder/"tensorboard")}
-    with patch.dict(os.environ, given), patch("socket.gethostname", lambda: "machine"): yield
+    "Event files in the record, named after no machine; a run is called as its folder is."
+    where = Path(os.environ.get("TENSORBOARD_LOGGING_DIR", folder/"tensorboard"))
+    if name != folder.name: where /= re.sub(r"\W+", "_", name)
+    with patch.dict(os.environ, TENSORBOARD_LOGGING_DIR=str(where)), patch("socket.gethostname", lambda: "machine"): yield
 
 _QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING": "false",
     "GIT_PYTHON_REFRESH": "quiet"}
