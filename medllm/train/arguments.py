@@ -219,6 +219,8 @@ _COUNTED = {"all": True, "no": False, "non_padding": True}     # the parser know
 
 def _filled(given:dict)->list:
     "The dataclasses, filled. Raises `UserError` for a value that does not fit."
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:     # no group to have a backend; the processes of a record will have one
+        given = {name: value for name, value in given.items() if name != "ddp_backend"}
     try: return list(_parser().parse_args_into_dataclasses(_words(given)))
     except (ValueError, ImportError, OSError, TypeError, KeyError, RuntimeError) as e:
         raise UserError(" ".join(str(e).split())) from None
