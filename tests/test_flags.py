@@ -9,7 +9,7 @@ from flag_watch import Walk
 from flags import IN_FORCE, NOT_SHOWN, REFUSED, TABLE, TRANSLATED, failing, table, verdicts, walked
 
 AGAIN = ("dataloader_drop_last", "push_to_hub", "gradient_checkpointing", "quantization_type", "do_eval", "model_revision",
-    "warmup_steps", "label_names", "log_completions", "max_bad")
+    "warmup_steps", "label_names", "log_completions", "max_bad", "fsdp", "ddp_timeout")
 UNSETTLED = set()                        # flags that the table does not show, each with its reason there
 
 
@@ -65,12 +65,11 @@ def test_a_case_that_cannot_be_run_is_named_and_the_walk_goes_on(walk):
     assert [row[1] for row in found] == ["crash", IN_FORCE] and failing(found)[0].startswith("--warmup_steps 2: crash")
 
 
-@pytest.mark.parametrize("flag", [{"fsdp": "full_shard"}, {"ddp_backend": "gloo"}])
-def test_a_record_that_launches_two_processes_may_use_what_needs_them(flag):
+def test_a_record_that_launches_two_processes_may_use_what_needs_them():
     from medllm.core import UserError
     from medllm.train.runs import SftRun
-    of_two = SftRun(num_processes=2, extra=flag)
-    of_two.preflight()
+    flag = {"ddp_backend": "gloo"}
+    SftRun(num_processes=2, extra=flag).preflight()
     with pytest.raises(UserError, match="needs several processes"): SftRun(extra=flag).preflight()
 
 
