@@ -231,7 +231,8 @@ class Watch:
         from medllm.train.trainer import StageTrainer
         begun = PartialState.__init__
         def state(this, cpu=False, **how):
-            for key, value in how.items() | {("cpu", cpu)}: self.note(f"processes: {key}", str(value))
+            for key, value in how.items() | {("cpu", cpu)}:
+                if key != "timeout": self.note(f"processes: {key}", str(value))     # which means nothing to one
             begun(this, cpu, **how)
         found = importlib.util.find_spec
         def find_spec(name, package=None): return None if name.split(".")[0] in MISSING else found(name, package)
