@@ -146,7 +146,7 @@ PROCESSES = {   # processes, machines, whose view is kept, environment
 
 # what a run did
 
-def numbers(values): return [round(float(v), 10) for v in values]
+def numbers(values): return [round(float(v.detach()), 10) for v in values]
 
 
 def row_hashes(batch):
@@ -231,7 +231,8 @@ class Watch:
         from medllm.train.trainer import StageTrainer
         begun = PartialState.__init__
         def state(this, cpu=False, **how):
-            for key, value in how.items() | {("cpu", cpu)}: self.note(f"processes: {key}", str(value))
+            for key, value in how.items() | {("cpu", cpu)}:
+                if key != "timeout": self.note(f"processes: {key}", str(value))     # which means nothing to one
             begun(this, cpu, **how)
         found = importlib.util.find_spec
         def find_spec(name, package=None): return None if name.split(".")[0] in MISSING else found(name, package)
@@ -263,8 +264,6 @@ def came_to(watch, folder):
         seen["optimiser"] = type(optimizer).__name__
         for name, value in max(optimizer.param_groups, key=lambda g: g.get("weight_decay", 0)).items():
             if name not in HIDDEN: seen[f"optimiser: {name}"] = value
-    for name, value in vars(trainer.accelerator.ddp_handler).items() if trainer.accelerator.ddp_handler else ():
-        if not callable(value): seen[f"DDP: {name}"] = str(value)
     as_one_of_several(trainer, seen)
     seen["synchronised"] = trainer.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch")
     seen["log level"] = logging.getLogger("transformers").level
@@ -274,17 +273,24 @@ def came_to(watch, folder):
         seen["rollouts hold"] = sorted(json.loads(texts.read_text().splitlines()[0]))
     if (reports := folder/"run/mlflow.db").exists():
         with sqlite3.connect(reports) as base: seen["run in MLflow"] = base.execute("select name from runs").fetchall()[0][0]
-    seen["best"] = trainer.state.best_global_step
+    seen["best"], seen["best value"] = trainer.state.best_global_step, trainer.state.best_metric
     came_by_step(trainer, seen)
     files_of(folder, seen)
     seen["weights at the end"] = {n: numbers((p.double().sum(), p.double().abs().sum()))
         for n, p in trainer.model.named_parameters() if p.requires_grad and p.is_floating_point()}
 
 
+def all_are_here():
+    "Wait until every process of a run has written what it writes."
+    import torch
+    if torch.distributed.is_initialized(): torch.distributed.barrier()
+
+
 def as_one_of_several(trainer, seen):
     "How the processes of a run work together."
     import torch
     if not torch.distributed.is_initialized(): return
+    seen.pop("rows made", None)                 # by whichever of them comes first
     whole, group = trainer.model_wrapped, torch.distributed.distributed_c10d._get_default_group()
     seen["model is wrapped in"] = [type(part).__name__ for part in whole.modules() if type(part).__name__ in
         ("DistributedDataParallel", "FullyShardedDataParallel") or type(part).__name__.startswith("FSDP")][:1]
@@ -306,7 +312,7 @@ def came_by_step(trainer, seen):
 
 def files_of(folder, seen):
     "The files of a run, and where they lie."
-    found = [f for f in folder.rglob("*") if f.is_file()]
+    found = [f for f in folder.rglob("*") if f.is_file() and f.parent != folder]
     names = sorted({re.sub(r"checkpoint-\d+|[0-9a-f]{32}|\d{6,}.*", "…", str(f.relative_to(folder))) for f in found})
     seen["folder"] = sorted({n.split("/")[0] for n in names})
     seen["files"] = sorted({n.split("/", 1)[-1] for n in names})
@@ -414,6 +420,7 @@ class Walk:
             watch.seen["profile"] = determinism.in_force()["profile"]
             watch.seen["compiled"] = bool(torch._dynamo.utils.counters["frames"]["ok"])
             watch.seen["algorithms"] = "deterministic" if torch.are_deterministic_algorithms_enabled() else "any"
+            if "refused" not in watch.seen: all_are_here()
             came_to(watch, out)
         watch.seen["said"] = sorted({line for line in self.plain(said.getvalue()) if not re.match(r"step \d|\W*$|\d{4}/", line)})
         return watch.seen

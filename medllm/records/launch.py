@@ -24,6 +24,7 @@ from ..train.arguments import Arguments
 from ..train.determinism import launch_environment
 from ..train.inputs import TrainingData
 from ..train.loop import train
+from ..train.supported import check_processes
 
 # %% ../../nbs/records/10_launch.ipynb #child
 def wait_for(
@@ -91,6 +92,7 @@ def train_in(
 )->dict:               # The metrics, as in metrics.json
     "Train into a record's folder, here or in several processes."
     if processes < 1: raise UserError(f"num_processes {processes}: must be at least 1")
+    check_processes(args.given, processes)
     run.update(consumed=consumed(args))
     try: metrics = train(args, data) if processes == 1 else launch(args.given, run.folder, processes, data.private)
     finally: _note_contract(run)

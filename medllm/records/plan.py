@@ -17,6 +17,7 @@ from ..models.loading import model_location
 from ..train.arguments import check_places, parse
 from ..train.flags import flag
 from ..train.runs import STAGE_RUNS, run_parameters
+from ..train.supported import check_processes
 
 # %% ../../nbs/records/11_plan.ipynb #pipeline
 def _sample_stages()->dict:
@@ -150,6 +151,7 @@ def check_plan(
         promised = {flag: "made by an earlier stage" for flag in stage.others}
         try:
             args = parse(run.flags() | promised)
+            check_processes(args.given, run.num_processes)
             check_places(args, set(promised))
             check_template_name(args.data.template)
             for named in filter(None, (args.data.dataset, args.data.eval_dataset, args.data.replay_dataset)):

@@ -176,13 +176,18 @@ def _chosen_by(given:dict)->dict:
 
 # %% ../../nbs/train/03_arguments.ipynb #precision
 def _precision(given:dict)->dict:
-    "Mixed precision this machine cannot do, turned off and said."
+    "What a CPU cannot do, turned off and said."
     import torch
     if torch.cuda.is_available() and not _true(given.get("use_cpu", False)): return given
     # on a CPU, else each process would train alone
     if int(os.environ.get("WORLD_SIZE", "1")) > 1: given = given | {"use_cpu": True}
     off = [name for name in ("fp16", "bf16", "tf32") if name in given and _true(given[name])]
     for name in off: say(f"--{name} needs a GPU, and there is none in use: training in float32")
+    if as_word(given.get("fsdp")) not in ("", "false"):
+        say(f"--fsdp {as_word(given['fsdp'])} needs GPUs, and there is none in use: each process holds the whole model")
+        off += ["fsdp", "fsdp_config"]
+    if "ddp_timeout" in given:
+        say("--ddp_timeout is for GPUs, and there is none in use: one process waits half an hour for another")
     return {k: v for k, v in given.items() if k not in off}
 
 # %% ../../nbs/train/03_arguments.ipynb #parse
@@ -219,6 +224,8 @@ _COUNTED = {"all": True, "no": False, "non_padding": True}     # the parser know
 
 def _filled(given:dict)->list:
     "The dataclasses, filled. Raises `UserError` for a value that does not fit."
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:     # no group to have a backend; the processes of a record will have one
+        given = {name: value for name, value in given.items() if name != "ddp_backend"}
     try: return list(_parser().parse_args_into_dataclasses(_words(given)))
     except (ValueError, ImportError, OSError, TypeError, KeyError, RuntimeError) as e:
         raise UserError(" ".join(str(e).split())) from None

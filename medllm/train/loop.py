@@ -28,7 +28,7 @@ from .determinism import apply, in_force
 from .inputs import TrainingData, prepare_data
 from .interruption import goes_on, listening, polled, stop
 from .reporting import reported
-from .supported import check_metric
+from .supported import check_metric, check_processes
 
 # %% ../../nbs/train/31_loop.ipynb #plot
 def read_history(
@@ -242,6 +242,7 @@ def run(
     "Check, prepare and train; the whole of a training command. Raises `UserError` as its parts do."
     with listening():
         args = parse(given)
+        check_processes(args.given)
         stop.expects(args.training.output_dir)
         preflight(args)
         return train(args, prepare_data(args))

@@ -43,12 +43,10 @@ class RolloutBatches(Sampler):
         self.batch_size, self.drop_last, self.epoch = size, drop_last, 0
         if not self.rounds: raise UserError(f"--dataloader_drop_last leaves nothing to train on: {prompts} prompts are fewer "
             f"than the {size*world} of a rollout")
-
     def set_epoch(self, epoch:int): self.epoch = epoch
     @property
     def rounds(self)->int:
-        whole, rest = divmod(self.prompts, self.size*self.world)
-        return whole + bool(rest and not self.drop_last)
+        return (self.prompts + (not self.drop_last)*(self.size*self.world - 1))//(self.size*self.world)
     def __len__(self): return self.rounds*self.repeat
     def __iter__(self):
         rng = np.random.default_rng((self.seed, self.epoch))

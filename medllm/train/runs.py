@@ -14,6 +14,7 @@ from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from ..core import UserError, nearest
 from .arguments import parse, preflight
 from .flags import OURS, flag
+from .supported import check_processes
 
 # %% ../../nbs/train/33_runs.ipynb #flags
 _FLAGS = {f.name: f for kind in OURS for f in fields(kind)}
@@ -39,7 +40,9 @@ class _Run:
     def preflight(self):
         "Find what cannot work without loading anything. Raises `UserError`."
         folder = self.output_dir or f"{self.runs_dir}/{self.stage}/a new one"       # not where a plain command would write
-        preflight(parse(self.flags() | {"output_dir": folder}))
+        args = parse(self.flags() | {"output_dir": folder})
+        check_processes(args.given, self.num_processes)
+        preflight(args)
 
 # %% ../../nbs/train/33_runs.ipynb #parameters
 @dataclass

@@ -209,6 +209,7 @@ def _of_loop(args)->list[tuple]:
         (t.load_best_model_at_end and t.save_strategy.value == "no",
             "--load_best_model_at_end needs --save_strategy steps, epoch or best")]
 
+# %% ../../nbs/train/02_together.ipynb #together
 def check_together(
     args, # From `parse`
 ):
