@@ -5,6 +5,7 @@
 """
 import contextlib
 import copy
+import itertools
 import json
 import os
 import pickle
@@ -134,7 +135,7 @@ def restructured(value, rng):
         holder[rng.choice(("", "x", key.upper(), f"{key}\x1b[31m"))] = holder.pop(key)
     elif kind == "twice" and isinstance(holder, dict): holder[key] = Twice([holder[key], Raw(rng.choice(ODD[:40]))])
     elif kind == "tabled": holder[key] = {"value": holder[key]}
-    elif kind == "many": holder[key] = [holder[key]]*rng.choice((2, 1000))
+    elif kind == "many": holder[key] = [holder[key]]*min(rng.choice((2, 1000)), max(2, 2**24//max(1, len(dumped(holder[key])))))
     elif kind == "other": holder[key] = copy.deepcopy(rng.choice([h[k] for h, k, _ in found]))
     else: holder[key] = [holder[key]]
     return value, f"{kind}-{'.'.join(map(str, way))[:60]}"
@@ -170,14 +171,12 @@ def survives(read, pairs, allowed=(), seconds=10, memory=2**30, count=200):
     """What goes wrong when `read(name, data)` is called for each pair in processes of their own: texts, one a fault.
 
     `allowed` are exceptions that may come out; a call may last `seconds` and take `memory` bytes more than there were."""
-    faults, waiting = [], list(pairs)
-    while waiting:
-        some, waiting = waiting[:count], waiting[count:]
+    faults, pairs, waiting = [], iter(pairs), []
+    while some := waiting + list(itertools.islice(pairs, count - len(waiting))):     # never all of them in memory
         done, found = _in_child(read, some, allowed, seconds, memory)
         faults += found
-        if done < len(some):                                       # the child died of some[done]
-            faults.append(f"{some[done][0]}: the process ended in it, or had to be ended: out of memory, or a library that hangs")
-            waiting = some[done + 1:] + waiting
+        waiting = some[done + 1:]
+        if done < len(some): faults.append(f"{some[done][0]}: the process ended in it, or had to be ended: no memory, or a library that hangs")
     return faults
 
 
