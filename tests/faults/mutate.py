@@ -176,7 +176,8 @@ def survives(read, pairs, allowed=(), seconds=10, memory=2**30, count=200):
         done, found = _in_child(read, some, allowed, seconds, memory)
         faults += found
         waiting = some[done + 1:]
-        if done < len(some): faults.append(f"{some[done][0]}: the process ended in it, or had to be ended: no memory, or a library that hangs")
+        if done < len(some): faults.append(
+            f"{some[done][0]}: the process ended in it, or had to be ended: no memory, or a library that hangs")
     return faults
 
 
