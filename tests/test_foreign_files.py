@@ -85,6 +85,7 @@ def test_a_local_folder_does_not_stand_for_a_hub_set(secret, monkeypatch):
     (secret/"rows.jsonl").rename(secret/"set/rows.jsonl")
     monkeypatch.chdir(secret.parent)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("medllm.data.readers.check_hub", lambda what: None)        # as where the hub answers
     source = parse_entry("theirs", {"hf_hub_url": "mine/set"}, secret.parent/"registry")
     fails(lambda: list(read_rows(source)), contains="cannot be loaded", exc=UserError)
 

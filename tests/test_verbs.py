@@ -421,6 +421,7 @@ def test_a_thousand_runs_in_a_second(plain, tmp_path):
         folder = tmp_path/"runs"/("sft", "dpo")[i % 2]/f"202611{1 + i % 28:02}-{i:06}-abc1234"
         folder.mkdir(parents=True)
         (folder/"run.json").write_text(text)
+        shutil.copy(plain/"seal.json", folder)                    # without it, a run that was to be sealed is not over
     seconds, rows = [], []
     for _ in range(3):                                            # of the processor: other tests run beside this one
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
