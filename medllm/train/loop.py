@@ -215,7 +215,8 @@ def _validation_metrics(trainer, data:TrainingData)->dict:
     "The best validation loss and its step; for tokens also the loss of a table that only counts."
     best = min((h["eval_loss"], h["step"]) for h in read_history(trainer.history) if "eval_loss" in h)
     found = {"eval_loss_best": best[0], "eval_loss_best_step": best[1]}
-    if trainer.objective.unit != "tokens": return found
+    if trainer.objective.unit != "tokens" or not all(isinstance(r, TokenRows) for r in data.eval.values()):
+        return found                               # prompts hold no answers
     return found | {"eval_loss_counted": counted_loss(data.train, TokenRows.join(list(data.eval.values())),
         len(data.renderer.tokenizer))}
 
