@@ -84,6 +84,7 @@ def other_encoding(data, rng):
         data[:] = text.encode(rng.choice(("utf-16", "utf-8-sig", "utf-32", "gb18030", "utf-7", "cp037")))
 
 
+LARGEST = 2**24     # of a mutated JSON file, about [bytes]
 BYTES = [flip, garble, cut, behead, take, repeat, put, blank, swap, number, other_encoding, empty]
 
 
@@ -122,6 +123,14 @@ def places(value, way=()):
         yield from places(item, (*way, key))
 
 
+def weight(value, known):
+    "The length of a JSON value as a text, about. What stands in several places is measured once: `known` has it by its id."
+    if id(value) not in known: known[id(value)] = 2 + (
+        sum(len(k) + weight(v, known) for k, v in value.items()) if isinstance(value, dict) else
+        sum(weight(v, known) for v in value) if isinstance(value, list) else len(value) if isinstance(value, str) else 8)
+    return known[id(value)]
+
+
 def restructured(value, rng):
     "Change one place of a JSON value; what was done."
     found = list(places(value))
@@ -135,7 +144,7 @@ def restructured(value, rng):
         holder[rng.choice(("", "x", key.upper(), f"{key}\x1b[31m"))] = holder.pop(key)
     elif kind == "twice" and isinstance(holder, dict): holder[key] = Twice([holder[key], Raw(rng.choice(ODD[:40]))])
     elif kind == "tabled": holder[key] = {"value": holder[key]}
-    elif kind == "many": holder[key] = [holder[key]]*min(rng.choice((2, 1000)), max(2, 2**24//max(1, len(dumped(holder[key])))))
+    elif kind == "many": holder[key] = [holder[key]]*rng.choice((2, 1000))
     elif kind == "other": holder[key] = copy.deepcopy(rng.choice([h[k] for h, k, _ in found]))
     else: holder[key] = [holder[key]]
     return value, f"{kind}-{'.'.join(map(str, way))[:60]}"
@@ -154,6 +163,8 @@ def json_mutations(data, seed, n):
         for _ in range(rng.choice((1, 1, 1, 2, 5))):
             try: value, what = restructured(value, rng)
             except (KeyError, IndexError, TypeError, AttributeError): continue    # the place went with an earlier change
+            if weight(value, {}) > LARGEST:                       # a thousand times a thousand times
+                value, what = Raw(rng.choice(ODD)), "whole"
             done.append(what)
             if isinstance(value, Raw): break
         out = dumped(value)
