@@ -8,6 +8,9 @@ from flag_cases import CASES, Case
 from flag_watch import Walk
 from flags import IN_FORCE, NOT_SHOWN, REFUSED, TABLE, TRANSLATED, failing, table, verdicts, walked
 
+from medllm.core import UserError
+from medllm.train.arguments import parse
+
 AGAIN = ("dataloader_drop_last", "push_to_hub", "gradient_checkpointing", "do_eval", "model_revision",
     "warmup_steps", "label_names", "max_bad", "fsdp", "ddp_timeout")
 UNSETTLED = set()                        # flags that the table does not show, each with its reason there
@@ -78,3 +81,9 @@ def test_a_record_that_launches_two_processes_may_use_what_needs_them():
 def test_the_whole_walk_made_again_comes_to_the_table_s_verdicts():
     done = run(sys.executable, ROOT/"tests/flags.py", timeout=1800)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def test_a_flag_with_torn_json_is_named():
+    "Where the shell took its quotes away, or a bracket is missing."
+    with pytest.raises(UserError, match=r"^--lr_scheduler_kwargs \{min_lr:1\}: not valid JSON \(.*\); quote it whole"):
+        parse({"lr_scheduler_kwargs": "{min_lr:1}"})

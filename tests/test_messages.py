@@ -6,6 +6,7 @@ import pytest
 from medllm.core import UserError
 from medllm.data.accounts import OnBad, load_examples
 from medllm.data.formats import Call, Turn
+from medllm.data.media import media_in
 from medllm.data.registry import find_sources
 from medllm.data.tokens import Renderer
 from medllm.evaluate.items import load_items
@@ -190,3 +191,24 @@ def test_pubmedqa_is_read_as_it_is_published(shared):
     found = [e for e in examples if e.turns[0].text.split("\n")[0] in contexts]
     assert len(found) >= 500
     assert all(e.turns[0].text == f"{q}\n{contexts[q]}" for e in found for q in [e.turns[0].text.split("\n")[0]])
+
+
+def test_a_row_that_speaks_against_being_learnt_is_counted(tmp_path):
+    "A mark of a whole row, and the mark of a picture without a column for it; body weights and marks within a sentence pass."
+    rows = [{"instruction": f"Fever of case {i}?", "output": "Rest."} for i in range(4)]
+    rows[0] |= {"loss": False, "weight": 71.5}
+    rows[1] |= {"weight": 0, "train": "yes"}
+    rows[2]["instruction"] = "<image>\nWhat does the picture show?"
+    rows[3] |= {"instruction": "What does the mark <image> stand for?", "note": "<image>"}
+    examples, account = load_examples(source_of(tmp_path, rows))
+    assert len(examples) == 4 and account.kept == 4
+    assert account.unread == {"row 'loss'": 1, "row 'weight'": 1, "mark '<image>'": 1}
+    assert [line.partition(": ")[2].split(":")[0].split(", which")[0] for line in account.lines()[1:]] == [
+        "1 row learnt in spite of 'loss' in the row", "1 row learnt in spite of 'weight' in the row",
+        "1 row with the mark of a picture, '<image>'"]
+
+
+def test_the_name_of_a_picture_in_a_text_is_not_told():
+    "It may be that of a patient."
+    assert media_in({"q": "See ![Anna Muster 1950](muster_anna.png) here."}) == "mark '![](…)'"
+    assert media_in({"q": 'See <img alt="Anna Muster" src="a.png"> here.'}) == "mark '<img src='"

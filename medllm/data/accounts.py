@@ -21,6 +21,10 @@ from .readers import read_rows
 from .registry import Source
 
 # %% ../../nbs/data/04_accounts.ipynb #account
+_SAID = {
+    "row": "learnt in spite of {} in the row: such a mark is read in messages only; take the rows out that are not to be learnt",
+    "mark": "with the mark of a picture, {}, which is learnt as letters; take out what cannot be understood without the picture"}
+
 @dataclass
 class Account:
     "What became of the rows of one dataset."
@@ -68,9 +72,12 @@ class Account:
             file, at, _ = next(r for r in self.rejects if r[2] == reason)
             why = told(*self.whys.get(reason, ["", ()])) or REASONS.get(reason, "")
             out.append(f"{self.name}: {reason}: {why}; the first is {file}, {at}")
-        if self.unread: out.append(
-            f"{self.name}: keys of messages that change nothing here and were not read: {shown_names(self.unread)}")
-        return out
+        kind = lambda key: key.partition(" '")[0] if key.endswith("'") else ""
+        keys = [key for key in self.unread if kind(key) not in _SAID]
+        if keys: out.append(
+            f"{self.name}: keys of messages that change nothing here and were not read: {shown_names(keys)}")
+        said = [(n, _SAID[kind(key)].format(key.partition(" ")[2])) for key, n in self.unread.items() if kind(key) in _SAID]
+        return out + [f"{self.name}: {n} row{'s'*(n > 1)} {words}" for n, words in said]
 
 # %% ../../nbs/data/04_accounts.ipynb #write
 def write_rejects(

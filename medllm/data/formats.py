@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from .json_reader import Row
 from .media import media_in
 from .messages import DEFECTS, REASONS, Call, shown_names  # noqa: F401 - part of what a row becomes
-from .messages import Rejected, Turn, answer_turn, joined_text, message_turn, refused_picture, wrong_type
+from .messages import (
+    Rejected, Turn, answer_turn, joined_text, message_turn, refused_picture, unlearnt_row, wrong_type)
 from .registry import OPENAI_TAGS, Source, Tags
 
 # %% ../../nbs/data/03_formats.ipynb #example
@@ -220,6 +221,11 @@ def _with_answers(row:Row, source:Source, kind:str, tags:Tags, all_pairs:bool, u
     _check(turns, ("user", "tool") if kind == "prompt" else ("assistant",))
     return [replace(base, turns=tuple(turns), liked=_liked(row, c.kto_tag) if kind == "liked" else None)]
 
+def _said_of(made:list[Example], row:Row, named:set)->list[str]:
+    "What is learnt though the row speaks against it: marks of pictures in its texts, and that it is not to be learnt."
+    mark = media_in({"": [text for e in made for text in (e.system, *(turn.text for turn in e.turns))]})
+    return [mark]*bool(mark) + [f"row '{key}'" for key in unlearnt_row(row.data, named)]
+
 def to_examples(
     row:Row,              # From a reader
     source:Source,        # Names of columns and roles
@@ -228,8 +234,8 @@ def to_examples(
     unread:Counter|None=None, # Takes the keys of messages that mean nothing here
 )->list[Example]:         # One, or several pairs
     "The examples of a row. Raises `Rejected` with one of `REASONS`."
-    if found := media_in(row.data, {getattr(source.columns, name) for name in source.mapped}, marks=False):
-        raise refused_picture(found)
+    named = {getattr(source.columns, name) for name in source.mapped}
+    if found := media_in(row.data, named, marks=False): raise refused_picture(found)
     kind = kind or kind_of(row, source)
     opens = not source.formatting and "messages" in row.data
     tags = OPENAI_TAGS if opens and source.tags == Tags() else source.tags
@@ -237,4 +243,5 @@ def to_examples(
     if source.group and source.group not in row.data: raise _missing(row, source.group)
     group = row.data[source.group] if source.group else None
     group = "" if group is None else str(group)
+    if unread is not None: unread.update(_said_of(made, row, named))
     return [replace(e, where=row.where, group=group) for e in made]

@@ -76,6 +76,10 @@ def _message_part(value, depth:int=0)->str:
         if isinstance(part, (dict, list, tuple)) and (found := _message_part(part, depth + 1)): return found
     return ""
 
+def _plain(mark:str)->str:
+    "A mark without what a row writes into it: a title or the name of a file may be a patient's."
+    return "![](…)" if mark.startswith("![") else "<img src=" if re.match(r"<img\s", mark, re.IGNORECASE) else mark[:20]
+
 def media_in(
     row:dict,                # Of any file
     text:Iterable[str] = (), # Columns that are text, whatever they are called
@@ -87,5 +91,5 @@ def media_in(
         if name not in _CALLS and (kind := _message_part(value)): return f"message part '{kind}'"
     for value in _values(list(row.values())) if marks else ():
         if not isinstance(value, str) or "<" not in value and "![" not in value and "data:image" not in value: continue
-        if found := _edge(value) or _numbered(value): return f"mark '{found[0].strip()[:20]}'"
+        if found := _edge(value) or _numbered(value): return f"mark '{_plain(found[0].strip())}'"
     return ""

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DEFECTS', 'REASONS', 'Rejected', 'shown_names', 'told', 'joined_text', 'Call', 'Turn', 'answer_turn',
-           'refused_picture', 'wrong_type', 'content_text', 'read_calls', 'learnt', 'unread_keys', 'message_turn']
+           'refused_picture', 'wrong_type', 'content_text', 'read_calls', 'learnt', 'unlearnt_row', 'unread_keys',
+           'message_turn']
 
 # %% ../../nbs/data/02_messages.ipynb #imports
 import json
@@ -191,6 +192,19 @@ def learnt(
     if len({*said.values()}) > 1: raise Rejected(
         "wrong_type", f"{' and '.join(map(repr, sorted(said)))} of a message contradict each other")
     return next(iter(said.values()), True)
+
+# %% ../../nbs/data/02_messages.ipynb #unlearnt
+def unlearnt_row(
+    data:dict,              # Columns of a row
+    named:Iterable[str]=(), # Columns that the registry gives another meaning
+)->list[str]:
+    "The columns that say of a whole row that it is not to be learnt; only messages carry such marks."
+    found = []
+    for key in _LEARNT.keys() & data.keys() - {*named}:
+        try: said = learnt({key: data[key]})
+        except Rejected: continue                                          # a weight in kilograms, the name of a split
+        if not said: found.append(key)
+    return sorted(found)
 
 # %% ../../nbs/data/02_messages.ipynb #unread
 _ASIDE = {"id", "tool_call_id", "index", "uuid", "type"}

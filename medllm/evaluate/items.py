@@ -143,7 +143,7 @@ def count_base(
     if schema.usual is not None and not last: return schema.usual
     some = ", ".join(map(str, sorted({n for n, *_ in found})[:10])) or "none"
     raise UserError(f"the answers in {schema.index or 'answer'} ({some}) do not tell whether they count from 0 or from 1: "
-        "say it with first_answer")
+        "say it with first_answer: 0 or first_answer: 1 of the task, under tasks in a file for medllm run evaluate -f")
 
 # %% ../../nbs/evaluate/01_items.ipynb #about
 _GROUPS = ("group", "subject", "subject_name", "category", "exam_class", "body_system", "source")

@@ -222,11 +222,17 @@ def _evaluation(given:dict)->dict:
 # %% ../../nbs/train/03_arguments.ipynb #parse-all
 _COUNTED = {"all": True, "no": False, "non_padding": True}     # the parser knows yes and no for it
 
+def _torn(given:dict, error:json.JSONDecodeError)->str:
+    "Which flag holds what only begins as JSON does."
+    flag = next((f"--{name} {value}" for name, value in given.items() if str(value).strip() == error.doc.strip()), error.doc)
+    return f"{flag}: not valid JSON ({error.msg}, character {error.pos + 1}); quote it whole, as '{{\"name\": 1}}'"
+
 def _filled(given:dict)->list:
     "The dataclasses, filled. Raises `UserError` for a value that does not fit."
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:     # no group to have a backend; the processes of a record will have one
         given = {name: value for name, value in given.items() if name != "ddp_backend"}
     try: return list(_parser().parse_args_into_dataclasses(_words(given)))
+    except json.JSONDecodeError as e: raise UserError(_torn(given, e)) from None
     except (ValueError, ImportError, OSError, TypeError, KeyError, RuntimeError) as e:
         raise UserError(" ".join(str(e).split())) from None
 

@@ -185,7 +185,8 @@ def as_sentence(
     "What is wrong with an artefact, or its figures beside their limits."
     found, limits, name = verdict["measures"], verdict["limits"], verdict["artefact"]
     bound = lambda m: "at least" if m in LOWEST else "at most"
-    said = [f"{m} is {found.get(m, float('nan')):.3g}, {bound(m)} {limits[m]:g} is wanted" for m in verdict["broken"]]
+    called = lambda m: "what is kept of the adapter's effect" if m == "kept" else m
+    said = [f"{called(m)} is {found.get(m, float('nan')):.3g}, {bound(m)} {limits[m]:g} is wanted" for m in verdict["broken"]]
     if said: return f"{name}: {'; '.join(said)}"
     said = ", ".join(f"{m} {_said(m, found[m])} ({bound(m)} {_said(m, limits[m])})" for m in limits if m in found)
     same = f"; {found['answers']:.1%} of the answers are the same" if "answers" in found and "answers" not in limits else ""
