@@ -6,10 +6,10 @@
 __all__ = ['said', 'boxed', 'json_in', 'plainly_marked', 'conclusion', 'options_in', 'letters_of', 'chosen_letters']
 
 # %% ../../nbs/data/25_answers.ipynb #imports
-import json
 import re
 import unicodedata
 
+from ..json_file import parse_json
 from .medical_names import asserts, name_key, read_names
 
 # %% ../../nbs/data/25_answers.ipynb #said
@@ -41,7 +41,7 @@ def json_in(
 )->dict|None: # None when there is none
     "The JSON object that a text consists of, or that its last code block holds."
     blocks = re.findall(r"```(?:json)?\s*(\{.*?\})\s*```", text, re.DOTALL)
-    try: value = json.loads(blocks[-1] if blocks else text.strip())
+    try: value = parse_json(blocks[-1] if blocks else text.strip(), unique=False)
     except ValueError: return None
     return value if isinstance(value, dict) else None
 

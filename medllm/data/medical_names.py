@@ -6,7 +6,6 @@
 __all__ = ['plain', 'name_pattern', 'name_key', 'Names', 'read_names', 'is_denied', 'asserts', 'others_named']
 
 # %% ../../nbs/data/23_medical_names.ipynb #imports
-import json
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -14,6 +13,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 
 from ..core import UserError, bundled, find_path, nearest
+from ..json_file import parse_json, read_bounded
 
 # %% ../../nbs/data/23_medical_names.ipynb #plain
 _GREEK = {chr(c): f" {name} " for c, name in zip(
@@ -64,8 +64,9 @@ def name_key(
 
 def _read(path:Path)->dict:
     "A table of names: name -> (aliases, what it is a kind of)."
-    try: table = json.loads(path.read_text(encoding="utf-8-sig"))
+    try: table = parse_json(read_bounded(path).removeprefix(b"\xef\xbb\xbf"))
     except FileNotFoundError: raise UserError(f"{path}: there is no such table of names") from None
+    except OSError as e: raise UserError(f"{path}: cannot be read ({e.strerror})") from None
     except ValueError as e: raise UserError(f"{path}: not a JSON file ({e})") from None
     if not isinstance(table, dict): raise UserError(f'{path}: must be a JSON object, {{"name": ["alias", …]}}')
     entries = {}

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import medllm.evaluate
-from ..core import UserError, nearest, write_bytes, write_json
+from ..core import UserError, first_line, nearest, write_bytes, write_json
+from ..json_file import json_lines, misfit, read_json
 from ..marks import markdown_table
 
 # %% ../../nbs/evaluate/00_result.ipynb #result
@@ -148,6 +149,21 @@ def write_result(
         {"name": result.name, "kind": result.kind, "facts": _plain(result.facts), "summary": found})
     return found
 
+# %% ../../nbs/evaluate/00_result.ipynb #read-file
+_STORED = {"name!": str, "kind!": str, "facts!": dict, "summary!": dict}
+
+def _again(file:Path, lines:Path)->tuple[Result, dict, dict]:
+    "A result, its summary computed again, and the stored one. Raises `UserError` for files that no evaluation wrote."
+    try:
+        if why := misfit(stored := read_json(file), _STORED): raise ValueError(f"{file.name}: {why}")
+        items = list(json_lines(lines))
+        if why := misfit(items, [dict]): raise ValueError(f"{lines.name}: {why}")
+        result = Result(stored["name"], stored["kind"], stored["facts"], items)
+        return result, summary(result), stored["summary"]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as e:
+        why = first_line(e).removeprefix("ValueError: ")
+        raise UserError(f"{file} and {lines.name} are no files of an evaluation ({why}); evaluate again") from None
+
 def read_result(
     folder:str|Path, # Where its files are
     name:str,        # Of the result
@@ -156,10 +172,7 @@ def read_result(
     file, lines = Path(folder)/f"{name}.json", Path(folder)/f"{name}.items.jsonl"
     for needed in (file, lines):
         if not needed.exists(): raise UserError(f"there is no {needed.name} in {folder}")
-    stored = json.loads(file.read_text(encoding="utf-8"))
-    items = [json.loads(line) for line in lines.read_text(encoding="utf-8").split("\n") if line]
-    result = Result(stored["name"], stored["kind"], stored["facts"], items)
-    again, kept = summary(result), stored["summary"]
+    result, again, kept = _again(file, lines)
     wrong = [key for key in again.keys() | kept.keys() if again.get(key) != kept.get(key)]
     if wrong: raise UserError(f"{file}: {min(wrong)} is not what {lines.name} gives: "
         "the files were changed, or another version wrote them; evaluate again")

@@ -32,6 +32,7 @@ from .compare import compare_scores, groups_of
 from .language import language_of
 from .result import Result, Task, compares, figure, measures, summarises, told_apart
 from .statistics import DRAWS, mean, share, verdict_words
+from ..json_file import NUMBER, json_lines, misfit
 from ..models.chat import ChatModel, Said
 from ..models.sampling import Sampling
 
@@ -291,9 +292,22 @@ def said_to(
     return chat.answers([a.prompt for a in asked], how, seeds, task.batch), f"{drawn}, at most {how.max_new_tokens} tokens"
 
 # %% ../../nbs/evaluate/10_text.ipynb #measure
+_ANSWER = {"where!": str, "answer!": str, "tokens!": int, "ended!": bool, "header!": {"temperature!": NUMBER,
+    "max_new_tokens!": int, "job!": str, "model!": str, "adapter!": str}}
+
+def _answers(file:str)->list[dict]:
+    "The lines of such a file that hold an answer. Raises `UserError` for what `medllm predict` does not write."
+    try:
+        lines = list(json_lines(file, unique=False))
+        said = [line for line in lines if not isinstance(line, dict) or line.get("answer") is not None]
+        if why := misfit(said, [_ANSWER], "answer"): raise ValueError(why)
+    except (OSError, ValueError) as e: raise UserError(
+        f"predictions {file}: no file that medllm predict wrote ({getattr(e, 'strerror', None) or e}); predict again") from None
+    return said
+
 def _predicted(file:str, asked:Sequence[Asked])->tuple[list[Said], str, dict]:
     "Answers of a file that `medllm predict` wrote, found by file and line. Raises `UserError` when one is missing."
-    with open(file, encoding="utf-8") as f: said = [r for r in map(json.loads, f) if r["answer"] is not None]
+    said = _answers(file)
     rows = {r["where"]: r for r in said}
     if len(rows) < len(said): raise UserError(f"{file} has answers to several files of one name; predict one dataset at a time")
     place = lambda a: short_place(a.example.where)

@@ -68,8 +68,7 @@ def _named_files(rules:str|None)->list[Path]:
 def _earlier(key:str, runs:str|Path)->Iterator[tuple[dict, Path, Path]]:
     "What earlier pipelines and sweeps noted of stages with this key, the stages' records, and their own; newest first."
     for file in sorted((*Path(runs).glob("pipeline/*/run.json"), *Path(runs).glob("sweep/*/run.json")), reverse=True):
-        try: stages = json.loads(file.read_text(encoding="utf-8")).get("stages", [])
-        except ValueError: continue                       # torn, or being written
+        stages = read_state(file.parent).get("stages", [])              # none, where it is torn
         same = (stage for stage in stages if stage.get("key") == key and stage.get("folder"))
         yield from ((stage, Path(stage["folder"]), file.parent) for stage in same)
 

@@ -6,13 +6,13 @@
 __all__ = ['record_beside', 'as_trained', 'measured', 'release']
 
 # %% ../../nbs/records/27_release.ipynb #imports
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from ..core import UserError, find_path, say
+from ..core import UserError, find_path, first_line, say
+from ..json_file import misfit, read_json
 from ..models.chat import ModelChoice
 from .crate import card_text
 from .record import read_state
@@ -53,14 +53,29 @@ def _ours(facts:dict, made:dict)->bool:
     last = set((made["adapters"] or [made["base"]])[-1]["weights"].values())
     return not asked or not last or bool(asked & last) and asked <= there
 
+_BESIDE = {"verdict": [dict], "base": {...: dict}, "comparisons": (dict, [dict])}
+
+def _tables(found:dict, beside:Path)->list[str]:
+    "Summaries, with what `evaluation.json` says of them. Raises `UserError` for one that no evaluation wrote."
+    from medllm.evaluate.compare import comparison_rows
+    from medllm.evaluate.result import as_markdown
+    from medllm.marks import conclusion, marked, markdown_table
+    try:
+        stored = read_json(beside) if beside.exists() else {}
+        if why := misfit(stored, _BESIDE): raise ValueError(why)
+        asked, compared = stored.get("verdict"), stored.get("comparisons")
+        return [*([f"{conclusion(asked)}\n\n{markdown_table(marked(asked))}"] if asked else []),
+            as_markdown(found, stored.get("base")),
+            *(["Against the base model:\n\n" + markdown_table(comparison_rows(compared))] if compared else [])]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e: raise UserError(
+        f"{beside} is no file of an evaluation ({first_line(e).removeprefix('ValueError: ')}); evaluate again") from None
+
 def measured(
     folders:Sequence[str], # With results of evaluations
     made:dict,             # From `medllm.use.export.facts_of`
 )->str:                    # Markdown; "" for none
     "Figures of evaluations. Raises `UserError` for a folder without a result, or with results of another model."
-    from medllm.evaluate.compare import comparison_rows
-    from medllm.evaluate.result import as_markdown, markdown_table, read_result, summary
-    from medllm.marks import conclusion, marked
+    from medllm.evaluate.result import read_result, summary
     tables = []
     for named in folders:
         where, found = find_path(named), {}
@@ -71,12 +86,7 @@ def measured(
                 f"--evaluation {named}: {result.name} was measured on other weights than those that are exported")
             found[result.name] = summary(result)
         if not found: raise UserError(f"--evaluation {named}: there is no result of an evaluation in it")
-        beside = where.parent/"evaluation.json"
-        stored = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
-        if asked := stored.get("verdict"): tables.append(f"{conclusion(asked)}\n\n{markdown_table(marked(asked))}")
-        tables.append(as_markdown(found, stored.get("base")))
-        if compared := stored.get("comparisons"):
-            tables.append("Against the base model:\n\n" + markdown_table(comparison_rows(compared)))
+        tables += _tables(found, where.parent/"evaluation.json")
     return "\n\n".join(tables)
 
 # %% ../../nbs/records/27_release.ipynb #release

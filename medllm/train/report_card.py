@@ -9,7 +9,7 @@ __all__ = ['Z95', 'FORMATS', 'wilson', 'pair_accuracy', 'reliability', 'length_b
 
 # %% ../../nbs/train/19_report_card.ipynb #imports
 import hashlib
-import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +20,7 @@ import torch
 from ..core import UserError, find_path, is_first_process, write_json
 from ..data.look import picture
 from ..data.tokens import Renderer
+from ..json_file import NUMBER, misfit, read_json
 from ..models.scoring import score_rows, scores
 from ..models.loading import scalar_head
 from .units import Pairs
@@ -270,6 +271,9 @@ def plot_card(
     return figure
 
 # %% ../../nbs/train/19_report_card.ipynb #save
+_CARD = {"head!": str, "pairs!": int, "seen": int,
+    "accuracy!": {"value!": NUMBER, "low!": NUMBER, "high!": NUMBER, "pairs!": int}}
+
 class ReportCard:
     "A card that can be looked at, written beside its model and read again."
     def __init__(self,
@@ -288,9 +292,14 @@ class ReportCard:
     def read(cls,
         folder:str|Path, # Of a reward model
     )->"ReportCard|None":
-        "The card of a folder; None when it has none."
+        "The card of a folder; None when it has none. Raises `UserError` for one that is torn."
         file = find_path(folder)/"report_card.json"
-        return cls(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
+        if not os.path.lexists(file): return None
+        try:
+            if why := misfit(facts := read_json(file), _CARD): raise ValueError(why)
+        except (OSError, ValueError) as e: raise UserError(
+            f"{file} cannot be read ({e}); train the reward model again, or fetch its folder anew") from None
+        return cls(facts)
 
     def metrics(self)->dict[str, float]:
         "The numbers that a record keeps."

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..core import UserError
+from ..json_file import misfit, parse_json
 
 # %% ../../nbs/use/02_answer_file.ipynb #part
 class PartFile:
@@ -37,13 +38,15 @@ class PartFile:
     def __exit__(self, *error): os.close(self.file)
 
     def lines(self)->Iterator[tuple[dict, int]]: # Each with the byte it ends at
-        "The whole lines. Raises `UserError` when one of them is no JSON."
+        "The whole lines. Raises `UserError` when one of them is no JSON object."
         with open(self.path, "rb") as f:
             for number, line in enumerate(f, 1):
                 if not line.endswith(b"\n"): return
-                try: yield json.loads(line), f.tell()
-                except ValueError: raise UserError(
-                    f"{self.path}, line {number}: damaged; take the file away, or begin again with --overwrite") from None
+                try: value = parse_json(line, unique=False)
+                except ValueError: value = None
+                if not isinstance(value, dict): raise UserError(
+                    f"{self.path}, line {number}: damaged; take the file away, or begin again with --overwrite")
+                yield value, f.tell()
 
     def append(self, lines:list[dict]):
         "Add lines, all or none. Raises `UserError` when the disk is full."
@@ -78,7 +81,7 @@ def begun(
         part.cut(0)
         part.append([{"job": job, "rows_at_a_time": rows}])
         return rows
-    if not isinstance(first, dict) or "job" not in first: raise UserError(
+    if misfit(first, {"job!": dict, "rows_at_a_time!": int}) or first["rows_at_a_time"] < 1: raise UserError(
         f"{part.path} is no file of unfinished answers; take it away, or begin again with --overwrite")
     if first["job"] != job: raise UserError(f"{part.path} was begun with other things: {_differing(first['job'], job)}; "
         "give what it was begun with, or begin again with --overwrite")

@@ -27,6 +27,7 @@ from ..data.formats import Rejected, to_examples
 from ..data.json_reader import Bad, Row
 from ..data.readers import read_rows
 from ..data.registry import Source, with_columns
+from ..json_file import json_lines
 from ..models.chat import ChatModel, Said
 from ..models.sampling import Sampling, rows_that_fit
 from ..train.contract import weights_hash
@@ -198,7 +199,7 @@ def summary_of(
     output:str|Path, # A complete file of answers
 )->dict:
     "Rows, answers, reasons why not, and how answers ended."
-    rows = [json.loads(line) for line in Path(output).read_text(encoding="utf-8").split("\n") if line]   # a text may hold U+2028
+    rows = list(json_lines(output, unique=False))                     # parted by \n alone: a text may hold U+2028
     said = [r for r in rows if r["answer"] is not None]
     return {"rows": len(rows), "answered": len(said), "skipped": dict(Counter(r["skipped"] for r in rows if "skipped" in r)),
         "ended": sum(r["ended"] for r in said), "empty": sum(not r["answer"] for r in said),
@@ -208,7 +209,7 @@ def _complete(part:PartFile, job:dict)->dict|None:
     "The summary of an output that is there already. Raises `UserError` when it is of another job."
     if not part.output.exists(): return None
     try: there = summary_of(part.output)
-    except (ValueError, KeyError, TypeError): there = {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError): there = {}
     if there.get("job") != job_id(job): raise UserError(
         f"{part.output} is there already, and is not of this job; name another file, or begin again with --overwrite")
     part.path.unlink(missing_ok=True)
