@@ -202,6 +202,39 @@ def test_a_signal_before_the_notebook_begins(tmp_path):
     assert process.wait(60) == 75 and Run(tmp_path/"r").state["status"] == "interrupted"
 
 
+DISTURBED = """import os, signal, sys
+class Signals:
+    "A signal that comes while a module is imported."
+    def find_spec(self, name, path=None, target=None):
+        if name == sys.argv[1] and self in sys.meta_path:
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGTERM)
+sys.meta_path.insert(0, Signals())
+from medllm.cli import main
+sys.exit(main(sys.argv[2:]))"""
+
+
+@pytest.mark.parametrize("module", ["zmq.backend.cython", "papermill.engines", "nbclient.client"])
+def test_a_signal_while_a_library_is_imported(tmp_path, module):
+    "zmq makes an ImportError of whatever is raised meanwhile; others swallow it."
+    done = subprocess.run([sys.executable, "-c", DISTURBED, module, "run", "data", "-p", "max_samples", "10", "-p", "output_dir",
+        str(tmp_path/"r")], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 75 and "Traceback" not in done.stderr, done.stderr
+    assert Run(tmp_path/"r").state["status"] == "interrupted" and not (tmp_path/"r/data.md").exists()
+
+
+def test_a_signal_that_a_library_takes_for_a_broken_file(tmp_path):
+    "Training listens by an exception until the loop begins; who reads a file then must not blame the file."
+    from medllm.core import foreign
+    from medllm.exits import exit_code
+    from medllm.train.interruption import listening
+    def read():
+        with foreign("tokenizer.json", "fetch it anew"):
+            try: os.kill(os.getpid(), signal.SIGTERM)
+            except Exception as e: raise ValueError(f"no tokenizer: {e}") from None
+    with listening(): assert exit_code(read) == 75
+
+
 FAMILY = """import subprocess, sys
 child = "import subprocess, time; subprocess.Popen(['sleep', '77.{n}'], start_new_session=True); time.sleep(77)"
 subprocess.Popen([sys.executable, '-c', child])

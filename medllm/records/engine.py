@@ -35,6 +35,7 @@ from .parameters import check_parameters, declared, is_private, same
 from .record import ENDED, Run, now
 from .scrub import Policy, plain, safe_error, scrub_folder
 from ..secrets import scrub_values
+from ..train.interruption import stop
 
 # %% ../../nbs/records/09_engine.ipynb #family
 ECHO = 0.3     # signals this close together are one [s]
@@ -96,6 +97,8 @@ class Stopper:
     def __enter__(self):
         if threading.current_thread() is threading.main_thread(): self._before = {
             n: signal.signal(n, self._signalled) for n in (signal.SIGTERM, signal.SIGINT)}
+        if stop.blocks and stop.asked: self.ask("interrupted",
+            f"asked to stop ({signal.Signals(stop.asked).name}) before the notebook began")
         if any(self.limits): threading.Thread(target=self._watch, daemon=True).start()
         return self
 

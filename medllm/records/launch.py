@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 from ..core import Interrupted, UserError, write_json
@@ -23,6 +24,7 @@ from ..secrets import scrub_values
 from ..train.arguments import Arguments
 from ..train.determinism import launch_environment
 from ..train.inputs import TrainingData
+from ..train.interruption import listening, polled, stop
 from ..train.loop import train
 from ..train.supported import check_processes
 
@@ -31,11 +33,15 @@ def wait_for(
     process:subprocess.Popen, # A child
 )->int:                       # Its exit code
     "Wait for a child. Raises `Interrupted` when this process is asked to stop, after the child has ended."
-    try: return process.wait()
-    except (Interrupted, KeyboardInterrupt):
-        process.terminate()
-        process.wait()
-        raise
+    told = False
+    with listening(), polled():
+        while process.poll() is None:
+            if stop.asked and not told:
+                process.terminate()
+                told = True
+            time.sleep(0.05)
+        if stop.asked: raise stop.error()
+    return process.returncode
 
 # %% ../../nbs/records/10_launch.ipynb #launch
 def _command(file:Path, processes:int)->list[str]:
@@ -61,7 +67,7 @@ def launch(
     "Train in several processes. Raises `UserError` with the children's reason when they fail."
     file = write_json(folder/"args.json", scrub_values(flags)[0])
     log, environment = folder/"train.log", os.environ | launch_environment(flags.get("profile")) | attached()
-    with open(log, "w", encoding="utf-8") as out:
+    with open(log, "w", encoding="utf-8") as out, listening(), polled():
         child = subprocess.Popen(_command(file, processes), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
             errors="replace", env=environment)
         safe = SafeLog(out, private)

@@ -25,6 +25,7 @@ from .plan import LED_BY, PipelineRun, Stage, read_plan, settings
 from .record import RUNNING, Run, code_version, new_folder, read_state, status_of
 from ..train.arguments import parse
 from ..train.checkpoints import committed
+from ..train.interruption import listening, polled
 from ..train.runs import STAGE_RUNS
 
 # %% ../../nbs/records/13_pipeline.ipynb #key
@@ -144,7 +145,7 @@ def run_stage(
     note(run, stage.name, folder=str(folder), status="running", attempt=attempt, **({"resumed": True} if old else {}))
     log, file = run.folder/f"{stage.name}.log", write_json(run.folder/f"{stage.name}.json", given | {
         "output_dir": str(folder), "note": f"stage {stage.name} of {run.folder.resolve()}"})
-    with open(log, "w", encoding="utf-8") as out:
+    with open(log, "w", encoding="utf-8") as out, listening(), polled():
         asked = ("-p", "extra", json.dumps(given["extra"])) if given.get("extra") else ()        # whoever runs this means them
         command = _command("runs", "resume", old, *asked) if old else _command("run", stage.stage, "-f", file)
         try: code = wait_for(subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, 

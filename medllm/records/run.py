@@ -6,11 +6,9 @@
 __all__ = ['RUNS', 'find_notebook', 'Progress', 'read_source', 'execute']
 
 # %% ../../nbs/records/12_run.ipynb #imports
-import contextlib
 import errno
 import logging
 import os
-import signal
 import sys
 import threading
 import time
@@ -28,6 +26,7 @@ from .plan import PipelineRun
 from .record import ENDED, RUNNING, Run, new_folder, now, read_lines, read_state, status_of
 from .seal import read_notebook
 from ..secrets import scrub_values
+from ..train.interruption import listening, polled
 from ..train.runs import STAGE_RUNS, run_parameters
 from ..use.predict import pace_line
 from ..use.runs import PredictRun
@@ -156,16 +155,6 @@ def _papermill(source:Path, run:Run, parameters:dict, **options):
         **options)
     except (DeadKernelError, PapermillExecutionError, Ended): pass            # run.json says it better
 
-@contextlib.contextmanager
-def _stoppable():
-    "SIGTERM is an exception until the engine listens; nothing has been trained then."
-    def stop(number, frame): raise Interrupted("asked to stop (SIGTERM) before the notebook began")
-    here = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, stop) if here else None
-    try: yield
-    finally:
-        if here: signal.signal(signal.SIGTERM, before)
-
 def _limits(wanted, time_limit:float|None)->dict:
     "What the engine is told: the longest time [s], and how repeatable the run is to be."
     minutes, extra = getattr(wanted, "time_limit", None), getattr(wanted, "extra", {})
@@ -194,7 +183,7 @@ def execute(
     run = _go_on(folder) if resume else _new(folder)
     options, begun = _limits(wanted, time_limit), {"seals": True} | ({"parent": parent} if parent else {})
     try:
-        with _stoppable():
+        with listening(), polled():
             _write_source(source, folder)
             run.update(stage=stage, status="created", started=now(), parameters=asdict(wanted), **begun).beat()
             say(f"record: {folder}")

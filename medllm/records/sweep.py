@@ -10,7 +10,6 @@ import contextlib
 import itertools
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ from .rerun import resume
 from .run import execute
 from .seal import seal
 from .verdict import as_markdown
+from ..train.interruption import listening, polled, stop
 from ..train.runs import STAGE_RUNS, run_parameters
 from ..yaml_file import read_yaml
 
@@ -139,13 +139,9 @@ def _started(point:Point, jobs:int)->subprocess.Popen:
         [sys.executable, "-c", _PROGRAM, str(point.file)], stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
         start_new_session=True, env=os.environ | RECORDED | attached() | {"OMP_NUM_THREADS": threads})
 
-@contextlib.contextmanager
-def _asked_to_stop():
-    "SIGTERM as an exception, while the block lasts."
-    def stop(*_): raise Interrupted("the sweep was asked to stop; the same command goes on from there")
-    before = signal.signal(signal.SIGTERM, stop)
-    try: yield
-    finally: signal.signal(signal.SIGTERM, before)
+def _go_on():
+    "Raises `Interrupted` when the sweep was asked to stop."
+    if stop.asked: raise Interrupted("the sweep was asked to stop; the same command goes on from there")
 
 def on_machine(
     run:Run,             # The sweep's record
@@ -154,9 +150,10 @@ def on_machine(
 ):
     "Run points in processes of this machine, `jobs` at a time. Raises `Interrupted` after stopping them."
     waiting, live = list(points), {}
-    with _asked_to_stop():
+    with listening(), polled():              # as an exception a signal could come between a start and the note of it
         try:
             while waiting or live:
+                _go_on()
                 while waiting and len(live) < jobs:
                     point = waiting.pop(0)
                     live[point.name] = (point, _started(point, jobs))
@@ -166,13 +163,12 @@ def on_machine(
                     live.pop(name)
                     _ended(run, point)
                 time.sleep(0.1)
-        except (Interrupted, KeyboardInterrupt) as e:
+        except Interrupted:
             for _, process in live.values(): process.terminate()
             for point, process in live.values():
                 process.wait()
                 _ended(run, point)
-            raise e if isinstance(e, Interrupted) else Interrupted(
-                "the sweep was stopped from the keyboard; the same command goes on from there") from None
+            raise
 
 def _ended(run:Run, point:Point):
     "Note how a point ended."
@@ -212,8 +208,9 @@ def on_ray(
         live = {task.remote(str(p.file.resolve()), str(p.log.resolve())): p for p in points}
         for point in points: note(run, point.name, status="running")
         while live:
-            done, _ = ray.wait(list(live), num_returns=1)
-            _ended(run, live.pop(done[0]))
+            _go_on()
+            done, _ = ray.wait(list(live), num_returns=1, timeout=1)
+            for task in done: _ended(run, live.pop(task))
     finally:
         if ours: ray.shutdown()
 
@@ -300,7 +297,7 @@ def sweep(
     run.beating()
     say(f"record: {run.folder}: {len(wanted.points)} points, {jobs} at a time")
     try:
-        with _asked_to_stop():
+        with listening(), polled():
             begun = [_begin(run, wanted, f"p{n:02}", sets, runs) for n, sets in enumerate(wanted.points, 1)]
             (on_ray if ray else on_machine)(run, [p for p in begun if p], jobs)
     except BaseException as e:

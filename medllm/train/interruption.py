@@ -43,6 +43,10 @@ class Stop:
         "Be ready to say how a run that writes to a folder goes on; one that does not train may have done something already."
         self.told = f"{' while nothing was trained, so nothing is lost' if trains else ''}; {goes_on(folder, 'auto')}"
 
+    def error(self)->Interrupted:
+        "What to raise when somebody asked."
+        return Interrupted(f"asked to stop ({signal.Signals(self.asked).name}){self.told}")
+
     def __call__(self, number:int, frame):
         "Handle a signal."
         if self.asked and self.blocks:             # between two cells of a notebook each signal is a first one
@@ -50,7 +54,7 @@ class Stop:
             return
         self.asked, self._when = number, time.monotonic()
         if self.at_once: raise Left
-        if not self.waiting: raise Interrupted(f"asked to stop ({signal.Signals(number).name}){self.told}")
+        if not self.waiting: raise self.error()
 
     def install(self)->bool: # False when it is in place already, or in a thread (which gets no signals)
         "Listen to SIGTERM and SIGINT."
