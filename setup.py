@@ -31,7 +31,7 @@ setup(
         name: cfg[f"{name}_requirements"].split() for name in (
             "dev", "excel", "presidio", "rocrate", "tensorboard", "mlflow", "ray", "gguf", "serve", "lm_eval", "text", "knowledge", "dense")},
     entry_points={"console_scripts": cfg["console_scripts"].split(),
-                  "papermill.engine": ["medllm=medllm.records.papermill_door:LazyEngine"],
+                  "papermill.engine": ["medllm=medllm.records.papermill_engine:LazyEngine"],
                   "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
     zip_safe=False,
 )

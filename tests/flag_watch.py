@@ -428,7 +428,7 @@ class Walk:
     def run(self, given, watch):
         from medllm.core import UserError
         from medllm.train.loop import run
-        from medllm.train.medical_rewards import REWARDS, Rule
+        from medllm.medical.rewards import REWARDS, Rule
         rule = lambda option: Rule("walked", "any", lambda gold, prompt: "any", lambda text, gold, prompt: len(text) % 5/5)
         try:
             with mock.patch.dict(REWARDS, walked=rule): run(given)

@@ -20,7 +20,7 @@ RESULTS = HERE/"memorised_results.json"
 def records(folder, command):
     "The records of the training and of the evaluation; `command` runs words and gives a finished process."
     from medllm.evaluate.items import load_items
-    from medllm.evaluate.scoring import letter_asked
+    from medllm.evaluate.likelihood import letter_asked
     folder = Path(folder)
     items = json.loads((HERE.parent/"data/mm_mcq.json").read_text(encoding="utf-8"))
     random.Random(0).shuffle(items)

@@ -45,7 +45,7 @@ def outputs(model, stage):
     model.eval()
     with torch.no_grad():
         if stage == "rm":
-            from medllm.models.scoring import scores
+            from medllm.models.reward_model import scores
             return scores(model, ids, torch.tensor([19, 39]))
         return model(input_ids=ids).logits
 
@@ -57,7 +57,7 @@ def loaded(args, stage):
     folder = args.training.output_dir
     whole = not (Path(folder)/"adapter_config.json").exists()
     if stage == "rm":
-        from medllm.models.scoring import load_reward_model
+        from medllm.models.reward_model import load_reward_model
         return load_reward_model(folder, None if whole else args.model.model_name_or_path, args.load_plan())
     base = load_model(folder if whole else args.model.model_name_or_path, args.load_plan())
     return base if whole else load_adapter(base, folder)
@@ -67,7 +67,7 @@ def cell(stage, kind, start, adapter, folder):
     "Train two steps, save, load again; the largest difference of the outputs, relative to their size."
     import torch
     from medllm.train.arguments import parse
-    from medllm.train.medical_rewards import REWARDS, Rule
+    from medllm.medical.rewards import REWARDS, Rule
     # an untrained model never answers right, and where all rewards are equal nothing is learnt
     REWARDS["length"] = lambda option: Rule(
         "length", "any", lambda gold, prompt: "any", lambda text, gold, prompt: len(text) % 5/5)

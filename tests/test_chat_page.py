@@ -10,10 +10,10 @@ pytest.importorskip("uvicorn", reason="uvicorn is not here: see dev_requirements
 from medllm.data.formats import Turn  # noqa: E402
 from medllm.models.chat import load_chat_model  # noqa: E402
 from medllm.models.sampling import Sampling  # noqa: E402
-from medllm.use.guard import Keys  # noqa: E402
-from medllm.use.queue import AnswerQueue  # noqa: E402
-from medllm.use.server import Service, chat_page  # noqa: E402
-from medllm.use.serving import ServeChoice, running  # noqa: E402
+from medllm.serve.guard import Keys  # noqa: E402
+from medllm.serve.queue import AnswerQueue  # noqa: E402
+from medllm.serve.server import Service, chat_page  # noqa: E402
+from medllm.serve.lifecycle import ServeChoice, running  # noqa: E402
 
 KEY = "one-key-for-the-ward"
 
@@ -125,7 +125,7 @@ def test_copy_and_new(browser, served):  # noqa: F811
 
 def test_what_goes_wrong_is_said(browser, served, chat):  # noqa: F811
     "A full house, a conversation that is too long, a server that is gone: a sentence each, and the question comes back."
-    from medllm.use.queue import Question
+    from medllm.serve.queue import Question
     find = opened(browser, served[0])
     field = browser.find_element("id", "question")
     blocks = [Question(chat.prompt([Turn("user", "x")]), Sampling(900, 0.0), 0, (), lambda piece: None) for _ in range(2)]
@@ -152,7 +152,7 @@ def test_words_of_a_model_are_not_run(browser, served, monkeypatch):  # noqa: F8
     evil = "<img src=x onerror='window.hit = 1'><script>window.hit = 1</script>"
     page, policy = chat_page("tiny", "line")
     chat_page.cache_clear()
-    monkeypatch.setattr("medllm.use.server.chat_page", lambda *words: (page.replace("</main>", f"</main>{evil}"), policy))
+    monkeypatch.setattr("medllm.serve.server.chat_page", lambda *words: (page.replace("</main>", f"</main>{evil}"), policy))
     browser.get(served[0])
     assert browser.execute_script("return window.hit") is None
     body = json.dumps({"choices": [{"index": 0, "delta": {"content": evil}, "finish_reason": "stop"}]})

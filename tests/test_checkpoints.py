@@ -15,10 +15,10 @@ from conftest import ROOT, run
 from transformers import Trainer, TrainingArguments
 
 from medllm.core import UserError
-from medllm.train import checkpoints, resumable, state
+from medllm.checkpoint import commit as checkpoints, resumable, state
 from medllm.train.__main__ import main
 from medllm.train.arguments import parse
-from medllm.train.checkpoints import COMMIT, check, commit, committed, digest, drop, newest, rotate
+from medllm.checkpoint.commit import COMMIT, check, commit, committed, digest, drop, newest, rotate
 from medllm.train.inputs import prepare_data
 from medllm.train.loop import read_history, train
 
@@ -339,7 +339,7 @@ def test_c11_in_the_third_epoch(tmp_path, flags):
     steps = max(h["step"] for h in read_history(tmp_path/"whole"/"history.jsonl"))
     at = steps*5//8
     half = flags | dict(save_strategy="steps", save_steps=at, save_total_limit=1)
-    from medllm.train.interruption import stop
+    from medllm.interruption import stop
     from medllm.train.objectives import TokenLoss
     original = TokenLoss.__call__
     def stopping(self, trainer, model, batch):

@@ -5,7 +5,7 @@ import time
 import pytest
 from conftest import run
 
-from medllm.cli import main
+from medllm.cli.main import main
 
 
 def test_help_is_instant():

@@ -9,7 +9,7 @@ import nbformat
 import pytest
 from conftest import BIN, ROOT, run
 
-from medllm.cli import main
+from medllm.cli.main import main
 from medllm.core import UserError
 
 ROWS = [{"instruction": f"Gout, case {n}?", "output": "Rest and drink."} for n in range(8)]

@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import run
-from medllm.cli import main
+from medllm.cli.main import main
 from medllm.core import UserError
 from medllm.data.accounts import OnBad, load_examples, write_rejects
 from medllm.data.formats import REASONS, Example, Turn
-from medllm.data.gate import inspect
+from medllm.audit.gate import inspect
 from medllm.data.json_reader import Bad
 from medllm.data.readers import read_file
 from medllm.data.registry import find_sources

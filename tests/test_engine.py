@@ -195,7 +195,7 @@ def test_two_signals_at_once_are_one(tmp_path):
 
 def test_a_signal_before_the_notebook_begins(tmp_path):
     "The record is there, papermill is still being loaded."
-    process = subprocess.Popen([sys.executable, "-c", "import sys; from medllm.cli import main; sys.exit(main())", "run", "data",
+    process = subprocess.Popen([sys.executable, "-c", "import sys; from medllm.cli.main import main; sys.exit(main())", "run", "data",
         "-p", "max_samples", "10", "-p", "output_dir", str(tmp_path/"r")], cwd=ROOT, stderr=subprocess.DEVNULL)
     while not (tmp_path/"r/run.json").exists(): time.sleep(0.01)
     process.terminate()
@@ -210,7 +210,7 @@ class Signals:
             sys.meta_path.remove(self)
             os.kill(os.getpid(), signal.SIGTERM)
 sys.meta_path.insert(0, Signals())
-from medllm.cli import main
+from medllm.cli.main import main
 sys.exit(main(sys.argv[2:]))"""
 
 
@@ -227,7 +227,7 @@ def test_a_signal_that_a_library_takes_for_a_broken_file(tmp_path):
     "Training listens by an exception until the loop begins; who reads a file then must not blame the file."
     from medllm.core import foreign
     from medllm.exits import exit_code
-    from medllm.train.interruption import listening
+    from medllm.interruption import listening
     def read():
         with foreign("tokenizer.json", "fetch it anew"):
             try: os.kill(os.getpid(), signal.SIGTERM)
@@ -330,8 +330,8 @@ WRITERS = """import json, os, random, signal, sys, time
 import nbformat
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 from papermill.iorw import write_ipynb
-from medllm.records.cells import TrueManager
-from medllm.records.scrub import Policy
+from medllm.records.cell_status import TrueManager
+from medllm.records.redact import Policy
 kind, times, random.seed = sys.argv[1], int(sys.argv[2]), None
 text = "word " * 60_000
 def notebook():
@@ -398,7 +398,7 @@ def test_a_full_disk_keeps_what_was_saved(tmp_path):
 
 
 def test_no_room_for_the_last_word_is_a_sentence(tmp_path, monkeypatch):
-    from medllm.records.run import execute
+    from medllm.experiment.execute import execute
     def full(manager): raise OSError(28, "No space left on device")
     monkeypatch.setattr("medllm.records.engine.conclude", full)
     with pytest.raises(UserError, match="could not be written .No space left on device"):
@@ -407,7 +407,7 @@ def test_no_room_for_the_last_word_is_a_sentence(tmp_path, monkeypatch):
 
 
 def test_a_notebook_without_a_record_of_its_own(tmp_path, capsys):
-    from medllm.cli import main
+    from medllm.cli.main import main
     notebook = nbformat.read(ROOT/"nbs/runs/data.ipynb", 4)
     notebook.cells = [c for c in notebook.cells if c.id in ("imports", "parameters")]
     nbformat.write(notebook, tmp_path/"data.ipynb")
@@ -456,7 +456,7 @@ def test_a_parameter_that_the_kernel_changes_fails_the_run(tmp_path):
     ({"max_step": 5}, "did you mean"), ({"seed": -1}, "from 0 to"), ({"seed": (1,)}, "unchanged"),
     ({"learning_rate": float("inf")}, "finite"), ({"hub_token": "hf_" + "a1"*15}, "env:NAME")], ids=str)
 def test_execute_refuses_and_leaves_no_folder(tmp_path, given, says):
-    from medllm.records.run import execute
+    from medllm.experiment.execute import execute
     with pytest.raises(UserError, match=says): execute("sft", given | {"runs_dir": str(tmp_path)})
     assert not list(tmp_path.iterdir())
 
@@ -485,7 +485,7 @@ def test_planted_secrets_are_nowhere(tmp_path, monkeypatch):
     error, nb, cells = ends(tmp_path, *SECRETS, tags=["raises-exception"], record=True, given=given)
     assert set(cells) == {"completed"}, cells
     (tmp_path/"r/train.log").write_text(f"x {TOKEN}\n")
-    from medllm.records.scrub import scrub_folder
+    from medllm.records.redact import scrub_folder
     assert scrub_folder(tmp_path/"r") == {"hugging face token": 1}
     held = bytes_of(tmp_path/"r").decode()
     for form in (TOKEN, TOKEN[3:], TOKEN[9:], PASSWORD, json.dumps(PASSWORD)[1:-1], urllib.parse.quote(PASSWORD), "h0rse"):
@@ -582,7 +582,7 @@ def test_a_whole_run_on_private_rows_with_planted_secrets(tmp_path):
 
 
 def test_another_attempt_in_the_same_folder(tmp_path):
-    from medllm.records.run import execute
+    from medllm.experiment.execute import execute
     notebook = nbformat.read(ROOT/"nbs/runs/data.ipynb", 4)
     notebook.cells.insert(3, code_cell("import os\nif not os.environ.get('AGAIN'): os.kill(os.getpid(), 9)", id="killed"))
     nbformat.write(notebook, tmp_path/"data.ipynb")

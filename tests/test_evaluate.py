@@ -13,7 +13,7 @@ import pytest
 from memorised import records, table
 from conftest import ROOT, run
 
-from medllm.cli import main
+from medllm.cli.main import main
 from medllm.core import UserError
 from medllm.evaluate.choice import Asking, choice_summary, measure_choice, read_lines, score_lines
 from medllm.evaluate.generated import read_answer
@@ -21,7 +21,7 @@ from medllm.evaluate.items import MCQItem, load_items, read_items, stratified
 from medllm.evaluate.order import order_figures
 from medllm.evaluate.result import Task, compare, read_result, summary, write_result
 from medllm.evaluate.runs import EvaluateRun
-from medllm.evaluate.scoring import Asked, ModelScores, Row, Scored, letter_asked, option_scores, picked, text_asked
+from medllm.evaluate.likelihood import Asked, ModelScores, Row, Scored, letter_asked, option_scores, picked, text_asked
 from medllm.evaluate.statistics import holm, mean, share
 from medllm.models.chat import Said, load_chat_model
 from medllm.train.runs import parameters_cell
@@ -210,7 +210,7 @@ def test_batch_padding_and_order_cannot_change_a_pick(chat, layout, ask):
 
 def test_close_calls_are_what_keeps_picks_still(chat, monkeypatch):
     "Without asking close calls again, noise of the size of rounding changes picks; with it, none."
-    import medllm.evaluate.scoring as scoring
+    import medllm.evaluate.likelihood as scoring
     rng, plain = np.random.default_rng(0), scoring.batch_logprobs
     def noisy(model, rows):
         found = plain(model, rows)

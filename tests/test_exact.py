@@ -30,10 +30,10 @@ CLOCK = ("runtime", "per_second", "memory", "rollout_share", "seconds")     # wh
 CHILD = """
 import json, sys, traceback
 from pathlib import Path
-from medllm.train.medical_rewards import REWARDS, Rule
+from medllm.medical.rewards import REWARDS, Rule
 # an untrained model never answers right, and where all rewards are equal nothing is learnt
 REWARDS["length"] = lambda option: Rule("length", "any", lambda gold, prompt: "any", lambda text, gold, prompt: len(text) % 5/5)
-from medllm.train.interruption import stop
+from medllm.interruption import stop
 from medllm.train.loop import run
 from medllm.train.trainer import StageTrainer
 plain = StageTrainer.compute_loss

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import BIN, ROOT, run
 
-from medllm.cli import main
+from medllm.cli.main import main
 from medllm.core import UserError
 from medllm.data.formats import Turn
 from medllm.data.tokens import Renderer
@@ -17,12 +17,12 @@ from medllm.models.adapters import AdaptPlan, adapt
 from medllm.models.chat import ChatModel, ModelChoice, load_chat_model
 from medllm.models.loading import load_model
 from medllm.models.sampling import Sampling
-from medllm.use import export as exporting
-from medllm.use.equivalence import distance, fixed_questions, forward_of, reference_of
-from medllm.use.export import ExportPlan, export
-from medllm.use.gguf import FORMATS, read_gguf, write_gguf
-from medllm.use.merge import merge, stored_dtype, write_model
-from medllm.use.ollama import modelfile
+from medllm.export import export as exporting
+from medllm.export.equivalence import distance, fixed_questions, forward_of, reference_of
+from medllm.export.export import ExportPlan, export
+from medllm.export.gguf import FORMATS, read_gguf, write_gguf
+from medllm.export.merge import merge, stored_dtype, write_model
+from medllm.export.ollama import modelfile
 
 QUIET = lambda text: None
 NASTY = ("12345678 mg/dL, 3.5×10⁹/L", "  two  blanks\n\n\tand a tab ", "高血压患者平时应该注意什么？100毫克",
@@ -230,7 +230,7 @@ def test_within_the_limit_is_not_called_the_same(tmp_path, monkeypatch, capsys):
 
 def test_a_lost_file_format_fails(tmp_path, monkeypatch):
     "A GGUF file with queries in the wrong order loads and talks; the check says no."
-    from medllm.use import gguf
+    from medllm.export import gguf
     monkeypatch.setattr(gguf, "_interleaved", lambda rows, heads: rows)
     choice = ModelChoice("tiny", adapter(tmp_path/"adapter"))
     plan = ExportPlan(tmp_path/"model", choice, gguf=("f16",), answers=3, max_new_tokens=6)
@@ -240,7 +240,7 @@ def test_a_lost_file_format_fails(tmp_path, monkeypatch):
 
 
 def test_a_wrong_template_fails(tmp_path, monkeypatch):
-    from medllm.use import merge as merging
+    from medllm.export import merge as merging
     monkeypatch.setattr(merging, "template_text", lambda renderer: renderer.jinja.replace("assistant\\n", "assistant"))
     report = export(ExportPlan(tmp_path/"model", ModelChoice("tiny"), answers=2, max_new_tokens=2), told=QUIET)
     assert verdicts(report)["prompts"]["broken"] == ["agreement"] and not (tmp_path/"model").exists()
@@ -364,7 +364,7 @@ def pieces():
 
 def words_like(name):
     "Byte-level BPE with the rule for words of a family."
-    from medllm.use.gguf import WORD_RULES
+    from medllm.export.gguf import WORD_RULES
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
     rule = next(regex for regex, named in WORD_RULES.items() if named == name)
@@ -416,7 +416,7 @@ def test_families_of_gguf(family, words, tiny, tmp_path):
     assert found["kl"] < 1e-4 and found["logit"] < 2e-2
     for text in NASTY:
         assert again(text, add_special_tokens=False).input_ids == tokenizer(text, add_special_tokens=False).input_ids, text
-    from medllm.use.gguf import forward_of_llama_cpp, llama_cpp
+    from medllm.export.gguf import forward_of_llama_cpp, llama_cpp
     if (llama := llama_cpp(file, 256)) is None: return
     found = distance(said, forward_of_llama_cpp(llama))
     assert found["kl"] < 1e-4, found

@@ -30,7 +30,7 @@ def test_a_result_that_no_evaluation_wrote_is_refused(text, tmp_path):
 
 @anything
 def test_what_an_evaluation_says_of_its_results_is_read_or_refused(text, tmp_path):
-    from medllm.records.release import _tables
+    from medllm.export.release import _tables
     for said in (text, '{"verdict": [{"a": 1}]}', '{"base": {"x": 1}}', '{"comparisons": {"x": {}}}', '{"comparisons": [1]}'):
         try: _tables({}, put(tmp_path/"evaluation.json", said))
         except UserError as e: assert "evaluate again" in str(e)
@@ -55,8 +55,8 @@ def test_a_report_card_that_was_torn_is_refused(text, tmp_path):
 
 @anything
 def test_a_torn_record_hides_no_finished_stage_of_a_pipeline(text, tmp_path):
-    from medllm.records.pedigree import weights
-    from medllm.records.pipeline import find_finished
+    from medllm.records.lineage import weights
+    from medllm.experiment.pipeline import find_finished
     done = tmp_path/"sft/done"
     put(done/"adapter_model.safetensors", "x")
     put(done/"run.json", json.dumps({"stage": "sft", "status": "completed", "weights": weights(done)}))
@@ -69,14 +69,14 @@ def test_a_torn_record_hides_no_finished_stage_of_a_pipeline(text, tmp_path):
 
 @anything
 def test_an_output_that_is_there_already_is_of_another_job(text, tmp_path):
-    from medllm.use.predict import _complete
+    from medllm.predict.predict import _complete
     part = SimpleNamespace(output=put(tmp_path/"a.jsonl", text + "\n"))
     with pytest.raises(UserError, match="is there already"): _complete(part, {"seed": 1})
 
 
 @anything
 def test_unfinished_answers_that_are_none_are_refused(text, tmp_path):
-    from medllm.use.answer_file import PartFile, begun
+    from medllm.predict.partial_file import PartFile, begun
     first = [json.dumps({"job": job, "rows_at_a_time": rows}) for job, rows in (([1], 1), ({}, "x"), ({}, 0))]
     for line in (text, *first):
         put(tmp_path/"a.jsonl.part", line + "\n")
@@ -86,11 +86,11 @@ def test_unfinished_answers_that_are_none_are_refused(text, tmp_path):
 
 @anything
 def test_a_table_of_names_that_is_none_is_refused(text, tmp_path):
-    from medllm.data.medical_names import _read
+    from medllm.medical.names import _read
     with pytest.raises(UserError, match="names.json"): _read(put(tmp_path/"names.json", text))
 
 
 def test_an_answer_nested_without_end_holds_no_json():
-    from medllm.data.answers import json_in
+    from medllm.medical.answer_text import json_in
     assert json_in(DEEP) is None and json_in('{"a":'*10**5) is None
     assert json_in('```json\n{"a": 1}\n```') == {"a": 1}

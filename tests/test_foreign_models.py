@@ -88,7 +88,7 @@ def test_an_index_names_weights_in_its_own_folder(named, model, tensors):
 def test_an_index_of_parts_is_taken_and_each_part_has_a_hash(model, tensors):
     from safetensors.torch import save_file
     from medllm.models.loading import load_model
-    from medllm.records.pedigree import weights
+    from medllm.records.lineage import weights
     (model/"model.safetensors").unlink()
     names, parts = sorted(tensors), ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
     index = {name: parts[n % 2] for n, name in enumerate(names)}
@@ -138,7 +138,7 @@ def test_what_is_no_file_is_not_waited_for(model):
 def test_weights_may_be_links_and_keep_their_hash(model):
     from medllm.core import sha256
     from medllm.models.loading import load_model
-    from medllm.records.pedigree import weights
+    from medllm.records.lineage import weights
     shutil.move(model/"model.safetensors", model.parent/"large.safetensors")
     (model/"model.safetensors").symlink_to(model.parent/"large.safetensors")
     load_model(str(model))
@@ -201,7 +201,7 @@ def test_a_folder_with_a_model_and_an_adapter_is_neither(model, adapter):
 def test_an_adapter_asks_the_network_for_nothing(adapter, model, tmp_path, no_network, monkeypatch, capsys):
     "Its file names a hub model: taken from the cache where it is, and named where it is not."
     from medllm.models.chat import ModelChoice, load_chat_model
-    from medllm.models.scoring import load_reward_model
+    from medllm.models.reward_model import load_reward_model
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path/"hub"))
     edit(adapter/"adapter_config.json", base_model_name_or_path="clinic/base")
     for base in ("clinic/base", "https://x.org/base", "a/b/c", "../../model", ""):
@@ -407,7 +407,7 @@ def test_a_configuration_says_which_field_is_wrong(model):
 
 
 def test_the_record_names_what_a_run_starts_from_by_its_hash(model, tmp_path):
-    from medllm.records.pedigree import consumed
+    from medllm.records.lineage import consumed
     from medllm.train.arguments import parse
     args = parse({"model_name_or_path": str(model), "dataset": "mm", "output_dir": str(tmp_path/"out")})
     assert len(consumed(args)[0]["weights"]["model.safetensors"]) == 64

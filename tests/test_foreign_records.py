@@ -22,7 +22,7 @@ STEERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 def command(*words):
     "Exit code of `medllm …` in this process, and what it printed; a traceback or a character that steers a terminal fails."
-    from medllm.cli import main
+    from medllm.cli.main import main
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err): code = main([str(w) for w in words])
     said = out.getvalue() + err.getvalue()
@@ -79,7 +79,7 @@ def record(folder, **state):
     for name in ("record.ipynb", "source.ipynb"): write_json(folder/name, notebook)
     (folder/"checkpoint-2").mkdir()
     (folder/"checkpoint-2/trainer_state.json").write_text("{}")
-    from medllm.train.checkpoints import commit
+    from medllm.checkpoint.commit import commit
     commit(folder/"checkpoint-2", 2, {"stage": "sft"})
     seal(folder)
     return folder
@@ -187,7 +187,7 @@ def test_a_depth_that_no_file_has_is_said(runs, name, text):
 
 def test_a_fault_of_our_own_keeps_its_traceback(runs, monkeypatch):
     "And says where it is reported; it is not called a broken file."
-    from medllm.cli import main
+    from medllm.cli.main import main
     from medllm.records import listing
     def broken(*a, **k): raise ZeroDivisionError("ours\x1b[2J")
     monkeypatch.setattr(listing, "find_record", broken)
@@ -214,7 +214,7 @@ def sent(tmp_path):
 @pytest.fixture
 def executed(monkeypatch):
     "What `rerun` and `resume` execute: the notebook's text, or the stage, and the parameters."
-    from medllm.records import rerun as module
+    from medllm.experiment import rerun as module
     calls = []
     def execute(notebook, given, **more):
         text = Path(notebook).read_text(encoding="utf-8") if notebook.endswith(".ipynb") else notebook
@@ -293,7 +293,7 @@ def test_of_a_notebook_that_is_ours_nothing_but_ours_is_run(sent, executed, how)
 def test_the_notebook_of_an_earlier_commit_is_ours_too(sent, executed, tmp_path, monkeypatch):
     "In a checkout, if the commit is one of this branch's; what somebody else had fetched into it is not."
     import subprocess
-    from medllm.records import trust
+    from medllm.experiment import trust
     repo = tmp_path/"repo"
     (repo/"nbs/runs").mkdir(parents=True)
     git = lambda *words: subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *words], cwd=repo,
@@ -359,8 +359,8 @@ def test_a_record_writes_no_file_of_ours(sent, executed, tmp_path):
 def test_a_parameter_name_is_no_code(sent, executed, tmp_path):
     "Names of papermill's parameters become source text: only names that medllm knows get so far."
     folder = sent(parameters={f"lr=1\nopen({str(tmp_path/'pwned')!r},'w')\nz": 1})
-    from medllm.records import rerun as module
-    from medllm.records.run import execute
+    from medllm.experiment import rerun as module
+    from medllm.experiment.execute import execute
     module.execute = execute
     code, _, err = command("runs", "rerun", folder, "--runs", tmp_path/"new")
     assert code == 2 and "unknown parameter" in err and not (tmp_path/"pwned").exists()
@@ -378,7 +378,7 @@ def test_a_record_names_its_stage_and_nothing_else(sent, executed, tmp_path):
 
 
 def test_a_pipeline_and_a_sweep_go_on_through_the_same_door(sent, executed, tmp_path):
-    from medllm.records.sweep import run_point
+    from medllm.experiment.sweep import run_point
     folder = sent(EVIL["another cell"][0], status="interrupted")
     file = write_json(tmp_path/"p01.json", {"stage": "sft", "given": {}, "folder": str(folder), "resume": True, "sweep": ""})
     with contextlib.redirect_stderr(io.StringIO()) as said: assert run_point(file) == 2
@@ -447,7 +447,7 @@ def test_a_table_of_a_sweep_and_a_chat_are_told_too(tmp_path, monkeypatch):
             print(f"| {ESCAPES} |")
             print("\x1b[32mours\x1b[0m", file=terminal())
     assert "\\u001b]0;owned" in out.getvalue() and "\x1b[32mours" in out.getvalue() and "\x1b]" not in out.getvalue()
-    from medllm.use import chat
+    from medllm.serve import chat
     class Talk:
         sources = ESCAPES
         def say(self, question): yield ESCAPES
@@ -519,7 +519,7 @@ def test_a_pipe_and_a_hole_hold_nobody_up(runs, tmp_path):
 
 
 def test_gc_keeps_what_a_torn_record_came_from(runs, tmp_path):
-    from medllm.records.keep import waste
+    from medllm.records.retention import waste
     parent = runs/"sft/whole"
     shutil.copytree(parent/"checkpoint-2", parent/"checkpoint-1")              # no whole one: it says that it is another
     assert [w.name for w in waste(runs)] == ["checkpoint-1"]

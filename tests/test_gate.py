@@ -12,16 +12,16 @@ from collections import Counter
 import pytest
 from conftest import run
 
-from medllm.cli import main
-from medllm.data.card import card_text
-from medllm.data.check import DataRun, check
-from medllm.data.contamination import eval_set
+from medllm.cli.main import main
+from medllm.audit.card import card_text
+from medllm.audit.check import DataRun, check
+from medllm.audit.contamination import eval_set
 from medllm.data.accounts import Account
-from medllm.data.duplicates import duplicate_counts, leak_groups, sketch_examples
+from medllm.audit.duplicates import duplicate_counts, leak_groups, sketch_examples
 from medllm.data.formats import Example, Turn
-from medllm.data.gate import ALONE, BATCH, watched
+from medllm.audit.gate import ALONE, BATCH, watched
 from medllm.data.mixing import split_groups
-from medllm.data.personal import WEAK, find_personal, recall_by_kind, resident_id_valid
+from medllm.audit.personal import WEAK, find_personal, recall_by_kind, resident_id_valid
 from medllm.data.readers import Row
 
 STEM = "Which of the following is the most likely diagnosis?"
@@ -389,7 +389,7 @@ def test_the_quick_check_is_quick():
 
 
 def test_the_gate_needs_no_torch():
-    code = "import sys, medllm.data.check, medllm.data.card; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    code = "import sys, medllm.audit.check, medllm.audit.card; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 

@@ -12,17 +12,17 @@ from medllm.core import UserError
 from medllm.data.rows import TokenRows
 from medllm.data.tokens import Renderer
 from medllm.models.adapters import AdaptPlan, adapt
-from medllm.models.elementwise import fewer_passes
+from medllm.models.fused_ops import fewer_passes
 from medllm.models.loading import LoadPlan, load_model
 from medllm.models.sampling import Sampling
-from medllm.train import grpo, loop
-from medllm.train.answers import Reward, Rollout
+from medllm.rl import grpo; from medllm.train import loop
+from medllm.rl.rollout import Reward, Rollout
 from medllm.train.arguments import parse
-from medllm.train.grpo import GRPO_LOSSES, GrpoLoss, GrpoObjective, group_advantages
+from medllm.rl.grpo import GRPO_LOSSES, GrpoLoss, GrpoObjective, group_advantages
 from medllm.train.inputs import prepare_data
-from medllm.train.monitor import Halted, kl_estimate
+from medllm.rl.monitor import Halted, kl_estimate
 from medllm.train.objectives import SelectedHead
-from medllm.train.rollouts import RolloutPlan, RolloutTrainer
+from medllm.rl.sampling_trainer import RolloutPlan, RolloutTrainer
 from medllm.train.units import Prompts
 
 LONGEST, EACH = 9, 4
@@ -393,7 +393,7 @@ def test_validation_counts_a_rule_where_it_applies():
     "Of four answers two have a number to check, both right: the rule's mean is 1, as in the log of training."
     from types import SimpleNamespace
 
-    from medllm.train.rollouts import RolloutTrainer
+    from medllm.rl.sampling_trainer import RolloutTrainer
     trainer = SimpleNamespace(objective=SimpleNamespace(rewards=[SimpleNamespace(name="number")]))
     found = RolloutTrainer._named(trainer, "eval", torch.tensor([2., 8, 4, 2, 2, 4]))
     assert found["eval_reward_number"] == 1 and found["eval_reward"] == 0.5 and found["eval_length"] == 2

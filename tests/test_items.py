@@ -71,7 +71,7 @@ def test_rubrics_of_one_line_are_compared_as_twenty(chat, written):
 
 def test_answers_of_predict_to_a_one_line_file_are_found_again(chat, written, tmp_path):
     from medllm.models.sampling import Sampling
-    from medllm.use.predict import predict, read_questions
+    from medllm.predict.predict import predict, read_questions
     asked = read_questions(chat, find_sources(str(written/"line.json")), max_samples=None, columns=ASK["columns"])
     predict(asked, tmp_path/"answers.jsonl", Sampling(2, 0.0))
     options = ASK | {"predictions": str(tmp_path/"answers.jsonl")}

@@ -12,8 +12,8 @@ from test_checkpoints import fault
 from medllm.core import process_mark, write_json
 from medllm.evaluate import benchmarks
 from medllm.machine import scratch
-from medllm.records.commands import _of_failure
-from medllm.records.pipeline import attempt_of, find_finished, find_unfinished
+from medllm.cli.run_commands import _of_failure
+from medllm.experiment.pipeline import attempt_of, find_finished, find_unfinished
 from medllm.records.record import status_of
 
 KILLS = os.environ.get("MEDLLM_KILLS", 20)
@@ -52,7 +52,7 @@ def noted(tmp_path, gone):
         write_json(folder/"heartbeat.json", {"time": 0} | gone)
         if state is not None:
             (stage/"model.safetensors").write_bytes(b"w")
-            from medllm.records.pedigree import weights
+            from medllm.records.lineage import weights
             write_json(stage/"run.json", {"stage": "sft", "weights": weights(stage)} | state)
         return stage, folder
     return make

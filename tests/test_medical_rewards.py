@@ -7,8 +7,8 @@ import math
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from medllm.data.answers import chosen_letters, letters_of, options_in
-from medllm.train.medical_rewards import REWARDS, reward_functions
+from medllm.medical.answer_text import chosen_letters, letters_of, options_in
+from medllm.medical.rewards import REWARDS, reward_functions
 
 LETTER, REFUSAL = (reward_functions(name)[0][1] for name in ("letter", "refusal"))
 

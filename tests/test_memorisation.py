@@ -40,7 +40,7 @@ def places(tmp_path_factory):
 @pytest.fixture(scope="module")
 def record(places):
     "The record of a training that went on for much too long."
-    from medllm.records.run import execute
+    from medllm.experiment.execute import execute
     done = quiet(execute, "sft", {"dataset": places/"rows.jsonl", "eval_dataset": places/"other.jsonl", "val_size": 0,
         "max_steps": 90, "learning_rate": 4e-3, "canaries": 1, "output_dir": places/"record", "logging_steps": 30})
     assert done.state["status"] == "completed", done.state.get("reason")
@@ -89,7 +89,7 @@ def test_what_is_beyond_the_sample_is_that_of_the_fitted_distribution(ahead):
 def test_secrets_that_no_model_met_have_uniform_ranks(tiny_chat):
     from scipy.stats import kstest
 
-    from medllm.data.canaries import canary
+    from medllm.audit.canaries import canary
     from medllm.evaluate.exposure import canary_figures, canary_items
     items = canary_items(tiny_chat, [canary(7, n) for n in range(40)], "sft", candidates=39)
     assert kstest([i["rank"]/(i["candidates"] + 1) for i in items], "uniform").pvalue > 0.005
@@ -137,7 +137,7 @@ def test_a_reader_of_the_record_is_warned(record):
 
 def test_what_may_be_concluded_stands_on_top_of_the_verdict_wherever_it_is_read(record, capsys):
     from medllm.marks import conclusion
-    from medllm.records.commands import report
+    from medllm.cli.run_commands import report
     from medllm.records.listing import show, show_text
     from medllm.records.page import run_page
     from medllm.records.record import Run
@@ -157,7 +157,7 @@ def test_what_may_be_concluded_stands_on_top_of_the_verdict_wherever_it_is_read(
 
 def test_no_file_of_the_record_tells_a_value(record):
     "Neither as it was written nor with its separators taken out; the canaries are nobody's, and in their own file only."
-    from medllm.data.canaries import canary
+    from medllm.audit.canaries import canary
     secret = canary(42, 0).secret
     for file in (f for f in record.rglob("*") if f.is_file() and f.suffix != ".safetensors"):
         text = file.read_text(encoding="utf-8", errors="replace")
@@ -233,7 +233,7 @@ def test_the_place_of_personal_data_is_found_in_any_script(tiny_chat, text):
 # --- canaries among the rows ---
 
 def test_canaries_go_the_way_of_all_rows(places, tmp_path):
-    from medllm.data.canaries import canaries, planted
+    from medllm.audit.canaries import canaries, planted
     from medllm.train.arguments import parse
     from medllm.train.contract import rows_hash
     from medllm.train.inputs import prepare_data
@@ -261,7 +261,7 @@ def test_canaries_are_refused_where_nothing_is_learnt_by_heart(given, says):
 
 def test_a_record_with_canaries_can_be_moved_and_run_again(record, tmp_path):
     "They are made anew, so nothing is missed where the record lay."
-    from medllm.records.rerun import missing_inputs
+    from medllm.experiment.rerun import missing_inputs
     from medllm.records.verify import verify
     moved = shutil.copytree(record, tmp_path/"moved")
     state = json.loads((moved/"run.json").read_text())

@@ -15,10 +15,10 @@ from medllm.core import UserError
 from medllm.data.batches import Collate
 from medllm.data.packing import PackedBatches, PackedCollate, pack
 from medllm.data.rows import TokenRows, cut_document
-from medllm.models import documents as kept_apart
+from medllm.models import packed_attention as kept_apart
 from medllm.models.adapters import AdaptPlan, adapt
-from medllm.models.documents import document_inputs, isolate
-from medllm.models.elementwise import fewer_passes
+from medllm.models.packed_attention import document_inputs, isolate
+from medllm.models.fused_ops import fewer_passes
 from medllm.models.loading import LoadPlan, load_model, load_tokenizer
 from medllm.train.arguments import parse
 from medllm.train.objectives import SelectedHead

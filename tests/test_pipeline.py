@@ -11,7 +11,7 @@ import pytest
 import yaml
 from conftest import run
 
-from medllm.cli import parser
+from medllm.cli.main import parser
 from medllm.core import Interrupted
 from medllm.train.arguments import read_command
 
@@ -80,7 +80,7 @@ def test_a_stopped_stage_goes_on_from_its_checkpoint(tmp_path):
     file, runs = tmp_path/"pipeline.yaml", tmp_path/"runs"
     file.write_text(yaml.safe_dump({"reuse": "any", "stages": {"sft": SHORT | dict(dataset="mm", max_steps=150, save_steps=5)}}))
     words = ["medllm", "run", "pipeline", "-f", str(file), "--runs", str(runs)]
-    first = subprocess.Popen([sys.executable, "-c", "import sys; from medllm.cli import main; sys.exit(main())", *words[1:]])
+    first = subprocess.Popen([sys.executable, "-c", "import sys; from medllm.cli.main import main; sys.exit(main())", *words[1:]])
     until = time.monotonic() + 120
     while not list(runs.glob("sft/*/checkpoint-10/COMMIT.json")) and time.monotonic() < until: time.sleep(0.2)
     first.terminate()
@@ -99,7 +99,7 @@ def test_a_stopped_stage_goes_on_from_its_checkpoint(tmp_path):
 def test_who_is_stopped_is_told_what_goes_on(tmp_path, stage):
     "Advice that the door he came in by takes: a record is gone on with by a verb, a command without one by its flag."
     from medllm.records.record import Run, _listen, _unlisten
-    from medllm.train.interruption import goes_on, stop
+    from medllm.interruption import goes_on, stop
     if stage:
         run = Run(tmp_path)
         run.update(stage=stage, status="running")

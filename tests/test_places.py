@@ -11,8 +11,8 @@ import pytest
 from conftest import ROOT, run
 
 from medllm.core import UserError, write_json
-from medllm.records import places
-from medllm.records.places import fetched, landing, open_place
+from medllm.records import remote as places
+from medllm.records.remote import fetched, landing, open_place
 
 S3 = ROOT/".s3"
 
@@ -100,7 +100,7 @@ def test_a_network_that_is_away_does_not_end_a_run(monkeypatch, tmp_path, capsys
 @pytest.mark.parametrize("url", ["s3://AKIA:planted@bucket/runs", "sftp://me:planted@host/x",
     "s3://bucket/x?aws_secret_access_key=planted", "gs://bucket/x?token=planted"])
 def test_an_address_with_a_key_is_refused_and_not_repeated(url, tmp_path, monkeypatch, capsys):
-    from medllm.cli import main
+    from medllm.cli.main import main
     monkeypatch.chdir(tmp_path)
     code = main(["run", "sft", "--runs", url])
     said = capsys.readouterr()

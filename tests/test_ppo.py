@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, run
 
-from medllm.train.ppo import PpoLoss, gae, token_rewards, whiten
+from medllm.rl.ppo import PpoLoss, gae, token_rewards, whiten
 
 SETTINGS = dict(gamma=0.98, lam=0.9, kl_coef=0.15, clip=0.2, value_clip=0.2, value_weight=0.1)
 
@@ -26,7 +26,7 @@ def batch_of(dtype, whole=False, n=6, width=9):
 
 
 def ours(batch, whiten_rewards=False):
-    "Advantages, losses and gradients of the batch by medllm.train.ppo."
+    "Advantages, losses and gradients of the batch by medllm.rl.ppo."
     t = {name: torch.from_numpy(array) for name, array in batch.items()}
     mask = torch.arange(t["logps"].shape[1]) < t["lengths"][:, None]
     rewards = token_rewards(t["scores"], t["logps"] - t["reference"], t["lengths"], SETTINGS["kl_coef"])
@@ -126,7 +126,7 @@ def make(warm, folder, **given):
     "A PPO trainer on the warm model."
     from medllm.train.arguments import parse
     from medllm.train.inputs import prepare_data
-    from medllm.train.ppo import make_trainer
+    from medllm.rl.ppo import make_trainer
     args = parse(COMMON | dict(
         stage="ppo", model_name_or_path=str(warm/"model"), dataset=str(warm/"asked.json"), finetuning_type="lora",
         reward_funcs="citation", max_new_tokens=8, per_device_train_batch_size=16, logging_steps=1, learning_rate=1e-3,
@@ -194,8 +194,8 @@ def test_micro_batches_and_accumulation_change_nothing(warm, tmp_path):
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_values_of_ragged_rows(warm, tmp_path, kind):
     "The value before each token is what the value model says of the row alone, cut there."
-    from medllm.models.roles import speaking
-    from medllm.models.scoring import score_rows
+    from medllm.models.adapter_roles import speaking
+    from medllm.models.reward_model import score_rows
     trainer = make(warm, tmp_path, finetuning_type=kind)
     for name, p in trainer.model.named_parameters():
         if "critic" in name.split(".") and p.requires_grad: p.data += 0.05*torch.randn_like(p)
@@ -221,7 +221,7 @@ def test_values_of_ragged_rows(warm, tmp_path, kind):
 def judges(warm, tmp_path_factory):
     "Reward models on the warm model, an adapter and a whole one, with report cards that say 80%."
     from medllm.models.adapters import AdaptPlan, adapt
-    from medllm.models.scoring import load_scorer
+    from medllm.models.reward_model import load_scorer
     from medllm.models.loading import load_tokenizer
     from medllm.train.report_card import head_hash, saved_head
     place = tmp_path_factory.mktemp("judges")
@@ -323,7 +323,7 @@ def test_a_reward_model_at_chance_is_refused(warm, judges, tmp_path, judge):
 
 def test_a_kl_below_zero_halts(warm, tmp_path):
     "Answers that were not drawn from the policy: the run stops and says so, and no negative KL was reported."
-    from medllm.train.monitor import Halted
+    from medllm.rl.monitor import Halted
     trainer = make(warm, tmp_path, max_steps=20)
     sample = trainer.sample
     def wrong(prompts):
@@ -336,7 +336,7 @@ def test_a_kl_below_zero_halts(warm, tmp_path):
 
 
 def test_an_exploding_kl_halts(warm, tmp_path):
-    from medllm.train.monitor import Halted
+    from medllm.rl.monitor import Halted
     trainer = make(warm, tmp_path, max_steps=20, learning_rate=2e-2, kl_limit=0.5)
     with pytest.raises(Halted, match="over --kl_limit 0.5"): trainer.train()
 

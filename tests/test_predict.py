@@ -13,7 +13,7 @@ from medllm.core import UserError
 from medllm.data.registry import find_sources
 from medllm.models.chat import load_chat_model
 from medllm.models.sampling import Sampling
-from medllm.use.predict import predict, read_questions
+from medllm.predict.predict import predict, read_questions
 
 LENGTH, ROWS = 24, 40
 SETTINGS = ("max_new_tokens", "temperature", "top_p", "top_k")

@@ -13,7 +13,7 @@ from conftest import losses, run
 from medllm.core import UserError
 from medllm.data.rows import Mark, RowWriter, TokenRows
 from medllm.models.adapters import AdaptPlan, adapt
-from medllm.models.documents import branched, isolate
+from medllm.models.packed_attention import branched, isolate
 from medllm.models.loading import load_model
 from medllm.train import kto, preference
 from medllm.train.arguments import parse

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from medllm.core import UserError
 from medllm.train.arguments import parse
-from medllm.train.checkpoints import drop
+from medllm.checkpoint.commit import drop
 from medllm.train.contract import allowed, contract_of
 from medllm.train.inputs import prepare_data
 from medllm.train.loop import read_history, stage_module, train
@@ -197,7 +197,7 @@ def test_the_best_checkpoint_is_chosen_again(finished, tmp_path):
     shutil.copytree(finished, tmp_path/"run")
     folder = tmp_path/"run"
     drop(folder/"checkpoint-6")
-    from medllm.train.checkpoints import commit
+    from medllm.checkpoint.commit import commit
     state = json.loads((folder/"checkpoint-4/trainer_state.json").read_text())
     for line in state["log_history"]:
         if "eval_loss" in line: line["eval_perplexity"] = 9e3 if line["step"] == 2 else 1e4

@@ -14,9 +14,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bits
 from medllm.core import UserError
 from medllm.data.rows import TokenRows
 from medllm.models.adapters import AdaptPlan, adapt
-from medllm.models.documents import document_inputs, isolate
+from medllm.models.packed_attention import document_inputs, isolate
 from medllm.models.loading import LoadPlan, load_model, load_tokenizer
-from medllm.models.scoring import load_reward_model, load_scorer, score_rows, scores
+from medllm.models.reward_model import load_reward_model, load_scorer, score_rows, scores
 from medllm.models.tiny import tiny_folder, write_tiny
 from medllm.train.arguments import parse
 from medllm.train.inputs import prepare_data

@@ -18,15 +18,15 @@ from conftest import BIN, ROOT
 pytest.importorskip("fastapi", reason="fastapi is not here: see dev_requirements")
 pytest.importorskip("uvicorn", reason="uvicorn is not here: see dev_requirements")
 
-from medllm.cli import main  # noqa: E402
+from medllm.cli.main import main  # noqa: E402
 from medllm.data.formats import Turn  # noqa: E402
 from medllm.models.chat import ChatModel, load_chat_model  # noqa: E402
 from medllm.models.sampling import Sampling  # noqa: E402
-from medllm.use.guard import Keys  # noqa: E402
-from medllm.use.protocol import Limits, read_request  # noqa: E402
-from medllm.use.queue import AnswerQueue  # noqa: E402
-from medllm.use.server import Service  # noqa: E402
-from medllm.use.serving import ServeChoice, build_service, running  # noqa: E402
+from medllm.serve.guard import Keys  # noqa: E402
+from medllm.serve.protocol import Limits, read_request  # noqa: E402
+from medllm.serve.queue import AnswerQueue  # noqa: E402
+from medllm.serve.server import Service  # noqa: E402
+from medllm.serve.lifecycle import ServeChoice, build_service, running  # noqa: E402
 
 JSON = {"Content-Type": "application/json"}
 KEY = "one-key-for-the-ward"
@@ -295,7 +295,7 @@ def test_s5_a_reader_that_does_not_read():
     import h11  # noqa: F401
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
-    from medllm.use.serving import Patient
+    from medllm.serve.lifecycle import Patient
     async def meet():
         loop, aborted = asyncio.get_running_loop(), asyncio.Event()
         slow = type("P", (Patient, H11Protocol), {"patience": .1, "__init__": lambda self: None})()
@@ -476,13 +476,13 @@ def test_control_tokens_are_no_text(chat, monkeypatch):
     import torch
 
     from medllm.models import sampling
-    from medllm.use import queue
+    from medllm.serve import queue
     word, = chat.tokenizer("a", add_special_tokens=False).input_ids
     said = [chat.tokenizer.pad_token_id, word, chat.tokenizer.bos_token_id, word, word, chat.tokenizer.pad_token_id]
     def draw(logits, uniforms, how): return torch.tensor([said[int(u)] for u in uniforms])
     for module in (sampling, queue): monkeypatch.setattr(module, "draw_tokens", draw)
     table = lambda rows, width, *key: torch.arange(width).double().expand(rows, width)
-    for module in ("medllm.models.chat", "medllm.use.queue"): monkeypatch.setattr(f"{module}.uniform_table", table)
+    for module in ("medllm.models.chat", "medllm.serve.queue"): monkeypatch.setattr(f"{module}.uniform_table", table)
     assert text_of(chat, "?", 6) == "aaa"
     with house(chat) as (url, service, lines):
         whole = json.loads(post(url, ASTHMA | {"max_tokens": 6})[2])
@@ -585,7 +585,7 @@ def test_s7_the_grace_is_over(tmp_path):
 def test_s7_a_second_signal_ends_the_grace(chat):
     import asyncio
 
-    from medllm.use.serving import build_server, listen
+    from medllm.serve.lifecycle import build_server, listen
     service, (door, _) = Service(chat, AnswerQueue(chat), "tiny"), listen("127.0.0.1", 0, Keys())
     server = build_server(service, ServeChoice(), log=lambda line: None)
     thread = threading.Thread(target=lambda: asyncio.run(server._serve(sockets=[door])))     # signals go to the main thread
@@ -642,7 +642,7 @@ def test_an_adapter_is_served_with_its_template(tmp_path, monkeypatch, capfd):
 
 def test_answers_lean_on_sources(chat, tmp_path, monkeypatch, capfd):
     "With knowledge the prompt holds passages and the answer cites them; where nothing is found the model is not asked."
-    cite = pytest.importorskip("medllm.use.cite", reason="medllm.use.cite is not here")
+    cite = pytest.importorskip("medllm.retrieval.grounding", reason="medllm.retrieval.grounding is not here")
     (tmp_path/"table.csv").write_text("name,symptom,medicine\nGout,Toe pain and joint swelling,Colchicine 0.5 mg\n"
         "Asthma,Wheeze and cough at night,Salbutamol\n")
     grounding = cite.Grounding([str(tmp_path/"table.csv")])
@@ -656,7 +656,7 @@ def test_answers_lean_on_sources(chat, tmp_path, monkeypatch, capfd):
         bare = chat.answers([wanted], Sampling(8, 0.0))[0].text
         assert said["choices"][0]["message"]["content"] == grounding.checked(bare, passages)[0]
         assert said["citations"] == [[]]                                     # a random model says nothing that a source says
-        monkeypatch.setattr("medllm.use.stream.GrowingText.close", lambda self: ". Colchicine 0.5 mg is a medicine for gout [2].")
+        monkeypatch.setattr("medllm.serve.stream.GrowingText.close", lambda self: ". Colchicine 0.5 mg is a medicine for gout [2].")
         said = json.loads(post(url, found)[2])
         source, = said["citations"][0]
         assert f"gout [{source['number']}]." in said["choices"][0]["message"]["content"]
@@ -744,5 +744,5 @@ def test_the_smallest_temperature_is_the_most_probable_token():
 
 def test_a_host_that_cannot_be_a_name():
     from medllm.core import UserError
-    from medllm.use.serving import listen
+    from medllm.serve.lifecycle import listen
     with pytest.raises(UserError, match="no address"): listen("a..b", 0, Keys())

@@ -108,7 +108,7 @@ def test_a_torn_signature_is_a_defect(tmp_path, data):
 
 @ssh
 def test_a_signature_goes_with_a_promoted_copy_and_away_with_another_attempt(tmp_path):
-    from medllm.records.run import _go_on
+    from medllm.experiment.execute import _go_on
     folder, ours = sealed(tmp_path), key(tmp_path, "ours")
     command("runs", "sign", folder, "--key", ours)
     assert command("runs", "promote", folder, "--to", tmp_path/"kept")[0] == 0
@@ -245,6 +245,6 @@ def test_a_record_names_no_weights_outside_their_folder_and_nothing_endless(tmp_
 
 
 def test_sign_is_for_this_machine(tmp_path):
-    from medllm.cli import parser
+    from medllm.cli.main import parser
     args = parser().parse_args(["runs", "sign", "a", "--key", "k", "--runs", "memory://records"])
     with pytest.raises(UserError, match="wants a folder of this machine"): args.function(args)

@@ -37,7 +37,7 @@ def test_8_bit(stage, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_processes(stage, tmp_path):
-    from medllm.records.launch import launch
+    from medllm.experiment.launch import launch
     metrics = launch(SHORT | STAGES[stage] | dict(stage=stage, finetuning_type="lora", output_dir=str(tmp_path)), tmp_path, 2)
     assert metrics["steps"] == 2 and (tmp_path/"adapter_model.safetensors").exists()
 

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, run
 
 from medllm.core import UserError
-from medllm.records.sweep import read_sweep, sweep
+from medllm.experiment.sweep import read_sweep, sweep
 from medllm.records.verify import verify
 from medllm.train.runs import SftRun
 
@@ -71,7 +71,7 @@ def test_points_are_checked_with_folders_of_their_own(tmp_path, monkeypatch):
 
 def test_a_point_that_cannot_be_begun_fails_the_sweep(tmp_path, monkeypatch):
     "Those before it being finished is no success; the record is closed all the same."
-    from medllm.records import sweep as module
+    from medllm.experiment import sweep as module
     file = tmp_path/"grid.yaml"
     file.write_text("grid: {seed: [1, 2]}\n")
     def begin(run, wanted, name, sets, runs):
@@ -96,7 +96,7 @@ def test_a_stopped_sweep_stops_its_points_and_goes_on(tmp_path):
     file = tmp_path/"grid.yaml"
     common = "max_steps: 1500, max_samples: 24, val_size: 4, save_steps: 5, save_total_limit: 2"
     file.write_text(f"parameters: {{{common}}}\ngrid: {{seed: [1]}}\n")
-    words = [sys.executable, "-c", "import sys; from medllm.cli import main; sys.exit(main())", "sweep", "sft", "-f", str(file),
+    words = [sys.executable, "-c", "import sys; from medllm.cli.main import main; sys.exit(main())", "sweep", "sft", "-f", str(file),
         "--runs", str(tmp_path/"runs")]
     began = lambda: subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     process = began()

@@ -9,7 +9,7 @@ from conftest import run
 
 from medllm.core import UserError
 from medllm.data.registry import find_sources
-from medllm.data.words import words
+from medllm.audit.words import words
 from medllm.evaluate.forgetting import document_nats, measure_forgetting
 from medllm.evaluate.result import Result, Task, compare, read_result, summary, write_result
 from medllm.evaluate.rubric import Criterion, grade, judge_answers, measure_rubric, read_rubrics, rubric_score
@@ -17,8 +17,8 @@ from medllm.evaluate.safety import measure_safety, urges
 from medllm.evaluate.text import counts_of, measure_text, rouge_l, score_of, text_item
 from medllm.models.chat import Said, load_chat_model
 from medllm.models.sampling import Sampling
-from medllm.train.medical_rewards import refuses
-from medllm.use.predict import predict, read_questions
+from medllm.medical.rewards import refuses
+from medllm.predict.predict import predict, read_questions
 
 
 @pytest.fixture(scope="module")

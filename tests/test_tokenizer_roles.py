@@ -17,7 +17,7 @@ from medllm.models.sampling import Sampling
 from medllm.train.arguments import parse
 from medllm.train.inputs import load_renderer
 from medllm.train.loop import run as train
-from medllm.use.export import ExportPlan, export
+from medllm.export.export import ExportPlan, export
 
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 NAMES = ("<|endoftext|>", "</s>", "[PAD]", "<start>")

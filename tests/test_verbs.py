@@ -265,8 +265,8 @@ def test_a_record_of_the_data_gate(tmp_path):
 
 
 def test_a_pipeline_is_compared_stage_by_stage_and_nothing_is_taken_over(tmp_path, monkeypatch):
-    from medllm.records import rerun as module
-    from medllm.records.rerun import likeness, rerun, resume
+    from medllm.experiment import rerun as module
+    from medllm.experiment.rerun import likeness, rerun, resume
     digest = {"model.safetensors": "ab"*32}
     for name, weights in (("one", digest), ("same", digest), ("other", {"model.safetensors": "cd"*32})):
         stage = fake(tmp_path, f"{name}-stage", weights=weights)
@@ -306,7 +306,7 @@ def test_a_spoilt_stage_is_named_by_its_pipeline(tmp_path):
     b'{"stage": "sft", "status": "completed", "metrics": "x"}', b'{"stage": "sft", "status": "completed", "parameters": 3}',
     b'{"status": "failed", "consumed": [7], "inputs": null}'])
 def test_no_verb_stumbles_over_a_torn_record(tmp_path, capsys, text):
-    from medllm.cli import main
+    from medllm.cli.main import main
     fake(tmp_path, "whole")
     torn = fake(tmp_path, "torn")
     (torn/"run.json").write_bytes(text)
@@ -409,7 +409,7 @@ def fake(runs, name, status="completed", stage="sft", checkpoints=(), days=0, se
 
 
 def commit(folder, step):
-    try: from medllm.train.checkpoints import commit
+    try: from medllm.checkpoint.commit import commit
     except ImportError: return write(folder/"COMMIT.json", {"step": step})
     commit(folder, step, {})
 
@@ -491,7 +491,7 @@ def crash_at(k, runs):
     pid = os.fork()
     if pid: return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
     try:
-        from medllm.records.keep import collect, waste
+        from medllm.records.retention import collect, waste
         left, found = [k], waste(runs, 14)
         def dying(real):
             def call(*a, **kw):
@@ -507,7 +507,7 @@ def crash_at(k, runs):
 
 def test_fifty_crashes_within_gc(tmp_path):
     "After each crash nothing that has to stay is touched, and a second gc comes to the same end."
-    from medllm.records.keep import collect, waste
+    from medllm.records.retention import collect, waste
     a_month_of_runs(tmp_path/"first")
     before, crashed = places(tmp_path/"first"), 0
     for k in range(1, 51):
@@ -527,7 +527,7 @@ def test_fifty_crashes_within_gc(tmp_path):
 
 def test_the_model_of_a_run_that_prepares_its_rows_stays(tmp_path):
     "What it consumes is noted when training begins; until then its parameters say it."
-    from medllm.records.keep import waste
+    from medllm.records.retention import waste
     parent = fake(tmp_path, "a", checkpoints=(2, 4))
     assert len(waste(tmp_path)) == 1
     child = fake(tmp_path, "b", "running", sealed=False, parameters={"model_name_or_path": str(parent/"checkpoint-2")})
@@ -537,7 +537,7 @@ def test_the_model_of_a_run_that_prepares_its_rows_stays(tmp_path):
 
 def test_a_locked_folder_is_left_alone(tmp_path):
     from filelock import FileLock
-    from medllm.records.keep import waste
+    from medllm.records.retention import waste
     folder = fake(tmp_path, "a", checkpoints=(2, 4))
     assert len(waste(tmp_path)) == 1
     with FileLock(folder/".lock"):

@@ -58,10 +58,10 @@ def test_a_model_that_answers_every_harmful_request_is_missed_and_stands_first(d
 
 def test_every_door_shows_it(dangerous, tmp_path, capsys):
     "run.json, the page, the index, the terminal, the comparison of runs and the model card: the word, the sign and the colour."
-    from medllm.model_cli import _told
+    from medllm.cli.model_commands import _told
     from medllm.records.compare import compare as compare_runs
-    from medllm.records.crate import card_text
-    from medllm.records.commands import report
+    from medllm.records.ro_crate import card_text
+    from medllm.cli.run_commands import report
     from medllm.records.index import index_page
     from medllm.records.listing import show, show_text
     from medllm.records.page import run_page
@@ -135,7 +135,7 @@ def test_limits_come_from_the_file(dangerous):
 
 
 def test_limits_from_the_command_line(tmp_path, capsys):
-    from medllm.cli import main
+    from medllm.cli.main import main
     (tmp_path/"checks.yaml").write_text(
         "dataset: mm_mcq\nlimit: 8\norders: own\ntargets: {accuracy: {least: 100%, margin: 50%}}\n")
     assert main(["evaluate", "-f", str(tmp_path/"checks.yaml")]) == 0

@@ -8,7 +8,7 @@ __all__ = ['language_of']
 # %% ../../nbs/evaluate/00_language.ipynb #imports
 import re
 
-from ..data.text_rules import SCRIPTS, script_counts
+from ..audit.text_rules import SCRIPTS, script_counts
 
 # %% ../../nbs/evaluate/00_language.ipynb #language
 _BY_SCRIPT = {"han": "zh", "kana": "ja", "hangul": "ko", "devanagari": "hi", "cyrillic": "ru", "hebrew": "he",

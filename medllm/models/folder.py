@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..core import UserError, first_line, foreign
-from ..json_file import MOST, NUMBER, misfit, read_json
+from ..files import MOST, NUMBER, misfit, read_json
 
 # %% ../../nbs/models/00_folder.ipynb #object
 def read_object(

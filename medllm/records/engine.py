@@ -30,12 +30,12 @@ from traitlets import CaselessStrEnum, Unicode
 
 from ..core import RECORDED, SENTENCES, Interrupted, UserError, say
 from ..machine import scratch
-from .cells import TrueManager
+from .cell_status import TrueManager
 from .parameters import check_parameters, declared, is_private, same
 from .record import ENDED, Run, now
-from .scrub import Policy, plain, safe_error, scrub_folder
+from .redact import Policy, plain, safe_error, scrub_folder
 from ..secrets import scrub_values
-from ..train.interruption import stop
+from ..interruption import stop
 
 # %% ../../nbs/records/09_engine.ipynb #family
 ECHO = 0.3     # signals this close together are one [s]

@@ -25,7 +25,7 @@ import psutil
 from fastcore.basics import patch
 
 from ..core import Interrupted, UserError, append_event, is_there, process_mark, project_root, sha256, write_json
-from ..json_file import NUMBER, misfit, parse_json, place, read_bounded, read_json
+from ..files import NUMBER, misfit, parse_json, place, read_bounded, read_json
 from ..marks import conclusion
 from ..secrets import scrub_values
 
@@ -327,13 +327,13 @@ _UNTRAINED = ("pipeline", "data", "evaluate", "predict")
 
 def _listen(run:Run)->bool:
     "SIGTERM ends a cell with `Interrupted`, which says how to go on; a training takes its checkpoint first."
-    from medllm.train.interruption import stop
+    from medllm.interruption import stop
     mine = stop.install()
     stop.expects(run.folder, run.state.get("stage") not in _UNTRAINED)
     return mine
 
 def _unlisten():
-    from medllm.train.interruption import stop
+    from medllm.interruption import stop
     stop.remove()
 
 @patch

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..core import UserError, find_path, write_bytes
 from ..machine import scratch
-from ..json_file import read_bounded
+from ..files import read_bounded
 from .seal import look_at_seal
 
 # %% ../../nbs/records/08_signing.ipynb #sign

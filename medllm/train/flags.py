@@ -139,7 +139,7 @@ class RewardArguments:
     min_reward_accuracy:float = flag(
         0.5, "Refuse a reward model whose held-out pair accuracy may be below this (lower end of its 95% interval)")
     allow_weak_reward_model:bool = flag(False, "Use a reward model although its accuracy is low or unknown")
-    reward_funcs:str|None = flag(None, "Rules that score an answer, comma list; medllm.train.medical_rewards has them")
+    reward_funcs:str|None = flag(None, "Rules that score an answer, comma list; medllm.medical.rewards has them")
     reward_weights:str|None = flag(None, "Weight of each rule (then of the reward model), comma list; default 1")
 
 # %% ../../nbs/train/00_flags.ipynb #ours-reinforcement

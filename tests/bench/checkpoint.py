@@ -22,8 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 from medllm.core import sync_folder
 from medllm.models.adapters import AdaptPlan, adapt
 from medllm.models.loading import load_tokenizer
-from medllm.train import resumable
-from medllm.train.checkpoints import check, commit
+from medllm.checkpoint import resumable
+from medllm.checkpoint.commit import check, commit
 from medllm.train.objectives import TokenLoss
 from medllm.train.trainer import StageTrainer
 

@@ -134,7 +134,7 @@ def check(folder, name, **entry):
     """`medllm data check` on one dataset, its card, and the figures."""
     registry = {name: {"file_name": f"{name}.jsonl", **entry}}
     (folder / "dataset_info.json").write_text(json.dumps(registry))
-    figures = measured([sys.executable, "-c", "import sys; from medllm.cli import main; sys.exit(main())", "data",
+    figures = measured([sys.executable, "-c", "import sys; from medllm.cli.main import main; sys.exit(main())", "data",
                         "check", name, "--dataset_dir", str(folder), "--output", str(folder / "card")])
     if figures["exit_code"] not in (0, 1):
         raise SystemExit("\n".join(figures["tail"]))
@@ -188,7 +188,7 @@ TOKENISE = """
 import sys
 from medllm.data.accounts import OnBad
 from medllm.data.cache import Recipe, cached_rows
-from medllm.data.gate import watched
+from medllm.audit.gate import watched
 from medllm.data.registry import find_sources
 from medllm.data.tokens import Renderer
 from medllm.models.tiny import tiny_tokenizer

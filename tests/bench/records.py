@@ -7,9 +7,9 @@ from pathlib import Path
 
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from medllm.records.cells import RecordManager, TrueManager
-from medllm.records.run import execute
-from medllm.records.scrub import Policy
+from medllm.records.cell_status import RecordManager, TrueManager
+from medllm.experiment.execute import execute
+from medllm.records.redact import Policy
 
 
 def a_save(megabytes=5, cells=10, times=20):

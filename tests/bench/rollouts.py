@@ -44,11 +44,11 @@ def ours(o):
     from medllm.data.tokens import Renderer
     from medllm.models.adapters import AdaptPlan, adapt
     from medllm.models.loading import load_model, load_tokenizer
-    from medllm.models.roles import speaking
+    from medllm.models.adapter_roles import speaking
     from medllm.models.sampling import Sampling
-    from medllm.train.answers import Reward
-    from medllm.train.grpo import GrpoLoss, GrpoObjective
-    from medllm.train.rollouts import RolloutPlan, RolloutTrainer
+    from medllm.rl.rollout import Reward
+    from medllm.rl.grpo import GrpoLoss, GrpoObjective
+    from medllm.rl.sampling_trainer import RolloutPlan, RolloutTrainer
     from medllm.train.units import Prompts
     tokenizer = load_tokenizer(o["model"])
     ids = [np.array(tokenizer(t).input_ids[:o["prompt"]], np.int32) for t in texts(o, o["prompts"]*o["steps"])]

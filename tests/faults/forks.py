@@ -10,7 +10,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from medllm.train import ppo, grpo, loop, sft  # noqa: E402, F401  (what a child would import)
+from medllm.rl import ppo, grpo; from medllm.train import loop, sft  # noqa: E402, F401  (what a child would import)
 from medllm.train.__main__ import main  # noqa: E402
 
 SFT = dict(

@@ -20,10 +20,10 @@ from pathlib import Path
 
 from forks import SFT, curve, ended, fork, main, train, weights, words
 
-from medllm.cli import main as medllm
+from medllm.cli.main import main as medllm
 from medllm.records.record import read_state, status_of
 from medllm.records.verify import verify
-from medllm.train.checkpoints import check, checkpoints_in
+from medllm.checkpoint.commit import check, checkpoints_in
 
 FLAGS = SFT | dict(max_steps=8, save_steps=2, eval_strategy="no", eval_steps=None, val_size=0)
 ALL = {k: v for k, v in FLAGS.items() if not k.startswith(("lora", "eval"))} | dict(finetuning_type="full", save_total_limit=2)
@@ -32,7 +32,7 @@ ALL = {k: v for k, v in FLAGS.items() if not k.startswith(("lora", "eval"))} | d
 def limited(folder, steps, flags=FLAGS, most=20_000):
     "A run in which no file may grow beyond a size while these steps are saved."
     def work():
-        from medllm.train import resumable
+        from medllm.checkpoint import resumable
         original = resumable.ResumableTrainer._save_checkpoint
         def changed(self, *args):
             low = most if self.state.global_step in steps else resource.RLIM_INFINITY

@@ -20,14 +20,14 @@ from pathlib import Path
 import psutil
 from forks import SFT, curve, ended, fork, main, train, weights, words
 
-from medllm.cli import main as medllm
+from medllm.cli.main import main as medllm
 from medllm.evaluate import benchmarks  # noqa: F401  (what a child would import)
-from medllm.records import engine, release, run, sweep  # noqa: F401
+from medllm.records import engine; from medllm.export import release; from medllm.experiment import execute as run, sweep  # noqa: F401
 from medllm.records.listing import list_runs, read_state, records_in
 from medllm.records.record import RUNNING, status_of
 from medllm.records.verify import verify
-from medllm.train.checkpoints import check, checkpoints_in
-from medllm.use import predict  # noqa: F401
+from medllm.checkpoint.commit import check, checkpoints_in
+from medllm.predict import predict  # noqa: F401
 
 FLAGS = SFT | dict(max_steps=24, save_steps=1, save_total_limit=2, eval_strategy="no", eval_steps=None, val_size=0)
 GONE = 15    # longest time until what a killed command had started is gone too [s]
@@ -160,7 +160,7 @@ def _exported(folder):
 def _export_is_whole(folder):
     "A folder that is there holds all that its report names."
     if not (folder/"model").exists(): return set()
-    from medllm.use.export import _weights
+    from medllm.export.export import _weights
     assert table(folder/"model/equivalence.json")["weights"] == _weights(folder/"model"), "half of a model"
     assert (folder/"model/README.md").exists()
     return {"model"}

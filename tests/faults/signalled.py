@@ -37,12 +37,12 @@ def backward(): from accelerate import Accelerator; hit(Accelerator, "backward",
 def optimizer(): from torch.optim import AdamW; hit(AdamW, "step", 5)
 def evaluation(): from medllm.train.objectives import TokenLoss; hit(TokenLoss, "validate", 1)      # before training
 def validation(): from medllm.train.objectives import TokenLoss; hit(TokenLoss, "validate", 2)      # after step 5
-def save(): from medllm.train import resumable; hit(resumable, "commit", 1)
-def after_save(): from medllm.train import resumable; hit(resumable, "commit", 2, before=False)
+def save(): from medllm.checkpoint import resumable; hit(resumable, "commit", 1)
+def after_save(): from medllm.checkpoint import resumable; hit(resumable, "commit", 2, before=False)
 def mapping(): from medllm.data import cache; hit(cache, "tokenise", 1, before=False)
 def final(): from medllm.train import loop; hit(loop, "_save", 1)
 def generation():
-    from medllm.train import rollouts
+    from medllm.rl import sampling_trainer as rollouts
     original, calls = rollouts.sample_answers, [0]
     def changed(model, *args):
         calls[0] += 1
@@ -107,6 +107,6 @@ if __name__ == "__main__":
             if again: print(Path(f"{folder}.log").read_text()[-2000:], file=sys.stderr)
         if not sys.argv[1:]:
             out["twice"] = [twice(f"{d}/twice{int(n)}", n) for n in (signal.SIGTERM, signal.SIGINT)]
-            from medllm.train.checkpoints import newest
+            from medllm.checkpoint.commit import newest
             out["left"] = [newest(f"{d}/twice{int(n)}", print).name for n in (signal.SIGTERM, signal.SIGINT)]
     print(json.dumps(out, indent=1))

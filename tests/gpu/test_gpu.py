@@ -56,7 +56,7 @@ def test_head_loss_equals_full_logits():
 @pytest.mark.parametrize("window", [None, 40])
 def test_packed_attention_kernels_agree(dtype, window):
     "The kernel for all lengths (half precision) or a call for each length (float32), against float64."
-    from medllm.models.documents import Documents, attend_each, pick_kernel
+    from medllm.models.packed_attention import Documents, attend_each, pick_kernel
     documents, (q, k, v) = Documents((0, 200, 264, 328, 400, 401)), (
         torch.randn(1, heads, 401, 64, device="cuda", dtype=dtype, requires_grad=True) for heads in (8, 2, 2))
     kernel = pick_kernel(q, v, 0.0)

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from medllm.models.loading import LoadPlan
-from medllm.models.scoring import load_reward_model
+from medllm.models.reward_model import load_reward_model
 from medllm.train.arguments import parse
 from medllm.train.inputs import prepare_data
 from medllm.train.loop import train
