@@ -33,7 +33,7 @@ def draft(shape, **marks):
     return {column: [said(user, "Normal?"), said(assistant, "DRAFT.", **marks), said(user, "Sure?"), said(assistant, "No.")]}
 
 
-NOT_LEARNT = [{key: value} for key in ("train", "training", "trainable", "weight", "loss", "loss_weight", "loss_mask")
+NOT_LEARNT = [{key: value} for key in ("train", "training", "trainable", "weight", "loss", "loss_weight", "loss_scale", "loss_mask")
     for value in (False, 0, 0.0, "false", "0")] + [{"masked": value} for value in (True, 1, "true")]
 LEARNT = [{}, {"loss": None}, {"weight": 1}, {"weight": 1.0}, {"loss": True}, {"train": "True"}, {"masked": False}]
 
