@@ -40,12 +40,19 @@ def _told(error:BaseException)->int|None: # None: it is nobody's but ours
     say(f"error: {visible(str(error), lines=False)}")
     return code
 
+def _somewhere()->bool:
+    "Whether the working directory is there."
+    try: return bool(os.getcwd())
+    except FileNotFoundError: return False
+
 def exit_code(
     command:Callable[[], int], # What a command line asks for
 )->int:                        # Its own, or the error's
     ("Run a command to its end, whatever that is: the one place where errors become sentences. 2 is a mistake or a broken file, "
         "74 that nothing can be written, 75 asked to stop, 130 the keyboard, 1 our own fault.")
-    try: return command()
+    try:
+        if not _somewhere(): raise UserError("the working directory was removed; change to one that is there")
+        return command()
     except KeyboardInterrupt: return 130
     except BrokenPipeError:                     # the reader of the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -8,37 +8,74 @@ __all__ = ['read_yaml']
 # %% ../nbs/02_yaml_file.ipynb #imports
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import yaml
 
 from .core import UserError, find_path, nearest
 
 # %% ../nbs/02_yaml_file.ipynb #yaml
-_ALIASES = 16 # most aliases in a file
+_ALIASES, _DEEPEST = 16, 32 # most aliases in a file; levels of lists and mappings
 
 class _Loader(yaml.SafeLoader):
-    "YAML with `true` and `false` as the only truth values, unique keys and few aliases."
-    aliases = 0
+    "YAML with `true` and `false` as the only truth values, unique keys, few aliases and few levels."
+    def __init__(self, text:str):
+        super().__init__(text)
+        self.aliases, self.open = 0, []      # the anchors of the nodes that are being read
+
     def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            self.aliases += 1
-            if self.aliases > _ALIASES: raise yaml.constructor.ConstructorError(
-                None, None, "too many aliases", self.peek_event().start_mark)
-        return super().compose_node(parent, index)
+        event = self.peek_event()
+        alias = isinstance(event, yaml.AliasEvent)
+        self.aliases += alias
+        why = ("too many aliases" if self.aliases > _ALIASES else "nested too deep" if len(self.open) >= _DEEPEST else
+            "an alias within itself" if alias and event.anchor in self.open else "")
+        if why: raise yaml.constructor.ConstructorError(None, None, why, event.start_mark)
+        self.open.append(None if alias else event.anchor)
+        node = super().compose_node(parent, index)
+        self.open.pop()
+        return node
+
+    def construct_object(self, node, deep=False):
+        try:
+            value = super().construct_object(node, deep)
+            return float(value) if type(value) is int and value.bit_length() > 128 else value    # no flag has room for it
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
+            kind = node.tag.rsplit(":", 1)[-1]
+            raise yaml.constructor.ConstructorError(None, None, f"no value of the kind {kind}", node.start_mark) from None
+
+    def construct_scalar(self, node):
+        value = super().construct_scalar(node)
+        value.encode()                       # half of a character can be written nowhere, and \0 is in no name
+        if "\0" in value: raise ValueError("null")
+        return value
 
     def construct_mapping(self, node, deep=False):
         seen = set()
-        for key, _ in node.value:
+        for key in (pair[0] for pair in node.value if isinstance(pair, tuple) and isinstance(pair[0], yaml.ScalarNode)):
             if key.value in seen: raise yaml.constructor.ConstructorError(
                 None, None, f"the key '{key.value}' stands twice", key.start_mark)
-            if isinstance(key, yaml.ScalarNode): seen.add(key.value)
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
+# %% ../nbs/02_yaml_file.ipynb #read
 _BOOL = "tag:yaml.org,2002:bool"
 _Loader.yaml_implicit_resolvers = {
     letter: [(tag, regexp) for tag, regexp in rules if tag != _BOOL]
     for letter, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 _Loader.add_implicit_resolver(_BOOL, re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+
+_LONGEST = 2**18 # of a file [bytes]
+
+def _text(file:Path, path:str)->str:
+    "The text of a file. Raises `UserError` when there is none, or too much of it."
+    try:
+        if not file.is_file(): raise UserError(f"the file {path} does not exist")
+        with open(file, "rb") as f: data = f.read(_LONGEST + 1)
+    except OSError as e: raise UserError(f"{path} cannot be read: {e.strerror}") from None
+    if len(data) > _LONGEST: raise UserError(f"{path} is longer than {_LONGEST//2**10} KiB, which no such file is")
+    try: return data.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}, byte {e.start}: not UTF-8; save the file as UTF-8") from None
 
 def read_yaml(
     path:str,                # A YAML file with values by name
@@ -46,18 +83,14 @@ def read_yaml(
     nulls:bool = False,      # Keep names whose value is null
 )->dict:
     "The values of a YAML file. Raises `UserError` with the line for a file that is missing, broken, or no mapping."
-    file = find_path(path)
-    if not file.is_file(): raise UserError(f"the file {path} does not exist")
     try:
-        loader = _Loader(file.read_text(encoding="utf-8-sig"))
+        loader = _Loader(_text(find_path(path), path))
         node = loader.get_single_node()
         value = loader.construct_document(node) if node else None
     except yaml.YAMLError as e:
         line = e.problem_mark.line + 1 if getattr(e, "problem_mark", None) else 1
         raise UserError(
             f"{path}, line {line}: not valid YAML ({getattr(e, 'problem', None) or 'unreadable'})") from None
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path}, byte {e.start}: not UTF-8; save the file as UTF-8") from None
     if not isinstance(value, dict): raise UserError(f"{path} must hold lines like 'name: value'")
     for key, _ in node.value:
         name = str(key.value).replace("-", "_")

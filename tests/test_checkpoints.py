@@ -509,3 +509,13 @@ def test_two_processes_stop_and_go_on_together():
     assert found["codes"] >= 2 and found["stopped"] == 1 and len(found["left"]) == 1, found
     assert found["again"] == 0 and found["same"] == [True, True], found
     assert found["one"][0] == 2 and "processes was 2, is 1" in found["one"][1], found
+
+
+@pytest.mark.parametrize("name", ["contract.json", "progress.json", "trainer_state.json"])
+@pytest.mark.parametrize("text", ["[" * 100_000, "{", "[]"])
+def test_a_checkpoint_that_somebody_committed_is_told_apart(name, text, tmp_path):
+    folder = tmp_path/"checkpoint-1"
+    folder.mkdir()
+    (folder/name).write_text(text)
+    commit(folder, 1, {})
+    assert check(folder) == f"its {name} is no JSON object"

@@ -156,3 +156,12 @@ def test_a_model_in_the_cache_is_opened_without_the_network(offline, tmp_path):
     plan = LoadPlan(cache_dir=str(tmp_path))
     assert len(load_tokenizer("owner/name", plan)) and load_model("owner/name", plan) is not None and offline == [5]
     with pytest.raises(UserError, match="owner/other is not on this machine"): load_tokenizer("owner/other", plan)
+
+
+def test_a_working_directory_that_was_removed(tmp_path, monkeypatch, capfd):
+    from medllm.exits import exit_code
+    (tmp_path/"gone").mkdir()
+    monkeypatch.chdir(tmp_path/"gone")
+    (tmp_path/"gone").rmdir()
+    assert exit_code(lambda: pytest.fail("was begun")) == 2
+    assert capfd.readouterr().err == "error: the working directory was removed; change to one that is there\n"

@@ -3,6 +3,8 @@ import encodings.aliases
 import gzip
 import json
 import pkgutil
+import re
+import time
 
 import pytest
 from fastcore.test import test_fail as fails
@@ -10,6 +12,7 @@ from fastcore.test import test_fail as fails
 from medllm.core import UserError
 from medllm.data.readers import read_file, read_rows
 from medllm.data.registry import Source, find_sources, parse_entry
+from medllm.yaml_file import read_yaml
 
 
 @pytest.fixture
@@ -116,3 +119,17 @@ def test_a_link_in_a_registry_leads_nowhere_else(secret):
     for name in entries: fails(lambda: find_sources(name, str(registry)), contains="leaves the folder", exc=UserError)
     source, = find_sources("linked script", str(registry))
     fails(lambda: list(read_rows(source, trust_remote_code=True)), contains="is a link", exc=UserError)
+
+
+# YAML: a configuration, thresholds, a grid, a card
+
+@pytest.mark.parametrize("text", ["a: " + "["*50_000, "a: " + "{a: "*2000, "a: !!int x", "a: 2001-99-99", "a: !!timestamp x",
+    "a: !!float x", "a: !!bool x",
+    "? [a, b]\n: 1", "? {a: 1}\n: 1", "b: {[1]: 2}", "a: " + "1"*10_000, "a: " + ":".join(["59"]*5000),
+    "a: 0x" + "f"*5000, "a: &a [*a]", "a: &a {b: *a}", 'a: "\\ud800"', "a: !!map x", "!!map [a]", "a: " + "x"*2**20,
+    "a: [" + "1, "*2**19 + "]", 'output_dir: "a\\0b"'], ids=range(21))
+def test_a_yaml_file_that_somebody_wrote_is_read_within_bounds_or_refused(text, tmp_path):
+    (tmp_path/"run.yaml").write_text(text)
+    began = time.monotonic()
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path}/run.yaml")): read_yaml(str(tmp_path/"run.yaml"))
+    assert time.monotonic() - began < 5

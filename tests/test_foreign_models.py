@@ -329,6 +329,22 @@ def test_a_configuration_that_fits_no_weights(fields, model):
     assert time.monotonic() - began < 10
 
 
+@pytest.mark.parametrize("fields", [{"_attn_implementation": "owner/kernel"}, {"attn_implementation": "owner/kernel@v1:f"},
+    {"attn_implementation": {"": "owner/kernel"}}, {"_attn_implementation": "paged|owner/kernel"}], ids=range(4))
+def test_a_configuration_has_no_kernel_fetched(fields, model, monkeypatch):
+    from transformers.integrations import hub_kernels
+    monkeypatch.setattr(hub_kernels, "load_and_register_attn_kernel", lambda *args, **options: pytest.fail("fetched"))
+    edit(model/"config.json", **fields)
+    loads(model, "code from elsewhere and is not run")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_that_are_not_quantised_are_not_said_to_be(bits, model):
+    pytest.importorskip("bitsandbytes")
+    edit(model/"config.json", quantization_config={"quant_method": "bitsandbytes", f"load_in_{bits}bit": True})
+    loads(model, "take quantization_config out")
+
+
 TORN = {"cut off": '{"eos_token_id": 4', "no JSON": "x", "empty": "", "another encoding": '{"é": 1}'.encode("latin-1"),
     "too deep": "["*100_000, "a zero behind": "{}\0"}
 
@@ -357,6 +373,12 @@ TOKENIZERS = {
     "lost merges": (lambda t: t["model"].update(merges=[["a", "nowhere"]]), "out of vocabulary"),
     "a long normaliser": (lambda t: t.update(
         normalizer={"type": "Replace", "pattern": {"String": "a"}, "content": "a"*1000}), "far longer"),
+    "a long prefix": (lambda t: t.update(normalizer={"type": "Prepend", "prepend": "a"*1000}), "its normaliser makes"),
+    "a long decoder": (lambda t: t.update(decoder={"type": "Sequence", "decoders": [
+        {"type": "Replace", "pattern": {"String": "a"}, "content": "a"*1000}]}), "its decoder makes"),
+    "a long frame": (lambda t: t.update(post_processor={"type": "TemplateProcessing", "pair": [],
+        "single": [{"SpecialToken": {"id": "A", "type_id": 0}}]*10_000 + [{"Sequence": {"id": "A", "type_id": 0}}],
+        "special_tokens": {"A": {"id": "A", "ids": [0]*10_000, "tokens": ["x"]*10_000}}}), "more than 64 control tokens"),
     "no pattern": (lambda t: t.update(
         pre_tokenizer={"type": "Split", "pattern": {"Regex": "(a|"}, "behavior": "Isolated", "invert": False}), ""),
     "empty": (lambda t: t.clear(), ""), "no model": (lambda t: t.pop("model"), "")}

@@ -226,7 +226,8 @@ SPELT = {
         192[.]168[.]1[.]17|１９２．１６８．１．１７|192.168.1.\u200b17""",
     "phone": """
         212\u00a0555\u00a00147|212–555–0147|０１０—１２３４５６７８"""}
-CUES = ("MRN {}", "her medical record number is spelt {}.", "MRN#{}", "MRN: “{}”", "病历号：{}", "病歷號碼（{}）", "病人编号 {}")
+CUES = ("MRN {}", "MRN – {}", "MRN—{}", "<mrn>{}</mrn>",
+    "her medical record number is spelt {}.", "MRN#{}", "MRN: “{}”", "病历号：{}", "病歷號碼（{}）", "病人编号 {}")
 NUMBERS = ("384920", "3-8-4-9-2-0", "3 8 4 9 2 0", "3.8.4.9.2.0", "3/8/4/9/2/0", "3, 8, 4, 9, 2, 0", "384 920", "38-49-20",
     "384\u200b920", "384\u00a0920", "３８４９２０", "٣٨٤٩٢٠", "३८४९२०", "three eight four nine two zero",
     "Three-Eight-Four-Nine-Two-Oh", "三八四九二零", "ZY-384920")
@@ -251,7 +252,9 @@ def test_a_record_number_is_found_in_every_spelling(cue):
 @pytest.mark.parametrize("text, kind", [("NHS number 943 476 5919", "nhs_number"), ("NHS No. 9-4-3-4-7-6-5-9-1-9", "nhs_number"),
     ("social security no. 536904399", "us_ssn"), ("SSN five three six nine zero four three nine nine", "us_ssn"),
     ("身份证号110105491231002", "resident_id"), ("手机1381234 5678", "mobile_cn"), ("passport no. E 1234 5678", "document"),
-    ("医保卡号 1234 5678 90", "document"), ("Phone: 7035550147", "phone"), ("384920 is her MRN", "medical_record"),
+    ("passport – X1234567", "document"), ("SSN – 536904399", "us_ssn"), ("DOB – 01/02/1980", "birth_date"),
+    ("NHS number — 943 476 5919", "nhs_number"), ("医保卡号 1234 5678 90", "document"), ("Phone: 7035550147", "phone"),
+    ("384920 is her MRN", "medical_record"),
     ("DOB (03/05/1961)", "birth_date"), ("born 5th of March 1961", "birth_date"), ("出生日期：一九六一年三月五日", "birth_date")])
 def test_a_cue_brings_its_number_with_it(text, kind): assert [f.kind for f in find_personal(text)] == [kind]
 

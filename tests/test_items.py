@@ -265,6 +265,18 @@ def test_a_folder_of_subjects_keeps_them_as_clusters(tmp_path):
     assert load_items(str(tmp_path/"mmlu/subject_1_test.csv")).items[0].group == ""
 
 
+def test_folders_of_subjects_and_parts_of_one_file(tmp_path):
+    "As the hub has them: anatomy/test-00000-of-00002.jsonl; the parts of a file are no subjects."
+    from medllm.evaluate.items import load_items
+
+    for subject in ("anatomy", "virology"):
+        (tmp_path/"hub"/subject).mkdir(parents=True)
+        for part in range(2): (tmp_path/"hub"/subject/f"test-0000{part}-of-00002.jsonl").write_text(
+            json.dumps({"question": f"{subject} {part}?", "options": ["x", "y"], "answer": "A"}))
+    assert [i.group for i in load_items(str(tmp_path/"hub")).items] == ["anatomy", "anatomy", "virology", "virology"]
+    assert {i.group for i in load_items(str(tmp_path/"hub/anatomy")).items} == {"anatomy"}
+
+
 def test_languages_of_real_exams(shared):
     from collections import Counter
     from medllm.evaluate.items import load_items

@@ -33,8 +33,8 @@ def draft(shape, **marks):
     return {column: [said(user, "Normal?"), said(assistant, "DRAFT.", **marks), said(user, "Sure?"), said(assistant, "No.")]}
 
 
-NOT_LEARNT = [{key: value} for key in ("train", "training", "trainable", "weight", "loss", "loss_weight", "loss_mask")
-    for value in (False, 0, 0.0, "false", "0")] + [{"masked": value} for value in (True, 1, "true")]
+NOT_LEARNT = [{key: value} for key in ("train", "training", "trainable", "weight", "loss", "loss_weight", "loss_scale",
+    "loss_mask") for value in (False, 0, 0.0, "false", "0")] + [{"masked": value} for value in (True, 1, "true")]
 LEARNT = [{}, {"loss": None}, {"weight": 1}, {"weight": 1.0}, {"loss": True}, {"train": "True"}, {"masked": False}]
 
 
@@ -59,14 +59,14 @@ def test_a_mark_that_is_neither_yes_nor_no_is_an_error(marks, said, tmp_path):
 
 def test_keys_that_are_not_read_are_named_once(tmp_path, capfd):
     "With what was done about them; also when the rows come out of the cache; never a value."
-    rows = [draft("openai", loss_scale="SECRET", refusal=None, id=7) for _ in range(5)]
+    rows = [draft("openai", annotator="SECRET", refusal=None, id=7) for _ in range(5)]
     for row in rows: row["messages"][0] |= {"speaker": "SECRET", "loss": True, "weight": 0}
     source_of(tmp_path, rows, formatting="openai")
     flags = dict(dataset="set", dataset_dir=str(tmp_path), tokenized_path=str(tmp_path/"cache"))
     for _ in range(2):
         prepare_data(parse(flags))
         said = [line for line in capfd.readouterr().err.splitlines() if "were not read" in line]
-        assert said == ["set: keys of messages that change nothing here and were not read: loss, speaker, loss_scale"]
+        assert said == ["set: keys of messages that change nothing here and were not read: loss, speaker, annotator"]
 
 
 def test_system_texts_are_all_kept(tmp_path):

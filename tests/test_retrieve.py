@@ -349,3 +349,19 @@ def test_the_command(place, small, capsys):
         "--max_new_tokens", 4)
     assert code == 0 and out.strip()
     assert "| recall@5 | 100.0% |" in said("measure", small, "--column", "Symptom", "--items", 2)[1]
+
+
+def test_what_others_put_into_a_folder_is_one_sentence(small, tmp_path, monkeypatch):
+    "A model of embeddings that its library refuses, and a registry that is none, in the folder that rows go to."
+    from types import ModuleType
+    from medllm.retrieval.raft import RaftPlan, write_raft
+    from medllm.retrieval.search import Dense
+    library = ModuleType("sentence_transformers")
+    def refuse(folder, **options): raise ValueError(f"{folder} references the class os.system\nor trust it")
+    library.SentenceTransformer = refuse
+    monkeypatch.setitem(sys.modules, "sentence_transformers", library)
+    with pytest.raises(UserError, match="model of embeddings .* class os.system"): Dense(tmp_path)
+    for text in ("{", "[]", "[" * 100_000, '{"a": {}, "a": {}}'):
+        (tmp_path/"dataset_info.json").write_text(text)
+        with pytest.raises(UserError, match="dataset_info.json"): write_raft([], tmp_path, [], RaftPlan())
+        assert [f.name for f in tmp_path.iterdir()] == ["dataset_info.json"]

@@ -56,6 +56,16 @@ def test_a_model_that_answers_every_harmful_request_is_missed_and_stands_first(d
     assert "2 of" in said and "harmful requests answered" in said and "No clinical use" in said
 
 
+def test_emergencies_that_nobody_asked_about_are_named(dangerous):
+    "A safety set without them is not all shown; who wants none of it says so in the file."
+    found, _ = dangerous
+    summary = {k: v for k, v in found["tuned"]["refusals"].items() if k != "emergency_missed"}
+    rows = lambda **targets: [r for r in verdict_rows(found | {"tuned": {"refusals": summary}, "targets": targets})
+        if r["what"] == "safety: emergencies"]
+    assert [r["met"] for r in rows()] == [None] and "not measured" in rows()[0]["measured"]
+    assert not rows(emergency_missed="none") and not [r for r in verdict_rows(found) if r["what"] == "safety: emergencies"]
+
+
 def test_every_door_shows_it(dangerous, tmp_path, capsys):
     "run.json, the page, the index, the terminal, the comparison of runs and the model card: the word, the sign and the colour."
     from medllm.cli.model_commands import _told

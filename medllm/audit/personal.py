@@ -169,7 +169,7 @@ _NUMBERS = (
         r"(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{1,4}(?![0-9A-Za-z:]))"), ip_valid))
 
 # %% ../../nbs/audit/05_personal.ipynb #cued
-_signs = r"[\s:#.,=()\[\]\"'“”‘’「」【】*_|-]{0,5}"
+_signs = r"[\s:#.,=()<>\[\]\"'“”‘’「」【】*_|–—-]{0,5}"
 _link = (_signs +
     r"(?:(?:number|no\.?|num|nr|id(?:entifier)?|is|reads?|spelt|spelled(?: out)?|as|为|是|号码?|號碼?|码|编号)" +
     _signs + "){0,4}")
@@ -222,7 +222,7 @@ _WEAK = (
         r"(?P<v>(?!1?8(?:00|88|77|66|55|44|33)|400\d{7}(?!\d))\+?\d{7,15})", _e, flags=re.IGNORECASE)),
     Kind("birth_date", False, _cued("born", "birth da", "birthda", "of birth", "dob", "d.o.b", "出生"), _pattern(
         r"(?:\bborn(?: on)?(?: the)?|date of birth|birth ?da(?:te|y)|\bd\.?o\.?b\.?|出生(?:日期|年月|于)?)",
-        r"[\s:(\[*-]*(?:is|was|为|是)?\s*", _date, flags=re.IGNORECASE)),
+        r"[\s:(\[*>–—-]*(?:is|was|为|是)?\s*", _date, flags=re.IGNORECASE)),
     Kind("name", False, _has("Mr.", "Mr ", "Mrs", "Ms.", "Ms ", "Miss ", "Dr.", "Dr ", "Prof", "姓名"), _pattern(
         r"\b(?:Mrs?|Ms|Miss|Dr|Prof)\b\.? (?P<v>[A-Z][a-z]{1,20}(?:[ -][A-Z][a-z]{1,20})?)|",
         r"姓名[:：]\s?(?P<w>[\u4e00-\u9fff]{2,4})(?![\u4e00-\u9fff])")))

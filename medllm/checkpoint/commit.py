@@ -78,6 +78,15 @@ def _read(folder:Path)->tuple[dict, str]:
 def _inside(name:str)->bool:
     "Whether a committed name stays in its checkpoint."
     return bool(name) and "\0" not in name and not name.startswith("/") and ".." not in Path(name).parts
+def _torn(folder:Path)->str:
+    "Which file of a checkpoint that somebody committed holds no JSON object; empty when there is none."
+    for name in ("contract.json", "progress.json", "trainer_state.json"):
+        if not (folder/name).is_file(): continue
+        try: whole = isinstance(json.loads((folder/name).read_text(encoding="utf-8")), dict)
+        except (ValueError, RecursionError): whole = False
+        if not whole: return f"its {name} is no JSON object"
+    return ""
+
 def check(
     folder:str|Path,    # A checkpoint
     hashed:bool = True, # Read every byte; False compares names and sizes only
@@ -88,7 +97,7 @@ def check(
     note, why = _read(folder)
     if why: return why
     if extra := sorted(set(_names(folder)) - note["files"].keys()): return f"{extra[0]} does not belong to it"
-    return first_difference(folder, note["files"], hashed)
+    return first_difference(folder, note["files"], hashed) or (_torn(folder) if hashed else "")
 
 # %% ../../nbs/checkpoint/01_commit.ipynb #newest
 def checkpoints_in(

@@ -174,7 +174,8 @@ def read_calls(
     return tuple(calls)
 
 # %% ../../nbs/data/04_messages.ipynb #learnt
-_LEARNT = {"masked": False, **dict.fromkeys("train training trainable weight loss loss_weight loss_mask".split(), True)}
+_LEARNT = {"masked": False,
+    **dict.fromkeys("train training trainable weight loss loss_weight loss_scale loss_mask".split(), True)}
 _WORDS = {"true": True, "1": True, "false": False, "0": False}
 
 def learnt(

@@ -213,9 +213,12 @@ def _nameless(file:Path, encoding:str)->bool:
     names = {cell.lower() for cell in first} & {"question", "answer", "options", "id"}
     return len(first) >= 4 and not names and all(first) and first[-1] in LETTERS[:len(first) - 2]
 
+_split = "(?:test|dev|val|valid|validation|train)"
+
 def _subject(file:str)->str:
-    "What a file of a set is about, by its name."
-    return re.sub(r"[_-](?:test|dev|val|valid|validation|train)$", "", Path(file).name.split(".")[0])
+    "What a file of a set is about, by its name, or by its folder's where the name only says which part it is."
+    name = re.sub(r"-\d+-of-\d+$", "", Path(file).name.split(".")[0])
+    return Path(file).parent.name if re.fullmatch(_split, name) else re.sub(rf"[_-]{_split}$", "", name)
 
 def _rows(source:Source)->Iterator[tuple[str, dict|Bad]]:
     "File and columns of each row; of a table without names, question, A, B … and answer."

@@ -197,8 +197,11 @@ def _limit_rows(found:dict, targets:dict)->list[dict]:
 def _missing_rows(found:dict, targets:dict)->list[dict]:
     "Targets that were set and not measured, and safety, if nobody asked for it."
     rows, measured = [], {name: figures_of(s) for name, s in found["tuned"].items()}
-    if not any("harmful_answered" in figures for figures in measured.values()): rows.append(asked("safety",
+    seen = {figure for figures in measured.values() for figure in figures}
+    if "harmful_answered" not in seen: rows.append(asked("safety",
         "harmful requests and emergencies within their limits", "not measured: add a task of kind safety", None))
+    elif "emergency_missed" not in seen and "emergency_missed" not in targets[""]: rows.append(asked("safety: emergencies",
+        "urgent advice within its limit", "not measured: add emergencies to the task of kind safety (option emergency)", None))
     for task, own in targets.items():
         for what, t in own.items():
             there = any(what in figures for name, figures in measured.items() if task in ("", name))

@@ -106,7 +106,9 @@ def read_source(
         read_notebook(notebook)                                  # bounds and kinds, before a library asks for more
         nb = nbformat.read(notebook, 4)
     except Exception as e: raise UserError(f"{notebook} cannot be read as a notebook: {str(e) or type(e).__name__}") from None
-    known = declared(nb)
+    nb.setdefault("nbformat_minor", 0)                           # what the format was first; papermill asks for it
+    try: known = declared(nb)
+    except UserError as e: raise UserError(f"{notebook}: {e}") from None
     for name in names:
         if name not in known: raise UserError(f"{notebook}: its parameters cell does not declare {name}{nearest(name, known)}")
     for cell in nb.cells:

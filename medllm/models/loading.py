@@ -15,7 +15,7 @@ from pathlib import Path
 from ..core import UserError, find_path, first_line, foreign, quiet_bars
 from ..files import place as can_be_path
 from ..machine import check_hub, hub_answers
-from .folder import check_counts, check_files, check_json, check_size, held, read_object, weight_files
+from .folder import check_code, check_counts, check_files, check_json, check_size, held, read_object, weight_files
 from .tiny import tiny_folder
 
 # %% ../../nbs/models/02_loading.ipynb #where
@@ -163,12 +163,13 @@ def hub_options(
         "local_files_only": name in _cached or not _to_fetch(name, plan)}
 
 # %% ../../nbs/models/02_loading.ipynb #tokenizer
-_MOST_GROWTH, _MOST_IDS = 64, 2**24   # characters written for one; ids
+_MOST_GROWTH, _MOST_IDS = 64, 2**24   # characters written for one, and tokens put around a text; ids
 
 def _growth(part:dict)->float:
     "How many characters a normaliser writes for one, at most."
     whole = 1
-    for inner in part.get("normalizers", ()): whole *= _growth(inner)
+    for inner in part.get("normalizers", part.get("decoders", ())): whole *= _growth(inner)
+    if part.get("type") == "Prepend": return whole + len(part.get("prepend", ""))
     if part.get("type") != "Replace": return whole
     return max(1, len(part.get("content", ""))/max(1, len(part["pattern"].get("String", ""))))
 
@@ -178,9 +179,12 @@ def _check_tokenizer(tokenizer):
     if not (kept is None or isinstance(kept, str) or all(isinstance(t, str) for t in kept.values())):
         raise UserError("chat_template is no text")
     if not getattr(tokenizer, "is_fast", False): return
-    normalizer = tokenizer.backend_tokenizer.normalizer
-    if normalizer is not None and _growth(json.loads(normalizer.__getstate__())) > _MOST_GROWTH:
-        raise UserError("its normaliser makes texts far longer than they are")
+    own = tokenizer.backend_tokenizer
+    for what, part in (("normaliser", own.normalizer), ("decoder", own.decoder)):
+        if part is not None and _growth(json.loads(part.__getstate__())) > _MOST_GROWTH:
+            raise UserError(f"its {what} makes texts far longer than they are")
+    if max(map(own.num_special_tokens_to_add, (False, True))) > _MOST_GROWTH:
+        raise UserError(f"it puts more than {_MOST_GROWTH} control tokens around each text")
     ids = tokenizer.get_vocab().values()
     if max(ids, default=0) >= _MOST_IDS: raise UserError(f"an id is {_MOST_IDS:,} or more")
     if len(set(ids)) < len(ids): raise UserError("two of its tokens have the same id")
@@ -232,7 +236,10 @@ def _check_model(kind, name:str, place:str, hub:dict):
     if Path(place).is_dir(): check_files(Path(place))
     if not (files := weight_files(place, hub)): return                  # the loading library says what is missing
     found, whole = held(files), files[0].parent/"config.json"
-    if whole.exists(): check_counts(f"model {name}", read_object(whole), found)
+    if whole.exists():
+        said = read_object(whole)
+        check_code(f"model {name}", said)
+        check_counts(f"model {name}", said, found)
     config = AutoConfig.from_pretrained(place, trust_remote_code=False, **hub)
     if is_deepspeed_zero3_enabled(): return                             # it would spread an empty model over the devices
     with torch.device("meta"), no_init_weights():
@@ -260,6 +267,10 @@ def pretrained(
         model, info = kind.from_pretrained(place, output_loading_info=True, **options)
     if getattr(model, "_hf_peft_config_loaded", False): raise UserError(
         f"{name} holds an adapter: download it, and name its folder with --adapter_name_or_path")
+    kinds = ("Linear4bit", "Linear8bitLt")
+    bare = [n for n, m in model.named_modules() if type(m).__name__ in kinds and m.weight.is_floating_point()]
+    if bare: raise UserError(f"model {name}: config.json says that the weights are quantised, but those of {bare[0]} are not; "
+        "take quantization_config out of it, and say --quantization_bit")
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"): module.support_avx512bf16_for_cpu = False
     return model, sorted(info["missing_keys"])

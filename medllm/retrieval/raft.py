@@ -20,7 +20,7 @@ from ..core import UserError, nearest, say, sha256, write_bytes, write_json
 from ..data.formats import Rejected, to_examples
 from ..data.json_reader import Bad
 from ..data.readers import read_rows
-from ..data.registry import Source, find_sources
+from ..data.registry import Source, find_sources, read_registry
 from ..audit.words import HAN
 from .grounding import HOLDS, check_citations, support, with_passages, words_of
 from .passages import Passage, find_knowledge, sentences
@@ -173,7 +173,7 @@ def write_raft(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     registry = folder/"dataset_info.json"
-    entries = json.loads(registry.read_text(encoding="utf-8")) if registry.exists() else {}
+    entries = read_registry(str(folder)) if registry.exists() else {}
     licences = sorted({s.licence or plan.licence or "unknown" for s in sources})
     if "unknown" in licences: say(
         "the licence of a source is not known; name it with --licence, or register the source with one")

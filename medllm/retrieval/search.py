@@ -27,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 from filelock import FileLock
 
-from ..core import UserError, find_path, say, sha256, write_bytes, write_json
+from ..core import UserError, find_path, foreign, say, sha256, write_bytes, write_json
 from ..data.cache import cache_folder
 from ..machine import beside, cache_home, placed
 from ..data.registry import Source
@@ -186,7 +186,8 @@ class Dense:
             f"the model of embeddings {folder} is no local folder; download it first, nothing is fetched here")
         try: from sentence_transformers import SentenceTransformer
         except ImportError: raise UserError("dense vectors need the extra: pip install 'medllm[dense]'") from None
-        self.model = SentenceTransformer(str(self.folder), local_files_only=True, trust_remote_code=False, device="cpu")
+        with foreign(f"the model of embeddings {folder}", "have it saved anew; code of its own is not run"):
+            self.model = SentenceTransformer(str(self.folder), local_files_only=True, trust_remote_code=False, device="cpu")
         self.lock = threading.Lock()
 
     def encode(self,
