@@ -12,7 +12,8 @@ import papermill
 import pytest
 from conftest import ROOT, run
 
-from medllm.train.runs import SftRun, parameters_cell
+from medllm.parameters import parameters_cell
+from medllm.train.runs import SftRun
 
 
 def test_from_jupyters_working_directory(tmp_path):

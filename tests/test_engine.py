@@ -195,8 +195,8 @@ def test_two_signals_at_once_are_one(tmp_path):
 
 def test_a_signal_before_the_notebook_begins(tmp_path):
     "The record is there, papermill is still being loaded."
-    process = subprocess.Popen([sys.executable, "-c", "import sys; from medllm.cli.main import main; sys.exit(main())", "run", "data",
-        "-p", "max_samples", "10", "-p", "output_dir", str(tmp_path/"r")], cwd=ROOT, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-c", "import sys; from medllm.cli.main import main; sys.exit(main())",
+        "run", "data", "-p", "max_samples", "10", "-p", "output_dir", str(tmp_path/"r")], cwd=ROOT, stderr=subprocess.DEVNULL)
     while not (tmp_path/"r/run.json").exists(): time.sleep(0.01)
     process.terminate()
     assert process.wait(60) == 75 and Run(tmp_path/"r").state["status"] == "interrupted"

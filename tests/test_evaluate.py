@@ -24,7 +24,7 @@ from medllm.evaluate.runs import EvaluateRun
 from medllm.evaluate.likelihood import Asked, ModelScores, Row, Scored, letter_asked, option_scores, picked, text_asked
 from medllm.evaluate.statistics import holm, mean, share
 from medllm.models.chat import Said, load_chat_model
-from medllm.train.runs import parameters_cell
+from medllm.parameters import parameters_cell
 
 MEDQA, MEDQA2 = "data/mirage_mcq/medqa_us_4opt_test.jsonl", "data/medxpert_mcq/medqa_input.jsonl"
 MEDXPERT, PUBMEDQA = "data/medxpert_mcq/medxpertqa_sampled_text_input.jsonl", "data/pubmedqa/ori_pqal.json"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run
 
-from medllm.train.determinism import launch_environment
+from medllm.profiles import launch_environment
 
 SHORT = dict(model_name_or_path="tiny", dataset_dir=str(ROOT/"data"), per_device_train_batch_size=4, max_samples=24,
     cutoff_len=128, max_steps=6, logging_steps=2, learning_rate=1e-3, save_strategy="no",

@@ -55,7 +55,7 @@ def test_a_report_card_that_was_torn_is_refused(text, tmp_path):
 
 @anything
 def test_a_torn_record_hides_no_finished_stage_of_a_pipeline(text, tmp_path):
-    from medllm.records.lineage import weights
+    from medllm.models.weights import weights
     from medllm.experiment.pipeline import find_finished
     done = tmp_path/"sft/done"
     put(done/"adapter_model.safetensors", "x")

@@ -88,7 +88,7 @@ def test_an_index_names_weights_in_its_own_folder(named, model, tensors):
 def test_an_index_of_parts_is_taken_and_each_part_has_a_hash(model, tensors):
     from safetensors.torch import save_file
     from medllm.models.loading import load_model
-    from medllm.records.lineage import weights
+    from medllm.models.weights import weights
     (model/"model.safetensors").unlink()
     names, parts = sorted(tensors), ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
     index = {name: parts[n % 2] for n, name in enumerate(names)}
@@ -138,7 +138,7 @@ def test_what_is_no_file_is_not_waited_for(model):
 def test_weights_may_be_links_and_keep_their_hash(model):
     from medllm.core import sha256
     from medllm.models.loading import load_model
-    from medllm.records.lineage import weights
+    from medllm.models.weights import weights
     shutil.move(model/"model.safetensors", model.parent/"large.safetensors")
     (model/"model.safetensors").symlink_to(model.parent/"large.safetensors")
     load_model(str(model))
@@ -429,7 +429,7 @@ def test_a_configuration_says_which_field_is_wrong(model):
 
 
 def test_the_record_names_what_a_run_starts_from_by_its_hash(model, tmp_path):
-    from medllm.records.lineage import consumed
+    from medllm.experiment.launch import consumed
     from medllm.train.arguments import parse
     args = parse({"model_name_or_path": str(model), "dataset": "mm", "output_dir": str(tmp_path/"out")})
     assert len(consumed(args)[0]["weights"]["model.safetensors"]) == 64

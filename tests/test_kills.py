@@ -52,7 +52,7 @@ def noted(tmp_path, gone):
         write_json(folder/"heartbeat.json", {"time": 0} | gone)
         if state is not None:
             (stage/"model.safetensors").write_bytes(b"w")
-            from medllm.records.lineage import weights
+            from medllm.models.weights import weights
             write_json(stage/"run.json", {"stage": "sft", "weights": weights(stage)} | state)
         return stage, folder
     return make

@@ -11,7 +11,8 @@ from transformers import TrainerCallback
 from medllm.core import UserError
 from medllm.train.arguments import parse
 from medllm.checkpoint.commit import drop
-from medllm.train.contract import allowed, contract_of
+from medllm.checkpoint.compatibility import allowed
+from medllm.train.contract import contract_of
 from medllm.train.inputs import prepare_data
 from medllm.train.loop import read_history, stage_module, train
 

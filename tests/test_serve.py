@@ -656,7 +656,8 @@ def test_answers_lean_on_sources(chat, tmp_path, monkeypatch, capfd):
         bare = chat.answers([wanted], Sampling(8, 0.0))[0].text
         assert said["choices"][0]["message"]["content"] == grounding.checked(bare, passages)[0]
         assert said["citations"] == [[]]                                     # a random model says nothing that a source says
-        monkeypatch.setattr("medllm.serve.stream.GrowingText.close", lambda self: ". Colchicine 0.5 mg is a medicine for gout [2].")
+        monkeypatch.setattr("medllm.serve.stream.GrowingText.close",
+            lambda self: ". Colchicine 0.5 mg is a medicine for gout [2].")
         said = json.loads(post(url, found)[2])
         source, = said["citations"][0]
         assert f"gout [{source['number']}]." in said["choices"][0]["message"]["content"]

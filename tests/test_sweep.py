@@ -96,8 +96,8 @@ def test_a_stopped_sweep_stops_its_points_and_goes_on(tmp_path):
     file = tmp_path/"grid.yaml"
     common = "max_steps: 1500, max_samples: 24, val_size: 4, save_steps: 5, save_total_limit: 2"
     file.write_text(f"parameters: {{{common}}}\ngrid: {{seed: [1]}}\n")
-    words = [sys.executable, "-c", "import sys; from medllm.cli.main import main; sys.exit(main())", "sweep", "sft", "-f", str(file),
-        "--runs", str(tmp_path/"runs")]
+    words = [sys.executable, "-c", "import sys; from medllm.cli.main import main; sys.exit(main())", "sweep", "sft", "-f",
+        str(file), "--runs", str(tmp_path/"runs")]
     began = lambda: subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     process = began()
     wait(process, lambda: list(tmp_path.glob("runs/sft/*/checkpoint-*/trainer_state.json")))

@@ -22,37 +22,34 @@ from .personal import WEAK
 from ..data.registry import Source
 from .text_rules import TEXT_RULES
 from ..yaml_file import read_yaml
+from ..parameters import flag
 
 # %% ../../nbs/audit/07_card.ipynb #thresholds
-def _most(default:float|None, text:str):
-    "A threshold with what it counts."
-    return field(default=default, metadata={"help": text})
-
 @dataclass(frozen=True)
 class Thresholds:
     "The most that is allowed: below 1 a share of the rows, from 1 on a number of rows, null for no limit."
-    defective:float|None = _most(0.0, "rows that are not what the registry says; training stops at the first")
-    rejected:float|None = _most(0.05, "rows that cannot be used (an empty side, a broken order)")
-    blank:float|None = _most(0.0, "rows with a side without a letter or digit")
-    placeholder:float|None = _most(0.0, "answers like nan, N/A, 无")
-    html:float|None = _most(0.01, "rows with HTML tags or entities")
-    control_characters:float|None = _most(0.001, "rows with control characters")
-    invisible_characters:float|None = _most(0.01, "rows with zero-width, direction or private-use characters")
-    no_break_spaces:float|None = _most(None, "rows with no-break spaces")
-    edge_blanks:float|None = _most(None, "rows with blanks at an edge")
-    mojibake:float|None = _most(0.001, "rows with characters from a wrongly guessed encoding")
-    template_tokens:float|None = _most(0.0, "rows with template tokens in their text")
-    wrong_language:float|None = _most(0.02, "rows in another script than the declared language's")
-    loop:float|None = _most(0.001, "rows that say the same again and again")
-    duplicate_pairs:float|None = _most(0.02, "rows that repeat another word for word")
-    near_duplicates:float|None = _most(0.1, "rows that nearly repeat another")
-    repeated_prompts:float|None = _most(None, "rows whose prompt stands in an earlier row")
-    overlap_pairs:float|None = _most(0.0, "validation rows that are in training")
-    overlap_prompts:float|None = _most(0.0, "validation rows whose prompt is in training")
-    overlap_near:float|None = _most(0.01, "validation rows that nearly repeat a training row")
-    contaminated:float|None = _most(0.0, "items of a benchmark that are in training")
-    personal_strong:float|None = _most(0.0, "rows with personal data proved by form or cue")
-    personal_weak:float|None = _most(None, "rows with what may be personal data")
+    defective:float|None = flag(0.0, "rows that are not what the registry says; training stops at the first")
+    rejected:float|None = flag(0.05, "rows that cannot be used (an empty side, a broken order)")
+    blank:float|None = flag(0.0, "rows with a side without a letter or digit")
+    placeholder:float|None = flag(0.0, "answers like nan, N/A, 无")
+    html:float|None = flag(0.01, "rows with HTML tags or entities")
+    control_characters:float|None = flag(0.001, "rows with control characters")
+    invisible_characters:float|None = flag(0.01, "rows with zero-width, direction or private-use characters")
+    no_break_spaces:float|None = flag(None, "rows with no-break spaces")
+    edge_blanks:float|None = flag(None, "rows with blanks at an edge")
+    mojibake:float|None = flag(0.001, "rows with characters from a wrongly guessed encoding")
+    template_tokens:float|None = flag(0.0, "rows with template tokens in their text")
+    wrong_language:float|None = flag(0.02, "rows in another script than the declared language's")
+    loop:float|None = flag(0.001, "rows that say the same again and again")
+    duplicate_pairs:float|None = flag(0.02, "rows that repeat another word for word")
+    near_duplicates:float|None = flag(0.1, "rows that nearly repeat another")
+    repeated_prompts:float|None = flag(None, "rows whose prompt stands in an earlier row")
+    overlap_pairs:float|None = flag(0.0, "validation rows that are in training")
+    overlap_prompts:float|None = flag(0.0, "validation rows whose prompt is in training")
+    overlap_near:float|None = flag(0.01, "validation rows that nearly repeat a training row")
+    contaminated:float|None = flag(0.0, "items of a benchmark that are in training")
+    personal_strong:float|None = flag(0.0, "rows with personal data proved by form or cue")
+    personal_weak:float|None = flag(None, "rows with what may be personal data")
 
 def read_thresholds(
     file:str|Path|None = None, # YAML file, names and numbers; None takes the defaults

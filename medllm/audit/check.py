@@ -7,7 +7,7 @@ __all__ = ['DataRun', 'check', 'metrics_of', 'inputs_of', 'verdict_of']
 
 # %% ../../nbs/audit/08_check.ipynb #imports
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,31 +21,28 @@ from .personal import presidio_finder
 from ..data.readers import read_rows
 from ..data.registry import Source, find_sources
 from .text_rules import scripts_of
+from ..parameters import flag
 
 # %% ../../nbs/audit/08_check.ipynb #parameters
-def _like(default, text:str):
-    "A parameter with its meaning."
-    return field(default=default, metadata={"help": text})
-
 @dataclass
 class DataRun:
     "Parameters of nbs/runs/data.ipynb and of `medllm data check`."
-    dataset:str = _like("mm", "Datasets to check, taken together: registered names or paths, with commas")
-    eval_dataset:str|None = _like(None, "Datasets that training is judged by, to count what they share")
-    against:str|None = _like(None, "Benchmarks to look for in the data: registered names or paths, with commas")
-    columns:str = _like("", "Columns of a benchmark item's text, with commas; default guesses")
-    dataset_dir:str = _like("data", "Folder with dataset_info.json")
-    thresholds:str|None = _like(None, "YAML file with the most that is allowed; default the built-in limits")
-    near:bool = _like(True, "Look for near-duplicates")
-    personal:bool = _like(True, "Look for personal data")
-    presidio:str = _like("", "Language of Presidio's recognisers, to add them (needs the extra presidio)")
-    max_samples:int|None = _like(None, "Only the first rows of each dataset")
-    trust_remote_code:bool = _like(False, "Run the local loading scripts that datasets name with script_url")
-    processes:int = _like(0, "Processes for long datasets; 0 for one a core")
-    output_dir:str|None = _like(None, "Folder of the record; default a new one under runs_dir")
-    runs_dir:str = _like("runs", "Folder that new records go to")
-    tag:str = _like("", "Word at the end of the new record's name")
-    note:str = _like("", "Why this run was made, one sentence")
+    dataset:str = flag("mm", "Datasets to check, taken together: registered names or paths, with commas")
+    eval_dataset:str|None = flag(None, "Datasets that training is judged by, to count what they share")
+    against:str|None = flag(None, "Benchmarks to look for in the data: registered names or paths, with commas")
+    columns:str = flag("", "Columns of a benchmark item's text, with commas; default guesses")
+    dataset_dir:str = flag("data", "Folder with dataset_info.json")
+    thresholds:str|None = flag(None, "YAML file with the most that is allowed; default the built-in limits")
+    near:bool = flag(True, "Look for near-duplicates")
+    personal:bool = flag(True, "Look for personal data")
+    presidio:str = flag("", "Language of Presidio's recognisers, to add them (needs the extra presidio)")
+    max_samples:int|None = flag(None, "Only the first rows of each dataset")
+    trust_remote_code:bool = flag(False, "Run the local loading scripts that datasets name with script_url")
+    processes:int = flag(0, "Processes for long datasets; 0 for one a core")
+    output_dir:str|None = flag(None, "Folder of the record; default a new one under runs_dir")
+    runs_dir:str = flag("runs", "Folder that new records go to")
+    tag:str = flag("", "Word at the end of the new record's name")
+    note:str = flag("", "Why this run was made, one sentence")
 
     def preflight(self):
         "Find what cannot work without reading a row. Raises `UserError`."

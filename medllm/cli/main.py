@@ -39,7 +39,7 @@ def _settings(args)->dict:
 def _run(args)->int:
     if args.list_parameters:
         from medllm.experiment.execute import RUNS, find_notebook
-        from medllm.train.runs import parameters_cell
+        from medllm.parameters import parameters_cell
         print(parameters_cell(RUNS[find_notebook(args.notebook)[0]]))
         return 0
     from medllm.records.remote import landing

@@ -45,7 +45,7 @@ def _told(found:dict)->str:
 
 def _evaluate(args)->int:
     from medllm.evaluate.runs import EvaluateRun, evaluate
-    from medllm.train.runs import run_parameters
+    from medllm.parameters import run_parameters
     from medllm.yaml_file import read_yaml
     given = (read_yaml(args.file) if args.file else {}) | dict(args.parameter)
     given |= {name: value for name in _EVALUATE if (value := getattr(args, name)) is not None}

@@ -15,7 +15,7 @@ from .result import Task
 from .targets import read_targets
 from ..models.chat import ModelChoice
 from ..models.loading import model_location
-from ..train.flags import flag
+from ..parameters import flag
 
 # %% ../../nbs/evaluate/24_runs.ipynb #run
 @dataclass

@@ -14,7 +14,7 @@ import numpy as np
 from ..core import UserError
 from ..marks import Z95
 from .result import figure
-from ..train.report_card import wilson
+from ..intervals import wilson
 
 # %% ../../nbs/evaluate/06_statistics.ipynb #share
 def share(

@@ -27,7 +27,8 @@ from ..records.record import ENDED, RUNNING, Run, new_folder, now, read_lines, r
 from ..records.seal import read_notebook
 from ..secrets import scrub_values
 from ..interruption import listening, polled
-from ..train.runs import STAGE_RUNS, run_parameters
+from ..parameters import run_parameters
+from ..train.runs import STAGE_RUNS
 from ..predict.predict import pace_line
 from ..predict.command import PredictRun
 

@@ -20,7 +20,7 @@ from ..data.registry import find_sources
 from ..machine import attached
 from ..models.loading import model_location
 from .launch import wait_for
-from ..records.lineage import weights
+from ..models.weights import weights
 from .plan import LED_BY, PipelineRun, Stage, read_plan, settings
 from ..records.record import RUNNING, Run, code_version, new_folder, read_state, status_of
 from ..train.arguments import parse

@@ -15,8 +15,9 @@ from ..data.templates import check_template_name
 from ..models.adapters import chain_of
 from ..models.loading import model_location
 from ..train.arguments import check_places, parse
-from ..train.flags import flag
-from ..train.runs import STAGE_RUNS, run_parameters
+from ..parameters import flag
+from ..parameters import run_parameters
+from ..train.runs import STAGE_RUNS
 from ..train.supported import check_processes
 
 # %% ../../nbs/experiment/02_plan.ipynb #pipeline
@@ -55,6 +56,11 @@ class PipelineRun:
 
     def __post_init__(self):
         if self.reuse not in ("same", "any", "none"): raise UserError(f"reuse {self.reuse}: must be same, any or none")
+
+    @staticmethod
+    def other_flags()->set[str]:
+        "What `extra` may hold."
+        return STAGE_RUNS["sft"].other_flags()
 
     def preflight(self):
         "Find what cannot work in any stage without loading anything. Raises `UserError`."

@@ -28,7 +28,8 @@ from .execute import execute
 from ..records.seal import seal
 from ..records.verdict import as_markdown
 from ..interruption import listening, polled, stop
-from ..train.runs import STAGE_RUNS, run_parameters
+from ..parameters import run_parameters
+from ..train.runs import STAGE_RUNS
 from ..yaml_file import read_yaml
 
 # %% ../../nbs/experiment/06_sweep.ipynb #grid

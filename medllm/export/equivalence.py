@@ -18,7 +18,7 @@ from ..core import UserError, nearest
 from ..data.formats import Turn
 from ..models.chat import ChatModel
 from ..models.sampling import Sampling, at_rest
-from ..train.report_card import wilson
+from ..intervals import wilson
 
 # %% ../../nbs/export/01_equivalence.ipynb #questions
 def fixed_questions(

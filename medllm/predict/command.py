@@ -7,47 +7,44 @@ __all__ = ['PredictRun', 'read_asked', 'answer_all', 'predict_command', 'add_pre
 
 # %% ../../nbs/predict/02_command.ipynb #imports
 import argparse
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from fastcore.basics import patch
 
 from ..core import UserError, say
 from ..marks import asked
+from ..parameters import flag
 
 # %% ../../nbs/predict/02_command.ipynb #predict
-def _like(default, text:str):
-    "A parameter with its meaning."
-    return field(default=default, metadata={"help": text})
-
 @dataclass
 class PredictRun:
     "Parameters of nbs/runs/predict.ipynb and of `medllm predict`."
-    model_name_or_path:str = _like("tiny", "Model folder, hub id, tiny, or a folder that training wrote")
-    adapter_name_or_path:str|None = _like(None, "Adapter folders, comma list; those before the last are merged")
-    template:str = _like("auto", "Chat template; auto is the tokenizer's own")
-    quantization_bit:int|None = _like(None, "Load the linear layers in 4 or 8 bit (bitsandbytes)")
-    dtype:str = _like("auto", "auto, float32, bfloat16 or float16")
-    default_system:str = _like("", "System text of conversations that have none")
-    enable_thinking:bool|None = _like(None, "Passed to the template")
-    dataset:str = _like("mm", "Questions: registered names or paths of files, with commas")
-    dataset_dir:str = _like("data", "Folder with dataset_info.json")
-    columns:str = _like("", "Columns of the questions, as in 'prompt:question query:context'; default guesses")
-    keep_columns:str = _like("", "Columns to copy into each answer's row, with commas")
-    max_samples:int|None = _like(None, "Only the first rows of each dataset")
-    max_new_tokens:int = _like(256, "Longest answer [tokens]")
-    temperature:float = _like(0.0, "Divides the logits; 0 takes the most probable token")
-    top_p:float = _like(1.0, "Only the most probable tokens up to this mass")
-    top_k:int = _like(0, "Only the k most probable tokens; 0 for all")
-    seed:int = _like(42, "Seed of drawn answers; each row has one of its own made from it")
-    batch_size:int = _like(0, "Answers drawn at a time; 0 for as many as fit")
-    output:str|None = _like(None, "File of the answers; default predictions.jsonl in the record's folder")
-    overwrite:bool = _like(False, "Begin again, whatever is in the output")
-    output_dir:str|None = _like(None, "Folder of the record; default a new one under runs_dir")
-    runs_dir:str = _like("runs", "Folder that new records go to")
-    tag:str = _like("", "Word at the end of the new record's name")
-    note:str = _like("", "Why this run was made, one sentence")
-    reveal:bool = _like(False, "Show answers although a dataset is private")
+    model_name_or_path:str = flag("tiny", "Model folder, hub id, tiny, or a folder that training wrote")
+    adapter_name_or_path:str|None = flag(None, "Adapter folders, comma list; those before the last are merged")
+    template:str = flag("auto", "Chat template; auto is the tokenizer's own")
+    quantization_bit:int|None = flag(None, "Load the linear layers in 4 or 8 bit (bitsandbytes)")
+    dtype:str = flag("auto", "auto, float32, bfloat16 or float16")
+    default_system:str = flag("", "System text of conversations that have none")
+    enable_thinking:bool|None = flag(None, "Passed to the template")
+    dataset:str = flag("mm", "Questions: registered names or paths of files, with commas")
+    dataset_dir:str = flag("data", "Folder with dataset_info.json")
+    columns:str = flag("", "Columns of the questions, as in 'prompt:question query:context'; default guesses")
+    keep_columns:str = flag("", "Columns to copy into each answer's row, with commas")
+    max_samples:int|None = flag(None, "Only the first rows of each dataset")
+    max_new_tokens:int = flag(256, "Longest answer [tokens]")
+    temperature:float = flag(0.0, "Divides the logits; 0 takes the most probable token")
+    top_p:float = flag(1.0, "Only the most probable tokens up to this mass")
+    top_k:int = flag(0, "Only the k most probable tokens; 0 for all")
+    seed:int = flag(42, "Seed of drawn answers; each row has one of its own made from it")
+    batch_size:int = flag(0, "Answers drawn at a time; 0 for as many as fit")
+    output:str|None = flag(None, "File of the answers; default predictions.jsonl in the record's folder")
+    overwrite:bool = flag(False, "Begin again, whatever is in the output")
+    output_dir:str|None = flag(None, "Folder of the record; default a new one under runs_dir")
+    runs_dir:str = flag("runs", "Folder that new records go to")
+    tag:str = flag("", "Word at the end of the new record's name")
+    note:str = flag("", "Why this run was made, one sentence")
+    reveal:bool = flag(False, "Show answers although a dataset is private")
 
 # %% ../../nbs/predict/02_command.ipynb #methods
 @patch
@@ -108,7 +105,7 @@ def predict_command(
     args,  # Words of the command
 )->int:    # Exit code
     "`medllm predict`: answer the questions, print where the answers are."
-    from medllm.train.runs import run_parameters
+    from medllm.parameters import run_parameters
     given = {name: value for name, value in vars(args).items() if name in PredictRun.__dataclass_fields__}
     wanted = PredictRun(**run_parameters(PredictRun, given))
     if not wanted.output: raise UserError("--output is missing: name the file that the answers go to")

@@ -30,7 +30,7 @@ from ..data.registry import Source, with_columns
 from ..files import json_lines
 from ..models.chat import ChatModel, Said
 from ..models.sampling import Sampling, rows_that_fit
-from ..train.contract import weights_hash
+from ..models.weights import weights_hash
 from ..interruption import Left, leaving, listening, polled
 from .partial_file import PartFile, answered, begun
 

@@ -42,11 +42,11 @@ def contract_differences(
     then:dict, # run.json of one
     now:dict,  # and of the other
 )->list[tuple]: # Name, then, now
-    "Parts of the contract that differ; `medllm.train.contract` knows which are only worth a note."
+    "Parts of the contract that differ; `medllm.checkpoint.compatibility` knows which are only worth a note."
     a, b = (s.get("contract") or {} for s in (then, now))
     if a and b:
         try:
-            from medllm.train.contract import differences
+            from medllm.checkpoint.compatibility import differences
             return [(n, x, y) for n, x, y, kind in differences(a.get("parts") or a, b.get("parts") or b) if kind != "noted"]
         except ImportError: pass
     a, b = contract_parts(then), contract_parts(now)

@@ -223,7 +223,7 @@ _QUIET = {
 
 def _environment(profile:str)->dict:
     "Variables of the kernel: no progress bars, and those that make a run repeatable."
-    try: from medllm.train.determinism import launch_environment
+    try: from medllm.profiles import launch_environment
     except ImportError: return os.environ | _QUIET | RECORDED
     return os.environ | _QUIET | RECORDED | launch_environment(profile)
 

@@ -208,10 +208,8 @@ _NAMED = ("output_dir", "runs_dir", "tag", "note")
 
 def _changed(stage:str, given:dict)->dict:
     "Parameters that are not the notebook's defaults: name to value and default."
-    from medllm.experiment.execute import RUNS
-    from dataclasses import MISSING, fields
-    default = lambda f: f.default_factory() if f.default_factory is not MISSING else f.default
-    usual = {f.name: default(f) for f in fields(RUNS[stage])} if stage in RUNS else {}
+    from medllm.records.parameters import usual_parameters                  # a listing needs none
+    usual = {name: default for name, (default, _) in usual_parameters(stage).items()}
     return {k: {"value": v, "default": usual.get(k)} for k, v in given.items()
         if k not in _NAMED and (k not in usual or v != usual[k])}
 

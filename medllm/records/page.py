@@ -22,7 +22,7 @@ from ..machine import home
 from ..marks import MARKS, conclusion, mark_of, met_of, tally
 from .lineage import ancestry, as_tree
 from .record import read_events, read_lines, read_state, status_of, why_torn
-from ..experiment.execute import RUNS
+from .parameters import usual_parameters
 from .sanitiser import notebook_html
 from .seal import SealState, look_at_seal
 from .signing import signature
@@ -169,14 +169,13 @@ def _summary(state:dict)->str:
 # %% ../../nbs/records/16_page.ipynb #parts
 def _changed(state:dict)->list[tuple]:
     "Parameters that differ from their default: name, value, default, meaning."
-    known = getattr(RUNS.get(state.get("stage")), "__dataclass_fields__", {})
+    known = usual_parameters(state.get("stage"))
     own, out = ("output_dir", "runs_dir", "tag", "note"), []
     for name, value in (state.get("parameters") or {}).items():
-        f = known.get(name)
-        default = (f.default_factory() if callable(f.default_factory) else f.default) if f else None
-        if name in own or f and value == default or not f and value is None: continue
+        default, meaning = known.get(name, (None, ""))
+        if name in own or value == default: continue
         if name == "extra": out += [(flag, as_said(v), "", "a flag of medllm train") for flag, v in (value or {}).items()]
-        else: out.append((name, as_said(value), as_said(default) if f else "", f.metadata.get("help", "") if f else ""))
+        else: out.append((name, as_said(value), as_said(default) if name in known else "", meaning))
     return out
 
 def _data(inputs:dict)->list[dict]:

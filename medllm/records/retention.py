@@ -20,7 +20,7 @@ from ..core import UserError, find_path, project_root
 from ..files import place, read_json
 from .listing import read_state, records_in
 from .record import BEAT, ENDED, Run, status_of
-from ..experiment.rerun import MODELS
+from .lineage import MODELS
 from .seal import left_out
 from .verify import verify
 

@@ -108,7 +108,7 @@ def _train(argv:list[str], own:bool)->int:
     "The exit code of a training command; a signal ends it in a way that can be gone on from."
     settle_home()
     from medllm.train.arguments import read_command
-    from medllm.train.determinism import begin_anew
+    from medllm.profiles import begin_anew
     from medllm.train.loop import run
     given = read_command(argv)
     if own: begin_anew(given.get("profile"))

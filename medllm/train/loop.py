@@ -23,7 +23,8 @@ from ..models.adapters import describe, trained_parameters
 from ..machine import placed
 from .arguments import Arguments, check_output_dir, goes_on_there, parse, preflight, resumes
 from ..checkpoint.commit import check, newest, owned, whole_result
-from .contract import as_change, check_changes, compare, contract_of
+from ..checkpoint.compatibility import as_change, compare
+from .contract import check_changes, contract_of
 from .determinism import apply, in_force
 from .inputs import TrainingData, prepare_data
 from ..interruption import goes_on, listening, polled, stop

@@ -11,7 +11,8 @@ from dataclasses import MISSING, fields
 from ..core import UserError, nearest, say
 from ..data.accounts import OVERLONG, OnBad
 from ..data.mixing import STRATEGIES
-from .flags import PROFILES, ReinforcementArguments, RewardArguments, known_flags
+from ..profiles import PROFILES
+from .flags import ReinforcementArguments, RewardArguments, known_flags
 from .supported import as_word
 
 # %% ../../nbs/train/02_together.ipynb #stages
