@@ -73,13 +73,14 @@ def plot_loss(
     return figure
 
 # %% ../../nbs/train/20_loop.ipynb #train
-_MODULES = {"pt": "pretrain", "sft": "sft", "rm": "reward", "dpo": "preference", "kto": "kto", "ppo": "ppo", "grpo": "grpo"}
+_MODULES = {"pt": "train.pretrain", "sft": "train.sft", "rm": "train.reward", "dpo": "train.preference", "kto": "train.kto",
+    "ppo": "rl.ppo", "grpo": "rl.grpo"}
 
 def stage_module(
     stage:str, # One of `medllm.train.arguments.STAGES`
 ):
     "The module of a stage."
-    return import_module(f"medllm.train.{_MODULES[stage]}")
+    return import_module(f"medllm.{_MODULES[stage]}")
 
 # %% ../../nbs/train/20_loop.ipynb #begin
 def find_checkpoint(
