@@ -81,23 +81,50 @@ def test_public_functions_are_documented(path):
             if isinstance(node, ast.FunctionDef): assert len(node.args.args) <= 8, node.name
 
 
-ORDER = ["core", "yaml_file", "secrets", "json_file", "machine", "marks", "exits", "data", "models", "train", "evaluate", "use",
-    "records", "model_cli", "cli"]
+ORDER = ["data", "audit", "medical", "models", "checkpoint", "records", "evaluate", "train", "rl", "serve", "retrieval", "predict",
+    "export", "experiment", "cli"]       # over the ground floor, which all share
+
+
+def module_of(path):
+    "Of a notebook: `medllm.data.rows` of nbs/data/12_rows.ipynb."
+    return ".".join(["medllm", *path.relative_to(ROOT/"nbs").parts[:-1], re.sub(r"^[0-9]+_", "", path.stem)])
+
+
+def imported(path):
+    "Modules of medllm that a notebook's exported cells import, wherever in them."
+    for cell in exported(path):
+        for node in ast.walk(ast.parse(source(cell))):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("medllm."):
+                yield node.module.replace("__main__", "main")
 
 
 @pytest.mark.parametrize("path", EXPORTING, ids=name)
 def test_imports_go_one_way(path):
-    "A notebook imports only from those before it."
-    rank = lambda module: (ORDER.index(module.split(".")[1]), numbers.get(module, 0))
-    numbers = {
-        f"medllm.{'.'.join([*p.relative_to(ROOT/'nbs').parts[:-1], re.sub(r'^[0-9]+_', '', p.stem)])}":
-            int(p.stem.split("_")[0]) for p in EXPORTING}
-    mine = f"medllm.{'.'.join([*path.relative_to(ROOT/'nbs').parts[:-1], re.sub(r'^[0-9]+_', '', path.stem)])}"
-    for cell in exported(path):
-        for node in ast.walk(ast.parse(source(cell))):
-            if (isinstance(node, ast.ImportFrom) and node.module.startswith("medllm.")
-                    and node.module != "medllm.train.__main__"):
-                assert rank(node.module) < rank(mine), f"{mine} imports {node.module}"
+    "A notebook imports only from those before it: packages in their order, and within one by number."
+    numbers = {module_of(p): int(p.stem.split("_")[0]) for p in EXPORTING}
+    package = lambda module: module.split(".")[1] if module.count(".") > 1 else ""
+    rank = lambda module: ((ORDER.index(package(module)) if package(module) else -1), numbers[module])
+    for module in imported(path): assert rank(module) < rank(module_of(path)), f"{module_of(path)} imports {module}"
+
+
+def test_the_packages_are_those_of_the_order():
+    assert {path.parent.name for path in EXPORTING} == {"nbs", *ORDER}
+
+
+@pytest.mark.parametrize("package", ["", *ORDER])
+def test_numbers_of_notebooks_have_no_gaps(package):
+    numbers = [int(p.stem.split("_")[0]) for p in sorted((ROOT/"nbs"/package).glob("*.ipynb"))]
+    assert numbers == list(range(len(numbers)))
+
+
+@pytest.mark.parametrize("package", ["evaluate", "serve", "retrieval", "records"])
+def test_what_is_used_without_training_imports_none_of_it(package):
+    "Whatever a module of these needs, in whichever cell it asks for it."
+    needs = {module_of(path): {*imported(path)} for path in EXPORTING}
+    for module in (m for m in needs if m.startswith(f"medllm.{package}.")):
+        closure, new = set(), {module}
+        while new: closure, new = closure | new, {d for m in new for d in needs[m]} - closure - new
+        assert not [m for m in closure if m.split(".")[1] in ("train", "rl")], module
 
 
 def test_run_notebooks_define_nothing():
