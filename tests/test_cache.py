@@ -99,7 +99,7 @@ def test_a_warm_start_costs_about_as_much_as_the_hash_of_the_data(tmp_path, tiny
     "Fifty million tokens: finding the rows against hashing as many bytes."
     import time
 
-    from medllm.core import sha256
+    from medllm.files import sha256
     from medllm.data.cache import _read_note, find_rows
     from medllm.data.rows import Mark, RowWriter
     from medllm.machine import all_described, digest

@@ -136,7 +136,7 @@ def test_what_is_no_file_is_not_waited_for(model):
 
 
 def test_weights_may_be_links_and_keep_their_hash(model):
-    from medllm.core import sha256
+    from medllm.files import sha256
     from medllm.models.loading import load_model
     from medllm.models.weights import weights
     shutil.move(model/"model.safetensors", model.parent/"large.safetensors")

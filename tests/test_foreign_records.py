@@ -15,7 +15,7 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT/"tests/faults"))
 from mutate import both, survives
 
-from medllm.core import write_json
+from medllm.files import write_json
 
 STEERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 

@@ -9,7 +9,8 @@ import pytest
 from conftest import ROOT
 from test_checkpoints import fault
 
-from medllm.core import process_mark, write_json
+from medllm.files import write_json
+from medllm.processes import process_mark
 from medllm.evaluate import benchmarks
 from medllm.machine import scratch
 from medllm.cli.run_commands import _of_failure
@@ -100,7 +101,7 @@ def test_a_process_that_nobody_collects_is_gone():
     process = subprocess.Popen(["sleep", "0"])
     mark = process_mark(process.pid)
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)                              # it has ended, and is a zombie
-    from medllm.core import is_there
+    from medllm.processes import is_there
     assert is_there(mark) is False
     process.wait()
 

@@ -11,7 +11,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from medllm.core import write_json
+from medllm.files import write_json
 from medllm.records.index import export_html
 from medllm.records.page import run_page
 

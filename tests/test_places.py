@@ -10,7 +10,8 @@ import urllib.request
 import pytest
 from conftest import ROOT, run
 
-from medllm.core import UserError, write_json
+from medllm.core import UserError
+from medllm.files import write_json
 from medllm.records import remote as places
 from medllm.records.remote import fetched, landing, open_place
 

@@ -323,7 +323,7 @@ def test_no_verb_stumbles_over_a_torn_record(tmp_path, capsys, text):
 
 
 def test_a_torn_event_is_not_glued_to_the_next(tmp_path):
-    from medllm.core import append_event
+    from medllm.files import append_event
     from medllm.records.record import read_events
     for name in "ab": append_event(tmp_path, name)
     file = tmp_path/"events.jsonl"
@@ -455,7 +455,7 @@ def a_month_of_runs(runs):
     live = fake(runs, "live", "running", checkpoints=(2, 4), days=30, sealed=False)
     torn = fake(runs, "live-but-torn", "running", checkpoints=(2, 4), days=30, sealed=False)
     (torn/"run.json").write_text('{"stage": "sf')
-    from medllm.core import boot                                  # of this process: it lives as long as the test
+    from medllm.processes import boot                                  # of this process: it lives as long as the test
     beat = {"time": time.time(), "pid": os.getpid(), "begun": psutil.Process().create_time(), "boot": boot()}
     for folder in (live, torn): write(folder/"heartbeat.json", beat)
     promoted = fake(runs, "promoted", checkpoints=(2, 4))

@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..core import UserError, write_bytes
+from ..core import UserError
+from ..files import write_bytes
 from ..data.formats import KINDS
 
 # %% ../../nbs/audit/09_canaries.ipynb #canary

@@ -14,7 +14,8 @@ from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
-from ..core import UserError, write_json
+from ..core import UserError
+from ..files import write_json
 from ..data.cache import source_files
 from ..data.messages import DEFECTS
 from .gate import Finding, Report, length_table, short_place

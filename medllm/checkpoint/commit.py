@@ -19,8 +19,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ..core import Unwritable, UserError, append_event, boot, is_there, process_mark, say, sync_folder, write_bytes, write_json
-from ..files import misfit, read_json
+from ..core import Unwritable, UserError, say
+from ..files import append_event, sync_folder, write_bytes, write_json
+from ..processes import boot, is_there, process_mark
+from ..json_file import misfit, read_json
 from ..machine import described, digest, first_difference, writing_failed
 from ..interruption import goes_on
 

@@ -19,7 +19,8 @@ from fastcore.basics import patch
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 
-from ..core import Interrupted, UserError, append_event, say, write_json
+from ..core import Interrupted, UserError, say
+from ..files import append_event, write_json
 from ..machine import writing_failed
 from medllm.checkpoint.commit import (Unwritable, begin_behind, check, commit, committed, drop, room_for, rotate,
     still_ours)

@@ -18,7 +18,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ..core import UserError, write_json
+from ..core import UserError
+from ..files import write_json
 from ..models.adapters import adapter_tensors
 
 # %% ../../nbs/checkpoint/00_state.ipynb #random

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ..core import UserError, say, visible
 from ..exits import issue_address
-from ..files import finite, read_json
+from ..json_file import finite, read_json
 from ..marks import conclusion
 
 # %% ../../nbs/cli/01_run_commands.ipynb #look

@@ -22,7 +22,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from ..core import UserError, is_first_process, say, sha256, write_json
+from ..core import UserError, is_first_process, say
+from ..files import sha256, write_json
 from ..machine import all_described, beside, cache_home, digest, first_difference, lasting
 from .accounts import Account, OnBad, stream_examples
 from .formats import Example

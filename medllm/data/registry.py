@@ -13,8 +13,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..core import UserError, bundled, find_path, nearest, sha256
-from ..files import parse_json, read_bounded
+from ..core import UserError, bundled, find_path, nearest
+from ..files import sha256
+from ..json_file import parse_json, read_bounded
 
 # %% ../../nbs/data/01_registry.ipynb #columns
 @dataclass(frozen=True)

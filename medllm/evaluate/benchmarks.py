@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
-from ..core import UserError, say, write_json
+from ..core import UserError, say
+from ..files import write_json
 from ..data.registry import find_sources
 from .choice import asking
 from .compare import corrected

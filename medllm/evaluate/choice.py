@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from importlib import metadata
 
-from ..core import UserError, find_path, nearest, sha256
+from ..core import UserError, find_path, nearest
+from ..files import sha256
 from .calibration import brier, calibration_error, log_loss, plot_reliability, reliability_table
 from .compare import groups_of
 from .generated import READABLE, read_answer, written_answers

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import medllm.evaluate
-from ..core import UserError, first_line, nearest, write_bytes, write_json
-from ..files import json_lines, misfit, read_json
+from ..core import UserError, first_line, nearest
+from ..files import write_bytes, write_json
+from ..json_file import json_lines, misfit, read_json
 from ..marks import markdown_table
 
 # %% ../../nbs/evaluate/02_result.ipynb #result

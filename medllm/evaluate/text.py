@@ -32,7 +32,7 @@ from .compare import compare_scores, groups_of
 from .language import language_of
 from .result import Result, Task, compares, figure, measures, summarises, told_apart
 from .statistics import DRAWS, mean, share, verdict_words
-from ..files import NUMBER, json_lines, misfit
+from ..json_file import NUMBER, json_lines, misfit
 from ..models.chat import ChatModel, Said
 from ..models.sampling import Sampling
 

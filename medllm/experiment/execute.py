@@ -17,8 +17,9 @@ from pathlib import Path
 
 import nbformat
 
-from ..core import Interrupted, Unwritable, UserError, bundled, nearest, progress_line, say, write_bytes
-from ..files import NUMBER
+from ..core import Interrupted, Unwritable, UserError, bundled, nearest, progress_line, say
+from ..files import write_bytes
+from ..json_file import NUMBER
 from ..audit.check import DataRun
 from ..evaluate.runs import EvaluateRun
 from ..records.parameters import check_value, declared

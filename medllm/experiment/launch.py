@@ -15,7 +15,8 @@ import threading
 import time
 from pathlib import Path
 
-from ..core import Interrupted, UserError, write_json
+from ..core import Interrupted, UserError
+from ..files import write_json
 from ..machine import attached
 from ..records.record import Run
 from ..records.redact import SafeLog

@@ -14,7 +14,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..core import RECORDED, Interrupted, UserError, find_path, sha256, write_json
+from ..core import RECORDED, Interrupted, UserError, find_path
+from ..files import sha256, write_json
 from ..data.cache import source_files
 from ..data.registry import find_sources
 from ..machine import attached

@@ -14,7 +14,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 from ..core import UserError, say, visible
-from ..files import NUMBER
+from ..json_file import NUMBER
 from ..records.listing import read_lines, read_state
 from ..records.record import RUNNING, Run, code_version, status_of
 from .execute import RUNS, execute

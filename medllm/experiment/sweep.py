@@ -16,7 +16,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core import RECORDED, Interrupted, UserError, nearest, say, write_bytes, write_json
+from ..core import RECORDED, Interrupted, UserError, nearest, say
+from ..files import write_bytes, write_json
 from ..data.preview import picture
 from ..machine import attach, attached
 from ..records.page import result_of

@@ -16,9 +16,10 @@ from importlib import metadata
 from pathlib import Path
 from unittest.mock import patch
 
-from ..core import UserError, bundled, project_root, say, write_json
+from ..core import UserError, bundled, project_root, say
+from ..files import write_json
 from ..machine import scratch
-from ..files import misfit, parse_json
+from ..json_file import misfit, parse_json
 from ..records.seal import cell_names, read_notebook
 
 # %% ../../nbs/experiment/00_trust.ipynb #own

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..core import Interrupted, UserError, find_path, say, sha256, write_bytes, write_json
+from ..core import Interrupted, UserError, find_path, say
+from ..files import sha256, write_bytes, write_json
 from ..data.templates import chat_jinja, write_messages
 from ..machine import beside, check_writable, place_fault, sweep, take_place, writing_failed
 from ..models.chat import ChatModel, ModelChoice, load_chat_model

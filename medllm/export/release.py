@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from ..core import UserError, find_path, first_line, say
-from ..files import misfit, read_json
+from ..json_file import misfit, read_json
 from ..models.chat import ModelChoice
 from ..records.ro_crate import card_text
 from ..records.record import read_state

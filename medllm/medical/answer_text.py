@@ -9,7 +9,7 @@ __all__ = ['said', 'boxed', 'json_in', 'plainly_marked', 'conclusion', 'options_
 import re
 import unicodedata
 
-from ..files import parse_json
+from ..json_file import parse_json
 from .names import asserts, name_key, read_names
 
 # %% ../../nbs/medical/02_answer_text.ipynb #said

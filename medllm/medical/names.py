@@ -13,7 +13,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 
 from ..core import UserError, bundled, find_path, nearest
-from ..files import parse_json, read_bounded
+from ..json_file import parse_json, read_bounded
 
 # %% ../../nbs/medical/00_names.ipynb #plain
 _GREEK = {chr(c): f" {name} " for c, name in zip(

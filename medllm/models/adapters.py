@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core import UserError, find_path, foreign, nearest, say
-from ..files import read_json
+from ..json_file import read_json
 from .folder import check_files, held, read_object, text_field
 from .loading import from_cache, model_location, scalar_head
 

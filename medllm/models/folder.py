@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..core import UserError, first_line, foreign
-from ..files import MOST, NUMBER, misfit, read_json
+from ..json_file import MOST, NUMBER, misfit, read_json
 
 # %% ../../nbs/models/00_folder.ipynb #object
 def read_object(

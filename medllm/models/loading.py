@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core import UserError, find_path, first_line, foreign, quiet_bars
-from ..files import place as can_be_path
+from ..json_file import place as can_be_path
 from ..machine import check_hub, hub_answers
 from .folder import check_code, check_counts, check_files, check_json, check_size, held, read_object, weight_files
 from .tiny import tiny_folder

@@ -13,7 +13,8 @@ import shutil
 from functools import cache
 from pathlib import Path
 
-from ..core import UserError, bundled, quiet_bars, say, sha256
+from ..core import UserError, bundled, quiet_bars, say
+from ..files import sha256
 from ..data.templates import TEMPLATES
 from ..machine import all_described, beside, cache_home, first_difference
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import find_path, sha256
+from ..core import find_path
+from ..files import sha256
 from .loading import model_location
 
 # %% ../../nbs/models/10_weights.ipynb #files

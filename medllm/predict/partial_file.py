@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..core import UserError
-from ..files import misfit, parse_json
+from ..json_file import misfit, parse_json
 
 # %% ../../nbs/predict/00_partial_file.ipynb #part
 class PartFile:

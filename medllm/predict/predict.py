@@ -20,14 +20,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..core import Interrupted, UserError, say, sha256, write_bytes
+from ..core import Interrupted, UserError, say
+from ..files import sha256, write_bytes
 from ..data.accounts import Account
 from ..data.cache import renderer_hash, source_files
 from ..data.formats import Rejected, to_examples
 from ..data.json_reader import Bad, Row
 from ..data.readers import read_rows
 from ..data.registry import Source, with_columns
-from ..files import json_lines
+from ..json_file import json_lines
 from ..models.chat import ChatModel, Said
 from ..models.sampling import Sampling, rows_that_fit
 from ..models.weights import weights_hash

@@ -17,7 +17,8 @@ from fastcore.basics import patch
 from papermill.engines import NotebookExecutionManager
 from papermill.iorw import papermill_io
 
-from ..core import say, write_bytes
+from ..core import say
+from ..files import write_bytes
 from .record import ENDED, Run
 from .redact import Policy, safe_outputs
 from ..secrets import scrub, scrub_values

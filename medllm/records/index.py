@@ -10,7 +10,8 @@ import re
 from itertools import chain, count
 from pathlib import Path
 
-from ..core import UserError, say, write_bytes
+from ..core import UserError, say
+from ..files import write_bytes
 from .page import as_said, curves_of, drawn, flat, rendered, result_of, run_page, used, view
 
 # %% ../../nbs/records/18_index.ipynb #index

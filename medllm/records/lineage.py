@@ -12,7 +12,7 @@ from pathlib import Path
 from ..core import UserError, find_path, visible
 from ..models.adapters import names
 from ..models.loading import model_location
-from ..files import NUMBER, misfit, place, read_json
+from ..json_file import NUMBER, misfit, place, read_json
 from .record import read_events, read_state
 from ..models.weights import weights, weights_hash
 

@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 from ..core import UserError, bundled, visible
-from ..files import finite
+from ..json_file import finite
 from ..machine import home
 from ..marks import MARKS, conclusion, mark_of, met_of, tally
 from .lineage import ancestry, as_tree

@@ -24,8 +24,10 @@ from pathlib import Path
 import psutil
 from fastcore.basics import patch
 
-from ..core import Interrupted, UserError, append_event, is_there, process_mark, project_root, sha256, write_json
-from ..files import NUMBER, misfit, parse_json, place, read_bounded, read_json
+from ..core import Interrupted, UserError, project_root
+from ..files import append_event, sha256, write_json
+from ..processes import is_there, process_mark
+from ..json_file import NUMBER, misfit, parse_json, place, read_bounded, read_json
 from ..marks import conclusion
 from ..secrets import scrub_values
 

@@ -219,7 +219,7 @@ def scrub_folder(
     folder:str|Path, # Of a record
 )->dict:             # Rule -> how often
     "Take secrets out of the text files of a record, but for the seal (hashes) and files with more than 64 MiB."
-    from medllm.core import write_bytes
+    from medllm.files import write_bytes
     counts = Counter()
     for file in sorted(Path(folder).iterdir()):
         if file.suffix not in _TEXTS or file.name == "seal.json" or not file.is_file() or file.stat().st_size > 2**26: continue

@@ -17,7 +17,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..core import UserError, find_path, project_root
-from ..files import place, read_json
+from ..json_file import place, read_json
 from .listing import read_state, records_in
 from .record import BEAT, ENDED, Run, status_of
 from .lineage import MODELS

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from math import isfinite
 from pathlib import Path
 
-from ..core import UserError, sha256, visible, write_bytes
+from ..core import UserError, visible
+from ..files import sha256, write_bytes
 from ..marks import conclusion
 from ..models.adapters import names
 from .page import KINDS, as_said, flat, used

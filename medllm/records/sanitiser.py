@@ -11,7 +11,7 @@ import re
 from functools import cache
 from pathlib import Path
 
-from ..files import misfit
+from ..json_file import misfit
 from .seal import read_notebook
 
 # %% ../../nbs/records/15_sanitiser.ipynb #sanitised

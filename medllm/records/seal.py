@@ -15,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from ..core import sha256, write_json
-from ..files import misfit, parse_json, read_bounded, read_json
+from ..files import sha256, write_json
+from ..json_file import misfit, parse_json, read_bounded, read_json
 from .record import MOST_LINES, now
 
 # %% ../../nbs/records/07_seal.ipynb #leaves

@@ -12,9 +12,10 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from ..core import UserError, find_path, write_bytes
+from ..core import UserError, find_path
+from ..files import write_bytes
 from ..machine import scratch
-from ..files import read_bounded
+from ..json_file import read_bounded
 from .seal import look_at_seal
 
 # %% ../../nbs/records/08_signing.ipynb #sign

@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 from ..core import UserError, find_path, visible
-from ..files import read_json
+from ..json_file import read_json
 from ..models.loading import model_location
 from .listing import field_of, find_record
 from .lineage import ancestry

@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ..core import UserError, nearest, say, sha256, write_bytes, write_json
+from ..core import UserError, nearest, say
+from ..files import sha256, write_bytes, write_json
 from ..data.formats import Rejected, to_examples
 from ..data.json_reader import Bad
 from ..data.readers import read_rows

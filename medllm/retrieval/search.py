@@ -27,7 +27,8 @@ from typing import NamedTuple
 import numpy as np
 from filelock import FileLock
 
-from ..core import UserError, find_path, foreign, say, sha256, write_bytes, write_json
+from ..core import UserError, find_path, foreign, say
+from ..files import sha256, write_bytes, write_json
 from ..data.cache import cache_folder
 from ..machine import beside, cache_home, placed
 from ..data.registry import Source

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from ..core import UserError, nearest, visible, write_json
+from ..core import UserError, nearest, visible
+from ..files import write_json
 from ..data.formats import Rejected, Turn, answer_turn
 from ..models.chat import ChatModel
 from ..models.sampling import Sampling

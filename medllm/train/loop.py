@@ -13,7 +13,8 @@ from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 
-from ..core import Interrupted, UserError, append_event, is_first_process, say, write_json
+from ..core import Interrupted, UserError, is_first_process, say
+from ..files import append_event, write_json
 from ..data.accounts import write_rejects
 from .counting import counted_loss
 from ..data.preview import picture

@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..core import UserError, find_path, say, whole_file, write_json
+from ..core import UserError, find_path, say
+from ..files import whole_file, write_json
 from ..data.cache import cache_folder
 from ..machine import described, differs
 from ..models.adapters import AdaptPlan, adapt, names

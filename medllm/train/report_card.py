@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..core import UserError, find_path, is_first_process, write_json
+from ..core import UserError, find_path, is_first_process
+from ..files import write_json
 from ..data.preview import picture
 from ..data.tokens import Renderer
-from ..files import NUMBER, misfit, read_json
+from ..json_file import NUMBER, misfit, read_json
 from ..models.reward_model import score_rows, scores
 from ..models.loading import scalar_head
 from .units import Pairs

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
-from medllm.core import sync_folder
+from medllm.files import sync_folder
 from medllm.models.adapters import AdaptPlan, adapt
 from medllm.models.loading import load_tokenizer
 from medllm.checkpoint import resumable
