@@ -24,6 +24,7 @@ from ..data.registry import Source
 from .text_rules import TEXT_RULES
 from ..yaml_file import read_yaml
 from ..parameters import flag
+from ..tables import markdown_rows
 
 # %% ../../nbs/audit/07_card.ipynb #thresholds
 @dataclass(frozen=True)
@@ -198,9 +199,8 @@ def _contaminated(c:dict)->str:
 # %% ../../nbs/audit/07_card.ipynb #markdown
 def _table(head:tuple, rows:list)->str:
     "A Markdown table; what could be markup is escaped."
-    cell = lambda value: html.escape(str(value), quote=False).replace("|", "\\|")
-    line = lambda values: "| " + " | ".join(map(cell, values)) + " |"
-    return "\n".join([line(head), "|" + "---|"*len(head), *map(line, rows)])
+    safe = lambda values: [html.escape(str(value), quote=False) for value in values]
+    return markdown_rows(safe(head), map(safe, rows))
 
 def card_markdown(
     card:dict, # From `make_card`
@@ -241,7 +241,7 @@ def plot_text_lengths(
 ):
     "A figure: histograms of the lengths of prompts and answers, on a logarithmic axis."
     import numpy as np
-    from medllm.data.preview import picture
+    from medllm.figures import picture
     figure = picture(6.4, 2.2)
     axis = figure.subplots()
     bins = np.geomspace(1, max(int(report.lengths.max(initial=1)), 2), 50)
@@ -256,7 +256,7 @@ def plot_findings(
     card:dict, # From `make_card`
 ):
     "A figure: the share of each finding, red where it is beyond its limit; a line marks the limit."
-    from medllm.data.preview import picture
+    from medllm.figures import picture
     found = [c for c in card["checks"] if c["rows"]][::-1]
     figure = picture(6.4, 0.8 + 0.22*max(len(found), 1))
     axis = figure.subplots()

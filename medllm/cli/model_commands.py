@@ -37,7 +37,8 @@ def _told(found:dict)->str:
     "An evaluation for a terminal: the verdict, the figures, the comparison, and the conclusion again."
     from medllm.evaluate.compare import comparison_rows
     from medllm.evaluate.result import as_markdown
-    from medllm.marks import as_lines, conclusion, markdown_table
+    from medllm.marks import as_lines, conclusion
+    from medllm.tables import markdown_table
     said = conclusion(found["verdict"])
     parts = (said, "\n".join(as_lines(found["verdict"], _coloured())), as_markdown(found["tuned"], found["base"]),
         markdown_table(comparison_rows(found["comparisons"])), said)

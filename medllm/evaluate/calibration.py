@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core import UserError
-from ..data.preview import picture
+from ..figures import picture
 
 # %% ../../nbs/evaluate/07_calibration.ipynb #bins
 BINS = 15

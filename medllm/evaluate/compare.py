@@ -10,7 +10,7 @@ __all__ = ['GROUPS', 'groups_of', 'compare_choice', 'compare_scores', 'corrected
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..data.preview import picture
+from ..figures import picture
 from .result import Result, compares, measure_words, shown
 from medllm.evaluate.statistics import (holm, least_gain, mcnemar, mean, paired, paired_share, share, sign_p,
     verdict_words)

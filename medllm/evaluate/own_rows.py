@@ -19,7 +19,7 @@ from .exposure import canary_items
 from .memorisation import OTHERS, TrainedRow, learnt
 from .result import Result, Task, figures_of, shown, summary, told_apart, write_result
 from .targets import TARGETS, limit_row
-from ..marks import markdown_table
+from ..tables import markdown_table
 from ..models.chat import saved_chat
 
 # %% ../../nbs/evaluate/23_own_rows.ipynb #own

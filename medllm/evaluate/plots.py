@@ -8,7 +8,7 @@ __all__ = ['model_rows', 'group_rows', 'order_rows', 'answer_rows', 'plot_accura
 # %% ../../nbs/evaluate/22_plots.ipynb #imports
 from pathlib import Path
 
-from ..data.preview import picture
+from ..figures import picture
 from .result import Result, kind_function, shown
 
 # %% ../../nbs/evaluate/22_plots.ipynb #models

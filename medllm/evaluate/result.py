@@ -21,7 +21,7 @@ import medllm.evaluate
 from ..core import UserError, first_line, nearest
 from ..files import write_bytes, write_json
 from ..json_file import json_lines, misfit, read_json
-from ..marks import markdown_table
+from ..tables import markdown_table
 
 # %% ../../nbs/evaluate/02_result.ipynb #result
 @dataclass(frozen=True)

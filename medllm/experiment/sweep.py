@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ..core import RECORDED, Interrupted, UserError, nearest, say
 from ..files import write_bytes, write_json
-from ..data.preview import picture
+from ..figures import picture
 from ..machine import attach, attached
 from ..records.page import result_of
 from .pipeline import attempt_of, find_finished, find_unfinished, note, stage_key

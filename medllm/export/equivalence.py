@@ -19,6 +19,7 @@ from ..data.formats import Turn
 from ..models.chat import ChatModel
 from ..models.sampling import Sampling, at_rest
 from ..intervals import wilson
+from ..tables import markdown_rows
 
 # %% ../../nbs/export/01_equivalence.ipynb #questions
 def fixed_questions(
@@ -217,8 +218,6 @@ def as_table(
     "All artefacts, a line each."
     columns = {"logit": "largest logit distance", "kl": "KL [nat]", "agreement": "token agreement (95%)",
         "answers": "same answers", "kept": "adapter's effect kept"}
-    lines = ["| artefact | verdict | " + " | ".join(columns.values()) + " |", "|---|---|" + "---|"*len(columns)]
-    for v in verdicts:
-        said = "failed" if not v["passed"] else within(v) if v["limits"] else "for comparison"
-        lines.append(f"| {v['artefact']} | {said} | " + " | ".join(_cell(v, m) for m in columns) + " |")
-    return "\n".join(lines)
+    said = lambda v: "failed" if not v["passed"] else within(v) if v["limits"] else "for comparison"
+    return markdown_rows(["artefact", "verdict", *columns.values()],
+        [(v["artefact"], said(v), *(_cell(v, m) for m in columns)) for v in verdicts])

@@ -59,7 +59,8 @@ def _tables(found:dict, beside:Path)->list[str]:
     "Summaries, with what `evaluation.json` says of them. Raises `UserError` for one that no evaluation wrote."
     from medllm.evaluate.compare import comparison_rows
     from medllm.evaluate.result import as_markdown
-    from medllm.marks import conclusion, marked, markdown_table
+    from medllm.marks import conclusion, marked
+    from medllm.tables import markdown_table
     try:
         stored = read_json(beside) if beside.exists() else {}
         if why := misfit(stored, _BESIDE): raise ValueError(why)

@@ -34,6 +34,7 @@ from ..models.sampling import Sampling, rows_that_fit
 from ..models.weights import weights_hash
 from ..interruption import Left, leaving, listening, polled
 from .partial_file import PartFile, answered, begun
+from ..tables import markdown_rows
 
 # %% ../../nbs/predict/01_predict.ipynb #question
 class Question(NamedTuple):
@@ -280,16 +281,14 @@ def answers_table(
 )->str:              # Markdown
     "The first answers, without line breaks; `…` marks one that did not end."
     with open(output, encoding="utf-8") as f: some = [json.loads(line) for line, _ in zip(f, range(rows))]
-    cell = lambda r: (r["answer"].replace("|", "\\|").replace("\n", " ") + ("" if r["ended"] else " …")
-        if r["answer"] is not None else f"not asked: {r['skipped']}")
-    return "\n".join(["| row | tokens | answer |", "|---|---|---|",
-        *(f"| {r['row']} | {r.get('tokens', 0)} | {cell(r)} |" for r in some)])
+    said = lambda r: f"not asked: {r['skipped']}" if r["answer"] is None else r["answer"] + ("" if r["ended"] else " …")
+    return markdown_rows(["row", "tokens", "answer"], [(r["row"], r.get("tokens", 0), said(r)) for r in some])
 
 def plot_answers(
     output:str|Path, # A complete file of answers
 ):                   # A matplotlib figure
     "How long answers are, those apart that did not end by themselves."
-    from medllm.data.preview import picture
+    from medllm.figures import picture
     rows = [r for r in map(json.loads, open(output, encoding="utf-8")) if r["answer"] is not None]
     figure = picture(6.4, 2.6)
     axes = figure.subplots()

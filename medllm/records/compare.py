@@ -16,6 +16,7 @@ from ..marks import mark_of
 from .listing import columns, read_lines, read_state
 from .record import why_torn
 from .seal import fingerprint, flat, read_notebook
+from ..tables import markdown_rows
 
 # %% ../../nbs/records/12_compare.ipynb #contract
 _PLACES = ("output_dir", "runs_dir", "tag", "note", "logging_dir", "run_name", "overwrite_output_dir", "resume_from_checkpoint")
@@ -137,12 +138,10 @@ def as_text(
 
 def _markdown(c:Comparison)->str:
     "For a notebook."
-    line = lambda cells: "| " + " | ".join(visible(str(x), lines=False).replace("|", "\\|") for x in cells) + " |"
-    parts = [_head(c)]
-    for section, fields in c.differ.items():
-        if fields: parts += ["\n".join([line([section, *c.names, "difference"]), "|" + "---|"*(len(c.names) + 2),
-            *map(line, c.rows(section))])]
-    return "\n\n".join(parts)
+    safe = lambda values: [visible(str(value), lines=False) for value in values]
+    tables = [markdown_rows(safe([section, *c.names, "difference"]), map(safe, c.rows(section)))
+        for section, fields in c.differ.items() if fields]
+    return "\n\n".join([_head(c), *tables])
 
 Comparison.__str__ = as_text
 Comparison._repr_markdown_ = _markdown
@@ -158,7 +157,7 @@ def plot(
     what:str = "loss",         # Any logged quantity: "reward", "learning_rate" …
 ):
     "The runs' curves in one matplotlib figure. Raises `UserError` when nobody logged it."
-    from medllm.data.preview import picture
+    from medllm.figures import picture
     figure = picture(6.4, 3.6)
     axis, drawn = figure.subplots(), 0
     for folder, name in zip(c.folders, c.names):

@@ -9,7 +9,8 @@ __all__ = ['GAP', 'RISE', 'LEAST_RISE', 'verdict', 'changes', 'as_markdown', 'co
 import math
 import re
 
-from ..marks import asked, conclusion, items_to_tell, marked, markdown_table, would_tell
+from ..marks import asked, conclusion, items_to_tell, marked, would_tell
+from ..tables import markdown_table
 
 # %% ../../nbs/records/01_verdict.ipynb #carried
 GAP, RISE, LEAST_RISE = math.log(2), 0.05, 0.01 # Of losses [nat]; a share of the best loss; and at least so much [nat]

@@ -17,7 +17,7 @@ from ..core import Interrupted, UserError, is_first_process, say
 from ..files import append_event, write_json
 from ..data.accounts import write_rejects
 from .counting import counted_loss
-from ..data.preview import picture
+from ..figures import picture
 from ..data.packing import padding_shares, plan_packs
 from ..data.rows import TokenRows
 from ..models.adapters import describe, trained_parameters

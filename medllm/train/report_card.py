@@ -18,7 +18,7 @@ import torch
 
 from ..core import UserError, find_path, is_first_process
 from ..files import write_json
-from ..data.preview import picture
+from ..figures import picture
 from ..data.tokens import Renderer
 from ..json_file import NUMBER, misfit, read_json
 from ..models.reward_model import score_rows, scores

@@ -14,6 +14,7 @@ from ..data.tokens import Renderer
 from ..models.chat import ChatModel, saved_chat
 from ..models.loading import LoadPlan
 from ..models.sampling import Sampling
+from ..tables import markdown_rows
 
 # %% ../../nbs/train/23_samples.ipynb #answer
 @dataclass(frozen=True)
@@ -53,6 +54,5 @@ def as_table(
     after:list[Answer],  # From the trained one
 )->str:                  # Markdown
     "The answers side by side."
-    cell = lambda a: a.text.replace("|", "\\|").replace("\n", " ") + ("" if a.ended else " …")
-    rows = [f"| {a.question} | {cell(a)} | {cell(b)} |" for a, b in zip(before, after)]
-    return "\n".join(["| question | before | after |", "|---|---|---|", *rows])
+    said = lambda a: a.text + ("" if a.ended else " …")
+    return markdown_rows(["question", "before", "after"], [(a.question, said(a), said(b)) for a, b in zip(before, after)])
