@@ -78,7 +78,7 @@ def record(folder, **state):
         "metadata": {"kernelspec": {"name": "python3", "language": "python", "display_name": "p"}}}
     for name in ("record.ipynb", "source.ipynb"): write_json(folder/name, notebook)
     (folder/"checkpoint-2").mkdir()
-    (folder/"checkpoint-2/trainer_state.json").write_text("{}")
+    write_json(folder/"checkpoint-2/trainer_state.json", {"global_step": 2, "log_history": [], "stateful_callbacks": {}})
     from medllm.train.checkpoints import commit
     commit(folder/"checkpoint-2", 2, {"stage": "sft"})
     seal(folder)
