@@ -117,8 +117,29 @@ def test_a_link_in_a_registry_leads_nowhere_else(secret):
         "script up": {"script_url": "../mine"}, "script from root": {"script_url": str(secret)}}
     (registry/"dataset_info.json").write_text(json.dumps(entries | {"linked script": {"script_url": "script"}}))
     for name in entries: fails(lambda: find_sources(name, str(registry)), contains="leaves the folder", exc=UserError)
+    (registry/"round.jsonl").symlink_to("round.jsonl")
+    for key in ("file_name", "script_url"): fails(lambda: parse_entry("round", {key: "round.jsonl"}, registry),
+        contains="leaves the folder", exc=UserError)
     source, = find_sources("linked script", str(registry))
     fails(lambda: list(read_rows(source, trust_remote_code=True)), contains="is a link", exc=UserError)
+
+
+def test_a_folder_given_by_its_path_has_no_links_to_elsewhere_either(secret):
+    "To a file, to a folder, to nothing; a link within the folder, and a file that is named itself, are what was asked for."
+    folder = secret.parent/"given"
+    folder.mkdir()
+    (folder/"own.jsonl").write_text((secret/"rows.jsonl").read_text())
+    (folder/"again.jsonl").symlink_to("own.jsonl")
+    assert len(find_sources(f"{folder}/")[0].files) == 2
+    link = folder/"link.jsonl"
+    for target in (secret/"rows.jsonl", secret, "nothing", "link.jsonl"):
+        link.symlink_to(target)
+        fails(lambda: find_sources(f"{folder}/"), contains=f"{link} is a link that leaves the folder", exc=UserError)
+        link.unlink()
+    link.symlink_to(secret/"rows.jsonl")
+    assert find_sources(str(link))[0].files == (link,)
+    (secret.parent/"other").symlink_to(secret)
+    assert len(find_sources(f"{secret.parent/'other'}/")[0].files) == 1
 
 
 # YAML: a configuration, thresholds, a grid, a card
