@@ -142,6 +142,19 @@ def test_a_folder_given_by_its_path_has_no_links_to_elsewhere_either(secret):
     assert len(find_sources(f"{secret.parent/'other'}/")[0].files) == 1
 
 
+def test_a_text_that_every_row_of_a_spreadsheet_names_is_not_copied_without_end(tmp_path, monkeypatch):
+    "A spreadsheet keeps each text once, and its rows were counted against a thousand times the file."
+    openpyxl = pytest.importorskip("openpyxl")
+    monkeypatch.setattr("medllm.data.packed._ROOM_OF_ROWS", 2**20)
+    book = openpyxl.Workbook()
+    for row in [["instruction", "output"], *[["q", "x"*32_000]]*400]: book.active.append(row)
+    book.save(tmp_path/"a.xlsx")
+    seen = 0
+    with pytest.raises(UserError, match="more than 100 times as long"):
+        for seen, _ in enumerate(read_file(tmp_path/"a.xlsx"), 1): pass
+    assert 0 < seen < 400
+
+
 # YAML: a configuration, thresholds, a grid, a card
 
 @pytest.mark.parametrize("text", ["a: " + "["*50_000, "a: " + "{a: "*2000, "a: !!int x", "a: 2001-99-99", "a: !!timestamp x",
