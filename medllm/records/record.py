@@ -26,6 +26,7 @@ from fastcore.basics import patch
 
 from ..core import Interrupted, UserError, append_event, is_there, process_mark, project_root, sha256, write_json
 from ..json_file import NUMBER, misfit, parse_json, place, read_bounded, read_json
+from ..machine import check_writable
 from ..marks import conclusion
 from ..secrets import scrub_values
 
@@ -107,9 +108,10 @@ def new_folder(
     runs:str="runs",  # Parent of all records
     tag:str="",       # Put at the end of the name
 )->Path:              # A new, empty folder
-    "A folder for a new record."
+    "A folder for a new record. Raises `UserError` where none can be made."
     if tag and not re.fullmatch(r"[\w.-]{1,64}", tag): raise UserError(
         f"--tag {tag}: use letters, digits, dots, dashes only")
+    check_writable(_runs_folder(runs)/stage, "the folder for records")
     code = code_version()
     name = "-".join(filter(None, [
         datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S"), code["commit"][:7] or f"v{code['version']}",

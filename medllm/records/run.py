@@ -19,6 +19,7 @@ import nbformat
 
 from ..core import Interrupted, Unwritable, UserError, bundled, nearest, progress_line, say, write_bytes
 from ..json_file import NUMBER
+from ..machine import check_writable
 from ..data.check import DataRun
 from ..evaluate.runs import EvaluateRun
 from .parameters import check_value, declared
@@ -138,6 +139,7 @@ def _go_on(folder:Path)->Run:
 
 def _new(folder:Path)->Run:
     "A record that does not exist yet. Raises `UserError` when it does."
+    check_writable(folder, "the record's folder")
     folder.mkdir(parents=True, exist_ok=True)
     if (folder/"run.json").exists(): raise UserError(f"{folder} already holds a record; name another folder")
     return Run(folder)
