@@ -76,8 +76,8 @@ def can_write(
 )->str:              # "" when it can
     "Why a folder cannot be made or written into."
     place = Path(folder).absolute()
-    while not place.exists() and place != place.parent: place = place.parent
-    if not place.is_dir(): return f"{place} is a file"
+    while not os.path.lexists(place) and place != place.parent: place = place.parent
+    if not place.is_dir(): return f"{place} is a {'file' if place.exists() else 'link that leads nowhere'}"
     return "" if os.access(place, os.W_OK | os.X_OK) else f"{place} is not writable"
 
 def check_writable(

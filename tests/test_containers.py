@@ -165,3 +165,17 @@ def test_a_working_directory_that_was_removed(tmp_path, monkeypatch, capfd):
     (tmp_path/"gone").rmdir()
     assert exit_code(lambda: pytest.fail("was begun")) == 2
     assert capfd.readouterr().err == "error: the working directory was removed; change to one that is there\n"
+
+
+def test_an_output_that_is_a_link_to_nowhere_is_one_sentence(tmp_path, monkeypatch):
+    "`mkdir` calls such a place an existing file; as the folder of all records it was looked for 99 times."
+    from medllm.machine import can_write
+    from medllm.records.record import new_folder
+    from medllm.experiment.execute import _new
+    for name, target in (("lost", "nowhere/x"), ("round", "round")):
+        link = tmp_path/name
+        link.symlink_to(target)
+        why = f"{link} is a link that leads nowhere"
+        assert can_write(link) == can_write(link/"deeper") == why
+        for made in (lambda: new_folder("sft", str(link)), lambda: _new(link)):
+            with pytest.raises(UserError, match=why): made()

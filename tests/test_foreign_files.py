@@ -117,8 +117,42 @@ def test_a_link_in_a_registry_leads_nowhere_else(secret):
         "script up": {"script_url": "../mine"}, "script from root": {"script_url": str(secret)}}
     (registry/"dataset_info.json").write_text(json.dumps(entries | {"linked script": {"script_url": "script"}}))
     for name in entries: fails(lambda: find_sources(name, str(registry)), contains="leaves the folder", exc=UserError)
+    (registry/"round.jsonl").symlink_to("round.jsonl")
+    for key in ("file_name", "script_url"): fails(lambda: parse_entry("round", {key: "round.jsonl"}, registry),
+        contains="leaves the folder", exc=UserError)
     source, = find_sources("linked script", str(registry))
     fails(lambda: list(read_rows(source, trust_remote_code=True)), contains="is a link", exc=UserError)
+
+
+def test_a_folder_given_by_its_path_has_no_links_to_elsewhere_either(secret):
+    "To a file, to a folder, to nothing; a link within the folder, and a file that is named itself, are what was asked for."
+    folder = secret.parent/"given"
+    folder.mkdir()
+    (folder/"own.jsonl").write_text((secret/"rows.jsonl").read_text())
+    (folder/"again.jsonl").symlink_to("own.jsonl")
+    assert len(find_sources(f"{folder}/")[0].files) == 2
+    link = folder/"link.jsonl"
+    for target in (secret/"rows.jsonl", secret, "nothing", "link.jsonl"):
+        link.symlink_to(target)
+        fails(lambda: find_sources(f"{folder}/"), contains=f"{link} is a link that leaves the folder", exc=UserError)
+        link.unlink()
+    link.symlink_to(secret/"rows.jsonl")
+    assert find_sources(str(link))[0].files == (link,)
+    (secret.parent/"other").symlink_to(secret)
+    assert len(find_sources(f"{secret.parent/'other'}/")[0].files) == 1
+
+
+def test_a_text_that_every_row_of_a_spreadsheet_names_is_not_copied_without_end(tmp_path, monkeypatch):
+    "A spreadsheet keeps each text once, and its rows were counted against a thousand times the file."
+    openpyxl = pytest.importorskip("openpyxl")
+    monkeypatch.setattr("medllm.data.compressed._ROOM_OF_ROWS", 2**20)
+    book = openpyxl.Workbook()
+    for row in [["instruction", "output"], *[["q", "x"*32_000]]*400]: book.active.append(row)
+    book.save(tmp_path/"a.xlsx")
+    seen = 0
+    with pytest.raises(UserError, match="more than 100 times as long"):
+        for seen, _ in enumerate(read_file(tmp_path/"a.xlsx"), 1): pass
+    assert 0 < seen < 400
 
 
 # YAML: a configuration, thresholds, a grid, a card

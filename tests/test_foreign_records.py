@@ -78,7 +78,7 @@ def record(folder, **state):
         "metadata": {"kernelspec": {"name": "python3", "language": "python", "display_name": "p"}}}
     for name in ("record.ipynb", "source.ipynb"): write_json(folder/name, notebook)
     (folder/"checkpoint-2").mkdir()
-    (folder/"checkpoint-2/trainer_state.json").write_text("{}")
+    write_json(folder/"checkpoint-2/trainer_state.json", {"global_step": 2, "log_history": [], "stateful_callbacks": {}})
     from medllm.checkpoint.commit import commit
     commit(folder/"checkpoint-2", 2, {"stage": "sft"})
     seal(folder)
@@ -288,6 +288,15 @@ def test_of_a_notebook_that_is_ours_nothing_but_ours_is_run(sent, executed, how)
     code, _, err = command("runs", "rerun", sent(OURS[how]))
     assert "error: executed" in err and executed[0][0] == "sft"
     assert executed[0][2]["PYTHONSAFEPATH"] == "1"                 # and no module that lies about in the working directory
+
+
+@pytest.mark.parametrize("verb", ["rerun", "resume"])
+def test_rows_that_somebody_has_tokenised_are_not_trained_on(sent, executed, verb):
+    "A cache sent beside a record may hold any rows under the right name; they are read from the data again."
+    folder = sent(status="failed", parameters={"dataset": "mm", "extra": {"tokenized_path": "theirs", "weight_decay": 0.1},
+        "stages": {"sft": {"tokenized_path": "theirs"}}})
+    assert "error: executed" in command("runs", verb, folder)[2]
+    assert executed[0][1]["extra"]["weight_decay"] == 0.1 and "tokenized_path" not in str(executed[0][1])
 
 
 def test_the_notebook_of_an_earlier_commit_is_ours_too(sent, executed, tmp_path, monkeypatch):

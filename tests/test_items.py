@@ -1,4 +1,5 @@
 """Items of an evaluation: one id each, whatever file they come from; and what a model cannot be shown is refused by name."""
+import copy
 import json
 
 import pytest
@@ -286,3 +287,18 @@ def test_languages_of_real_exams(shared):
     right = Counter((truth.get(i.source, "en"), truth.get(i.source, "en") == i.lang) for i in items)
     for lang in ("es", "ar", "hi", "fr", "zh", "en"):
         assert right[lang, True] >= 0.97*(right[lang, True] + right[lang, False]), lang
+
+
+def test_a_question_that_one_model_cannot_be_asked_moves_no_other_id(chat, written, tmp_path):
+    "Rows of one id, of which the second is too long for the shorter model: the others are compared with themselves."
+    rows = [{"id": "same", "question": f"{'Fever? '*(60 if n == 1 else 1)}{n}", "answer": f"Rest {n}.", "rubrics": [
+        {"criterion": "names rest", "points": 5}]} for n in range(4)]
+    (tmp_path/"alike.json").write_text(json.dumps(rows))
+    class Shorter(type(chat)):
+        longest = 100
+    shorter = copy.copy(chat)
+    shorter.__class__ = Shorter
+    for read in (lambda c: read_asked(c, Task("x", "text", str(tmp_path/"alike.json"), options=ASK))[0],
+            lambda c: [a for a, _ in read_rubrics(c, Task("x", "rubric", str(tmp_path/"alike.json")))[0]]):
+        everyone, fewer = ({a.id: a.example.turns[0].text for a in read(c)} for c in (chat, shorter))
+        assert len(everyone) == 4 and len(fewer) == 3 and fewer.items() < everyone.items(), fewer

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from medllm.core import UserError
 from medllm.train.arguments import parse
-from medllm.checkpoint.commit import drop
+from medllm.checkpoint.commit import commit, drop
 from medllm.checkpoint.compatibility import allowed
 from medllm.train.contract import contract_of
 from medllm.train.inputs import prepare_data
@@ -198,7 +198,6 @@ def test_the_best_checkpoint_is_chosen_again(finished, tmp_path):
     shutil.copytree(finished, tmp_path/"run")
     folder = tmp_path/"run"
     drop(folder/"checkpoint-6")
-    from medllm.checkpoint.commit import commit
     state = json.loads((folder/"checkpoint-4/trainer_state.json").read_text())
     for line in state["log_history"]:
         if "eval_loss" in line: line["eval_perplexity"] = 9e3 if line["step"] == 2 else 1e4
@@ -228,3 +227,38 @@ def test_another_precision(finished, tmp_path):
         trainer, _, _ = resumed(tmp_path/"run", "precision,steps", dtype="bfloat16", pure_bf16=pure, **BLIND)
         kinds = {p.dtype for p in trainer.model.parameters() if p.requires_grad}
         assert kinds == {torch.bfloat16 if pure else torch.float32} and trainer.state.global_step == 2
+
+
+def without(*parts): return lambda note: {name: value for name, value in note.items() if name not in parts}
+def with_(**parts): return lambda note: note | parts
+def placed(**parts): return lambda note: note | {"progress": [note["progress"][0] | parts]}
+
+
+NOT_OURS = {
+    "a contract of nothing": ("contract.json", lambda note: {"a": 1}, "what run it is.*without stage, dataset_rows"),
+    "no rows": ("contract.json", without("dataset_rows"), "is without dataset_rows; begin a new run"),
+    "a batch that is a list": ("contract.json", with_(batch=[1]), "contract.json is not one that medllm wrote: batch is a list"),
+    "a batch of text": ("contract.json", with_(batch={"per_device_train_batch_size": "x"}), "train_batch_size is text"),
+    "an optimiser that is a table": ("contract.json", with_(optimiser={"optim": {}}), "optimiser.optim is a table"),
+    "no process": ("progress.json", with_(progress=[]), "progress.json is of no process"),
+    "no progress": ("progress.json", lambda note: {"a": 1}, "progress.json is not one that medllm wrote"),
+    "an epoch of no step": ("progress.json", placed(each=0), "progress.0.each"),
+    "a cell that is text": ("progress.json", placed(cell="x"), "progress.0.cell is text"),
+    "steps that were never done": ("trainer_state.json", with_(global_step=5), "trainer_state.json is of step 5"),
+    "no step": ("trainer_state.json", without("global_step"), "global_step is missing"),
+    "a log that is a number": ("trainer_state.json", with_(log_history=3), "log_history is a number"),
+    "a state of another library": ("trainer_state.json", with_(a=1), "trainer_state.json does not fit this run"),
+    "a control of another library": ("trainer_state.json", with_(stateful_callbacks={"TrainerControl": {"args": {"a": 1},
+        "attributes": {}}}), "trainer_state.json does not fit this run")}
+
+
+@pytest.mark.parametrize("case", NOT_OURS)
+def test_a_checkpoint_that_somebody_committed_anew_is_refused(at_2, case):
+    "Its bytes are those that were committed, and yet it cannot be compared with the run asked for, or not gone on from."
+    name, change, why = NOT_OURS[case]
+    folder = at_2/"checkpoint-2"
+    (folder/name).write_text(json.dumps(change(json.loads((folder/name).read_text()))))
+    commit(folder, 2, json.loads((folder/"contract.json").read_text()))
+    history = (at_2/"history.jsonl").read_bytes()
+    with pytest.raises(UserError, match=why): whole(at_2, resume_from_checkpoint="true", allow="batch,optimiser")
+    assert folder.exists() and (at_2/"history.jsonl").read_bytes() == history

@@ -21,8 +21,8 @@ from filelock import FileLock, Timeout
 
 from ..core import Unwritable, UserError, say
 from ..files import append_event, sync_folder, write_bytes, write_json
+from ..json_file import NUMBER, misfit, read_json
 from ..processes import boot, is_there, process_mark
-from ..json_file import misfit, read_json
 from ..machine import described, digest, first_difference, writing_failed
 from ..interruption import goes_on
 
@@ -61,6 +61,31 @@ def commit(
     write_json(folder/COMMIT, note | {"sha256": digest(note)})
     return note
 
+# %% ../../nbs/checkpoint/01_commit.ipynb #notes
+def _count(value)->bool: return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def _least_one(value)->bool: return _count(value) and value > 0
+
+_STATE = {"args": {...: (bool, int, float, str, type(None))}, "attributes": {...: (bool, int, float, str, type(None))}}
+_NOTES = {
+    "contract.json": {"schedule": {"lr_scheduler_type": str}, "optimiser": {"optim": str}, "batch": {...: _least_one},
+        "validation": {...: str}},
+    "progress.json": {"due!": bool, "progress!": [{"loss!": NUMBER, "logged!": _count, "total!": NUMBER, "each": _least_one,
+        "ahead": int, "cell": _least_one, ...: (*NUMBER, {...: NUMBER})}]},
+    "trainer_state.json": {"global_step!": _count, "max_steps": int, "log_history!": [{"step": int}],
+        "stateful_callbacks!": {...: (_STATE, [_STATE])}}}
+
+def _odd(folder:Path, step:int)->str:
+    "Which note of a checkpoint cannot be gone on from, whoever committed it; empty when there is none."
+    for name, shape in _NOTES.items():
+        if not (folder/name).is_file(): continue
+        try: note = json.loads((folder/name).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError): note = None
+        if not isinstance(note, dict): return f"its {name} is no JSON object"
+        if why := misfit(note, shape): return f"its {name} is not one that medllm wrote: {why}"
+        if name == "progress.json" and not note["progress"]: return f"its {name} is of no process"
+        if note.get("global_step", step) != step: return f"its {name} is of step {note['global_step']}"
+    return ""
+
 # %% ../../nbs/checkpoint/01_commit.ipynb #check
 _NOTE = {"schema!": int, "step!": int, "files!": {...: {"sha256!": str, "bytes!": int}}}
 
@@ -80,14 +105,6 @@ def _read(folder:Path)->tuple[dict, str]:
 def _inside(name:str)->bool:
     "Whether a committed name stays in its checkpoint."
     return bool(name) and "\0" not in name and not name.startswith("/") and ".." not in Path(name).parts
-def _torn(folder:Path)->str:
-    "Which file of a checkpoint that somebody committed holds no JSON object; empty when there is none."
-    for name in ("contract.json", "progress.json", "trainer_state.json"):
-        if not (folder/name).is_file(): continue
-        try: whole = isinstance(json.loads((folder/name).read_text(encoding="utf-8")), dict)
-        except (ValueError, RecursionError): whole = False
-        if not whole: return f"its {name} is no JSON object"
-    return ""
 
 def check(
     folder:str|Path,    # A checkpoint
@@ -99,7 +116,7 @@ def check(
     note, why = _read(folder)
     if why: return why
     if extra := sorted(set(_names(folder)) - note["files"].keys()): return f"{extra[0]} does not belong to it"
-    return first_difference(folder, note["files"], hashed) or (_torn(folder) if hashed else "")
+    return first_difference(folder, note["files"], hashed) or (_odd(folder, note["step"]) if hashed else "")
 
 # %% ../../nbs/checkpoint/01_commit.ipynb #newest
 def checkpoints_in(

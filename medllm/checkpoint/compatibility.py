@@ -45,6 +45,12 @@ def differences(
         elif a != b: out.append((part, a, b, kind))
     return out
 
+def _whole(then:dict, where:str)->dict:
+    "A checkpoint's contract, if it says of what run it is."
+    if unsaid := [part for part in _FATAL if part not in then]: raise UserError(f"{where} does not say of what run it is: its "
+        f"contract.json is without {', '.join(unsaid)}; begin a new run from its weights")
+    return then
+
 # %% ../../nbs/checkpoint/02_compatibility.ipynb #agree
 def _short(value)->str: return text if len(text := json.dumps(value)) <= 40 else f"{text[:37]}…"
 
@@ -80,7 +86,7 @@ def compare(
     allow:str|None = None, # --allow
 )->list[tuple]:    # What differs and was allowed or is only noted, as from `differences`
     "Raises `UserError` that lists what differs and may not."
-    words, found = allowed(allow), differences(then, now)
+    words, found = allowed(allow), differences(_whole(then, where), now)
     fatal = [d for d in found if d[3] == "fatal"]
     asked = [d for d in found if d[3] == "allow" and d[0].split(".")[0] not in words]
     if fatal: raise UserError(f"{where} is of another run: " + "; ".join(map(_told, fatal + asked))

@@ -17,7 +17,7 @@ import torch
 from accelerate.utils import gather_object
 from fastcore.basics import patch
 from transformers import Trainer
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import ExportableState, TrainerState
 
 from ..core import Interrupted, UserError, say
 from ..files import append_event, write_json
@@ -312,6 +312,7 @@ def _begin_from(self:ResumableTrainer, folder:Path, checked:bool):
     "Make ready to go on from a checkpoint that is whole and complete."
     if not checked and (why := check(folder)): raise UserError(f"--resume_from_checkpoint {folder}: {why}")
     self._check_complete(folder)
+    with readable(folder, "trainer_state.json"): TrainerState.load_from_json(str(folder/"trainer_state.json"))
     self.resumed = folder
     own = self.get_batch_samples
     def first(batches, *args):

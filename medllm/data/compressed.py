@@ -289,7 +289,8 @@ class Total:
     def __init__(self,
         name:str, # Of the file
         size:int, # Its length [bytes]
-    ): self.name, self.most, self.length = name, _ROOM_OF_ROWS + _FACTOR_OF_ROWS*size, 0
+        factor:int = _FACTOR_OF_ROWS,# Bytes of rows for each byte of it
+    ): self.name, self.most, self.factor, self.length = name, _ROOM_OF_ROWS + factor*size, factor, 0
 
     def add(self,
         length:int, # Of more rows [bytes]
@@ -297,4 +298,4 @@ class Total:
         "Count rows."
         self.length += length
         if self.length > self.most: raise UserError(
-            f"{self.name}: its rows become more than {_FACTOR_OF_ROWS:,} times as long as the file")
+            f"{self.name}: its rows become more than {self.factor:,} times as long as the file")

@@ -22,7 +22,7 @@ from ..core import UserError, say
 from ..machine import scratch
 from .json_reader import (
     MAX_ROW, Bad, Row, find_encoding, is_text, json_line, json_lines, json_rows, open_bytes, read_lines)
-from .compressed import Total, check_arrow, check_parquet, check_rows, check_xlsx, row_bytes, row_parts
+from .compressed import FACTOR, Total, check_arrow, check_parquet, check_rows, check_xlsx, row_bytes, row_parts
 from .registry import Source
 from ..machine import check_hub
 
@@ -151,7 +151,7 @@ def _sheet(file:Path, name:str, encoding:str)->Iterator[Row|Bad]:
         if len(set(named)) < len(named): raise UserError(f"{name}, line 1: two columns have the same name")
         if len(book.worksheets) > 1: say(f"{name}: the first of {len(book.worksheets)} sheets is read")
         width = max(*header, sheet.max_column or 0)
-        total = Total(name, file.stat().st_size)
+        total = Total(name, file.stat().st_size, FACTOR)        # each cell may name the same long text
         for line, values in lines:
             total.add(sum(len(v) for v in values.values() if v))
             yield from _sheet_row(header, width, values, name, line)

@@ -8,6 +8,7 @@ __all__ = ['OPENAI_TAGS', 'KEYS', 'Columns', 'Tags', 'Source', 'data_files', 'pa
 
 # %% ../../nbs/data/01_registry.ipynb #imports
 import codecs
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -132,13 +133,23 @@ def _suffix(file:Path)->str:
     "The type of a file, a trailing .gz left aside."
     return (file.with_suffix("") if file.suffix.lower() == ".gz" else file).suffix.lower()
 
+def _leaves(file:Path, folder:Path)->bool:
+    "Whether a path leads out of a folder, or nowhere, after links are followed."
+    real = os.path.realpath(file)                             # `resolve` raises for a link to itself
+    return not Path(real).is_relative_to(os.path.realpath(folder)) or os.path.islink(real)
+
 def data_files(
-    path:Path, # A file, or a folder of files
-)->tuple[Path, ...]: # In order of their names
-    "The data files behind a path. Raises `UserError` for a folder with none or with several types."
+    path:Path,             # A file, or a folder of files
+    within:Path|None=None, # The folder that no link may leave; None: the path itself
+)->tuple[Path, ...]:       # In order of their names
+    "The data files behind a path. Raises `UserError` for a folder with none, with several types, or with links to elsewhere."
     if not path.is_dir(): return (path,)
     shown = lambda f: not any(part.startswith(".") for part in f.relative_to(path).parts)
-    found = sorted(f for f in path.rglob("*") if f.is_file() and _suffix(f) in _SUFFIXES and shown(f))
+    named = sorted(f for f in path.rglob("*") if (_suffix(f) in _SUFFIXES or f.is_symlink() and f.is_dir()) and shown(f))
+    for f in named:
+        if f.is_symlink() and (not f.exists() or _leaves(f, within or path)): raise UserError(f"the data file {f} is a link "
+            f"that leaves the folder {within or path}, or leads nowhere; put the file itself there, or name its own path")
+    found = [f for f in named if f.is_file()]
     kinds = sorted({_suffix(f) for f in found})
     if not found: raise UserError(f"the folder {path} has no data file ({', '.join(_SUFFIXES)})")
     if len(kinds) > 1: raise UserError(
@@ -151,8 +162,8 @@ def _inside(folder:Path, name:str, file_name:str)->Path:
         f"dataset '{name}': file_name '{file_name}' is an address; use cloud_file_name")
     if "\0" in file_name or max(len(part.encode()) for part in file_name.split("/")) > 255:
         raise UserError(f"dataset '{name}': file_name is no name of a file")
-    file = (folder/file_name).resolve()
-    if not file.is_relative_to(folder.resolve()):
+    file = Path(os.path.realpath(folder/file_name))
+    if _leaves(file, folder):
         raise UserError(f"dataset '{name}': file_name '{file_name}' leaves the folder {folder}; "
                         "put the file inside, or give its path to --dataset")
     return file
@@ -185,9 +196,7 @@ def _place(name:str, entry:dict, folder:Path)->dict:
     if entry.get("hf_hub_url"): return {"hub": _hub_set(name, entry)}
     if entry.get("script_url"): return {"script": _inside(folder, name, entry["script_url"])}
     if entry.get("cloud_file_name"): return {"cloud": _address(name, entry["cloud_file_name"])}
-    if entry.get("file_name"):
-        files = data_files(_inside(folder, name, entry["file_name"]))
-        return {"files": tuple(_inside(folder, name, str(f.relative_to(folder.resolve()))) for f in files)}
+    if entry.get("file_name"): return {"files": data_files(_inside(folder, name, entry["file_name"]), folder)}
     raise UserError(f"dataset '{name}': needs file_name, hf_hub_url, cloud_file_name or script_url")
 
 # %% ../../nbs/data/01_registry.ipynb #parse

@@ -47,11 +47,10 @@ def read_documents(
     for about, dataset in (("medical", task.dataset), ("general", task.options.get("general", "mm_general"))):
         (rows, sha256), mine = dataset_rows(dataset, task), []
         hashes.append(sha256)
-        for row, source in rows:
-            try: mine.append(Document(f"{about} {row.place}", about, _text_of(row, source)))
+        for id, (row, source) in zip(told_apart(f"{about} {row.place}" for row, _ in rows), rows):
+            try: mine.append(Document(id, about, _text_of(row, source)))
             except Rejected as e: skipped[str(e)] += 1
         if not mine: raise UserError(f"dataset '{dataset}': no row has a text to predict")
-        mine = [d._replace(id=id) for d, id in zip(mine, told_apart(d.id for d in mine))]
         found += some_of(mine, task, skipped)
     return found, dict(skipped), " ".join(hashes)
 

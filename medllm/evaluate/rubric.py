@@ -23,7 +23,7 @@ from .choice import model_facts
 from .compare import compare_scores, groups_of
 from .result import Result, Task, compares, figure, measures, summarises, told_apart
 from .statistics import bootstrap_means, share
-from .text import Asked, asked_facts, dataset_rows, row_data, said_to, some_of
+from .text import Asked, asked_facts, dataset_rows, own_id, row_data, said_to, some_of
 from ..models.chat import ChatModel, ModelChoice, load_chat_model
 
 # %% ../../nbs/evaluate/14_rubric.ipynb #score
@@ -70,16 +70,15 @@ def read_rubrics(
     "Questions with their criteria. Raises `UserError` when there is none."
     rows, sha256 = dataset_rows(task.dataset, task)
     found, skipped = [], Counter()
-    for row, _ in rows:
-        try: found.append(_rubric_row(chat, row))
+    names = "prompt_id", "id"
+    for id, (row, _) in zip(told_apart(own_id(row, names) for row, _ in rows), rows):
+        try: found.append(_rubric_row(chat, row, id))
         except Rejected as e: skipped[str(e)] += 1
     if not found: raise UserError(f"dataset '{task.dataset}': no row has a prompt and rubrics that can earn points "
         f"({', '.join(f'{n} {why}' for why, n in skipped.items()) or 'it is empty'})")
-    ids = told_apart(asked.id for asked, _ in found)
-    found = [(asked._replace(id=id), criteria) for (asked, criteria), id in zip(found, ids)]
     return some_of(found, task, skipped), dict(skipped), sha256
 
-def _rubric_row(chat:ChatModel, row)->tuple[Asked, list[Criterion]]:
+def _rubric_row(chat:ChatModel, row, id:str)->tuple[Asked, list[Criterion]]:
     "A row as a question with criteria."
     data = row_data(row)
     turns, criteria = _turns(data.get("prompt", data.get("question"))), criteria_of(data)
@@ -87,7 +86,6 @@ def _rubric_row(chat:ChatModel, row)->tuple[Asked, list[Criterion]]:
     try: prompt = chat.prompt(turns, system)
     except UserError: raise Rejected("template_refuses") from None
     if len(prompt) >= chat.longest: raise Rejected("longer_than_model")
-    id = str(row.data.get("prompt_id") or row.data.get("id") or row.place)
     return Asked(id, "", prompt, Example(tuple(turns), system)), criteria
 
 # %% ../../nbs/evaluate/14_rubric.ipynb #judge

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOOP_WORDS', 'LETTERS', 'common', 'rouge_l', 'scorer_of', 'counts_of', 'score_of', 'signature', 'text_item',
-           'item_draws', 'drawn_figure', 'text_summary', 'text_change', 'Asked', 'dataset_rows', 'some_of', 'row_data',
-           'read_asked', 'asked_facts', 'said_to', 'measure_text']
+           'item_draws', 'drawn_figure', 'text_summary', 'text_change', 'Asked', 'dataset_rows', 'some_of', 'own_id',
+           'row_data', 'read_asked', 'asked_facts', 'said_to', 'measure_text']
 
 # %% ../../nbs/evaluate/12_text.ipynb #imports
 import hashlib
@@ -229,6 +229,15 @@ def some_of(
     skipped["not drawn"] += len(found) - task.limit
     return [found[i] for i in sorted(np.random.default_rng(task.seed).permutation(len(found))[:task.limit])]
 
+# %% ../../nbs/evaluate/12_text.ipynb #ids
+def own_id(
+    row:Row|Bad,                   # Of a file
+    names:Sequence[str] = ("id",), # Columns that may hold it, the first that does counts
+)->str:
+    "The id that a row has, or its place."
+    given = [str(v) for name in names if isinstance(v := getattr(row, "data", {}).get(name), str | int) and v != ""]
+    return given[0] if given else row.place
+
 # %% ../../nbs/evaluate/12_text.ipynb #prompts
 def row_data(
     row:Row|Bad, # Of a file
@@ -245,9 +254,7 @@ def _ask(row, source, chat:ChatModel)->Asked:
     try: prompt = chat.renderer.encode([example])[0][0]
     except UserError: raise Rejected("template_refuses") from None
     if len(prompt) >= chat.longest: raise Rejected("longer_than_model")
-    id = row.data.get("id")
-    id = str(id) if isinstance(id, str | int) and id != "" else row.place
-    return Asked(id, example.group or id, prompt, example)
+    return Asked(own_id(row), example.group or own_id(row), prompt, example)
 
 def read_asked(
     chat:ChatModel,  # Whose template and length count
@@ -257,14 +264,13 @@ def read_asked(
     "Questions of a task. Raises `UserError` when there is none."
     rows, sha256 = dataset_rows(task.dataset, task)
     found, skipped = [], Counter()
-    for row, source in rows:
-        try: found.append(_ask(row, source, chat))
+    for id, (row, source) in zip(told_apart(own_id(row) for row, _ in rows), rows):      # also of those that are left out
+        try: found.append(_ask(row, source, chat)._replace(id=id))
         except Rejected as e: skipped[str(e)] += 1
     if gold and (bare := sum(not a.example.gold for a in found)): skipped["no_reference"] = bare
     found = [a for a in found if a.example.gold or not gold]
     if not found: raise UserError(f"dataset '{task.dataset}': no row has a question"
         f"{' and an answer' if gold else ''} ({', '.join(f'{n} {why}' for why, n in skipped.items()) or 'it is empty'})")
-    found = [a._replace(id=id) for a, id in zip(found, told_apart(a.id for a in found))]
     return some_of(found, task, skipped), dict(skipped), sha256
 
 # %% ../../nbs/evaluate/12_text.ipynb #facts

@@ -21,6 +21,7 @@ from ..core import Interrupted, Unwritable, UserError, bundled, nearest, progres
 from ..files import write_bytes
 from ..json_file import NUMBER
 from ..audit.check import DataRun
+from ..machine import check_writable
 from ..evaluate.runs import EvaluateRun
 from ..records.parameters import check_value, declared
 from .plan import PipelineRun
@@ -140,6 +141,7 @@ def _go_on(folder:Path)->Run:
 
 def _new(folder:Path)->Run:
     "A record that does not exist yet. Raises `UserError` when it does."
+    check_writable(folder, "the record's folder")
     folder.mkdir(parents=True, exist_ok=True)
     if (folder/"run.json").exists(): raise UserError(f"{folder} already holds a record; name another folder")
     return Run(folder)

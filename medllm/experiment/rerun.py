@@ -50,6 +50,10 @@ def _from_the_start(extra:dict)->dict:
     "Flags without the checkpoint that an earlier attempt went on from."
     return {k: v for k, v in extra.items() if k not in ("resume_from_checkpoint", "allow", "overwrite_output_dir")}
 
+def _own_rows(values:dict)->dict:
+    "Parameters, within each other, without a place where rows lie that somebody has tokenised: they are read from the data."
+    return {k: _own_rows(v) if isinstance(v, dict) else v for k, v in values.items() if k != "tokenized_path"}
+
 def _state(folder:Path)->dict:
     "run.json of a record that can be executed again."
     state = read_state(folder)
@@ -79,7 +83,7 @@ def rerun(
     if bad := missing_inputs(state, given): raise UserError(
         f"{'; '.join(bad)}; bring it back, or name another with -p dataset, -p dataset_dir or -p model_name_or_path")
     for text in _suspects(state): say(visible(text, lines=False))
-    kept = {k: v for k, v in state["parameters"].items() if k not in ("output_dir", "runs_dir", "tag", "output")}
+    kept = {k: v for k, v in _own_rows(state["parameters"]).items() if k not in ("output_dir", "runs_dir", "tag", "output")}
     if kept.get("extra"): kept["extra"] = _from_the_start(kept["extra"])
     if state["stage"] == "pipeline": kept["reuse"] = "none"       # what is taken over is not run again
     with trusted(folder, state, given, trust) as notebook, _as_many_threads(state):
@@ -184,10 +188,10 @@ def resume(
 def _going_on(folder:Path, state:dict, given:dict, status:str)->dict:
     "The parameters of a run that goes on; from where is said."
     given = run_parameters(RUNS[state["stage"]], given)
-    kept, trains = state["parameters"] | given | {"output_dir": str(folder)}, state["stage"] in STAGE_RUNS
+    kept, trains = _own_rows(state["parameters"]) | given | {"output_dir": str(folder)}, state["stage"] in STAGE_RUNS
     found = newest_checkpoint(folder) if trains else None
     say(f"{status}: goes on from {found.name}" if found else f"{status}: there is no whole checkpoint, so it begins again"
         if trains else f"{status}: runs again in its folder, and does nothing twice that stands there")
-    if trains: kept["extra"] = _from_the_start(state["parameters"].get("extra") or {}) | given.get("extra", {}) | (
+    if trains: kept["extra"] = _from_the_start(_own_rows(state["parameters"]).get("extra") or {}) | given.get("extra", {}) | (
         {"resume_from_checkpoint": str(found)} if found else {"overwrite_output_dir": True})
     return kept

@@ -28,6 +28,7 @@ from ..core import Interrupted, UserError, project_root
 from ..files import append_event, sha256, write_json
 from ..processes import is_there, process_mark
 from ..json_file import NUMBER, misfit, parse_json, place, read_bounded, read_json
+from ..machine import check_writable
 from ..marks import conclusion
 from ..secrets import scrub_values
 
@@ -109,9 +110,10 @@ def new_folder(
     runs:str="runs",  # Parent of all records
     tag:str="",       # Put at the end of the name
 )->Path:              # A new, empty folder
-    "A folder for a new record."
+    "A folder for a new record. Raises `UserError` where none can be made."
     if tag and not re.fullmatch(r"[\w.-]{1,64}", tag): raise UserError(
         f"--tag {tag}: use letters, digits, dots, dashes only")
+    check_writable(_runs_folder(runs)/stage, "the folder for records")
     code = code_version()
     name = "-".join(filter(None, [
         datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S"), code["commit"][:7] or f"v{code['version']}",
