@@ -238,7 +238,7 @@ def judges(warm, tmp_path_factory):
 
 def card(folder, accuracy, head):
     "A report card of the given accuracy on 200 pairs."
-    from medllm.train.report_card import wilson
+    from medllm.intervals import wilson
     low, high = wilson(accuracy, 200)
     facts = {"value": accuracy, "low": low, "high": high, "pairs": 200, "questions": 200, "ties": 0}
     (folder/"report_card.json").write_text(json.dumps({"accuracy": facts, "head": head}))

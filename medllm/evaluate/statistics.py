@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..core import UserError
-from ..marks import Z95
+from ..intervals import Z95
 from .result import figure
 from ..intervals import wilson
 
