@@ -109,7 +109,7 @@ def test_a_process_that_nobody_collects_is_gone():
 @pytest.mark.parametrize("program,where", [
     ("from medllm.machine import scratch; s = scratch(); s.__enter__()", "medllm-tmp-*"),
     ("from medllm.machine import lasting; lasting()", "medllm-tmp-*"),
-    ("from medllm.core import whole_file; f = whole_file('a.json'); f.__enter__()", ".a.json.*.part")])
+    ("from medllm.files import whole_file; f = whole_file('a.json'); f.__enter__()", ".a.json.*.part")])
 def test_what_a_killed_process_was_writing_goes_with_the_next(program, where, tmp_path, monkeypatch):
     code = f"{program}; import os; os.kill(os.getpid(), 9)"
     done = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); {code}"], cwd=tmp_path,
