@@ -28,6 +28,7 @@ class UserError(Exception):
 class Interrupted(UserError):
     "A run that was asked to stop, and did after saving what it had; `medllm` exits with code 75."
 
+# %% ../nbs/00_core.ipynb #interruption
 def interruption(
     error:BaseException, # Raised while a signal may have come
 )->"Interrupted|None":   # What it was before a library made another error of it
@@ -38,10 +39,12 @@ def interruption(
         seen.add(id(error))
         error = error.__cause__ or error.__context__
 
+# %% ../nbs/00_core.ipynb #unwritable
 class Unwritable(UserError):
     "What was made could not be written, and the disk is to blame; `medllm` exits with code 74."
 
-SENTENCES = ("UserError", "Interrupted", "Unwritable", "NotFinite")  # what a notebook's outputs call an error of one sentence
+# what a notebook's outputs call an error of one sentence
+SENTENCES = ("UserError", "Interrupted", "Unwritable", "NotFinite")
 
 # %% ../nbs/00_core.ipynb #nearest
 def nearest(
@@ -62,6 +65,7 @@ def project_root()->Path|None:  # Folder with settings.ini; None when medllm run
     up = _package().parent
     return up if (up/"settings.ini").exists() and (up/"nbs").is_dir() else None
 
+# %% ../nbs/00_core.ipynb #bundled
 def bundled(
     what:str, # "runs" (run notebooks), "samples" (sample data) or "page" (what exported pages are made of)
 )->Path:      # An existing folder
@@ -81,6 +85,7 @@ def find_path(
     if _is_there(path) or path.is_absolute() or root is None: return path
     return root/path if _is_there(root/path) else path
 
+# %% ../nbs/00_core.ipynb #is-there
 def _is_there(path:Path)->bool:
     "Whether a path exists; a name that is too long for the system does not."
     try: return path.exists()
@@ -88,7 +93,8 @@ def _is_there(path:Path)->bool:
 
 # %% ../nbs/00_core.ipynb #quiet
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")     # read when the library is imported, which is later
-for _part in ("backends.cpu.ops", "autograd._functions"): logging.getLogger(f"bitsandbytes.{_part}").setLevel(logging.ERROR)
+for _part in ("backends.cpu.ops", "autograd._functions"):
+    logging.getLogger(f"bitsandbytes.{_part}").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.* is deprecated")  # peft asks transformers so
 
 def quiet_bars():
@@ -97,7 +103,8 @@ def quiet_bars():
     if not sys.stderr.isatty(): library.disable_progress_bar()
 
 # %% ../nbs/00_core.ipynb #visible
-_ACTS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+_ACTS = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\ud800-\udfff\U000e0000-\U000e0fff]")
 
 def _spelt(found:re.Match)->str:
@@ -105,6 +112,7 @@ def _spelt(found:re.Match)->str:
     pair = found[0].encode("utf-16-be", "surrogatepass").hex()
     return "".join(f"\\u{pair[n:n + 4]}" for n in range(0, len(pair), 4))
 
+# %% ../nbs/00_core.ipynb #visible-2
 def visible(
     text:str,          # Of anybody
     lines:bool = True, # Whether it may have more than one line
@@ -113,6 +121,7 @@ def visible(
     text = _ACTS.sub(_spelt, text)
     return text if lines else text.replace("\n", "\\n").replace("\t", "\\t")
 
+# %% ../nbs/00_core.ipynb #spelled
 class _Spelled:
     "A stream of text that spells out what is foreign in it."
     def __init__(self, stream): self.stream = stream
@@ -121,6 +130,7 @@ class _Spelled:
         self.stream.write(visible(text))
         return len(text)
 
+# %% ../nbs/00_core.ipynb #spelled-2
 @contextlib.contextmanager
 def spelled():
     "Within the block, what is printed on stdout is `visible`."
@@ -128,6 +138,7 @@ def spelled():
     try: yield
     finally: sys.stdout = before
 
+# %% ../nbs/00_core.ipynb #terminal
 def terminal():  # A stream
     "Stdout for text that is ours to the last character, colours included, though others' is `spelled`."
     return sys.stdout.stream if isinstance(sys.stdout, _Spelled) else sys.stdout
@@ -137,12 +148,14 @@ def is_first_process()->bool: # True unless a launcher made this process one of 
     "Whether this process is the one that speaks and writes."
     return int(os.environ.get("RANK", "0")) == 0
 
+# %% ../nbs/00_core.ipynb #say-2
 def say(
     text:str, # One line
 ):
     "Print one line on stderr, from the first process only."
     if is_first_process(): print(visible(text), file=sys.stderr, flush=True)
 
+# %% ../nbs/00_core.ipynb #progress-line
 def progress_line(
     text:str, # "" takes the line away
 ):
@@ -163,6 +176,7 @@ def first_line(
     said = visible(said if len(said) <= most else f"{said[:most]}…", lines=False)
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
+# %% ../nbs/00_core.ipynb #foreign-2
 @contextlib.contextmanager
 def foreign(
     what:str,          # What is read, and where: "the tokenizer of model x"

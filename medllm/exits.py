@@ -34,21 +34,25 @@ def _told(error:BaseException)->int|None: # None: it is nobody's but ours
     error = interruption(error) or error
     code = {"Interrupted": 75, "Unwritable": 74}.get(type(error).__name__, 2)
     if why := "" if isinstance(error, UserError) else place_fault(error): error = UserError(why)
-    if type(error).__name__ == "PanicException": error = UserError(f"a file of the model or of the data makes a library give up "
-        f"({first_line(error)}); have its tokenizer made anew")
+    if type(error).__name__ == "PanicException":
+        error = UserError(f"a file of the model or of the data makes a library give up "
+            f"({first_line(error)}); have its tokenizer made anew")
     if not isinstance(error, UserError): return None
     say(f"error: {visible(str(error), lines=False)}")
     return code
 
+# %% ../nbs/12_exits.ipynb #somewhere
 def _somewhere()->bool:
     "Whether the working directory is there."
     try: return bool(os.getcwd())
     except FileNotFoundError: return False
 
+# %% ../nbs/12_exits.ipynb #exit-code
 def exit_code(
     command:Callable[[], int], # What a command line asks for
 )->int:                        # Its own, or the error's
-    ("Run a command to its end, whatever that is: the one place where errors become sentences. 2 is a mistake or a broken file, "
+    ("Run a command to its end, whatever that is: the one place where errors become sentences. 2 is "
+        "a mistake or a broken file, "
         "74 that nothing can be written, 75 asked to stop, 130 the keyboard, 1 our own fault.")
     try:
         if not _somewhere(): raise UserError("the working directory was removed; change to one that is there")
@@ -61,5 +65,6 @@ def exit_code(
     except BaseException as e:
         if (code := _told(e)) is not None: return code
         print(visible(traceback.format_exc()), file=sys.stderr, end="")
-        print(f"this is a fault of medllm; please report it with the lines above: {issue_address()}", file=sys.stderr, flush=True)
+        print(f"this is a fault of medllm; please report it with the lines above: {issue_address()}", file=sys.stderr,
+            flush=True)
         return 1

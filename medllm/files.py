@@ -29,6 +29,7 @@ def sha256(
     "SHA-256 (or another hash) of a file's bytes, read in blocks."
     with open(path, "rb") as f: return hashlib.file_digest(f, kind).hexdigest()
 
+# %% ../nbs/01_files.ipynb #sync-folder
 def sync_folder(
     path:str|Path, # A folder
 ):
@@ -38,6 +39,7 @@ def sync_folder(
     try: os.fsync(handle)
     finally: os.close(handle)
 
+# %% ../nbs/01_files.ipynb #try-lock
 def try_lock(
     place:str|Path|int, # A file or folder that is there, or a handle of it
 )->int|None:            # A handle that holds it until it is closed; None: somebody else does, or nobody can
@@ -62,6 +64,7 @@ def _sweep(folder:Path):
             (folder/left).unlink(missing_ok=True)
             os.close(handle)
 
+# %% ../nbs/01_files.ipynb #opened
 def _opened(part:Path)->tuple[BinaryIO, int|None]:
     "A new temporary file, and what holds it; one that another process took for a leftover before that is left to it."
     for _ in range(100):
@@ -72,6 +75,7 @@ def _opened(part:Path)->tuple[BinaryIO, int|None]:
         os.close(held)
     raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(part))
 
+# %% ../nbs/01_files.ipynb #whole-file-2
 @contextlib.contextmanager
 def whole_file(
     path:str|Path,   # Where to
@@ -105,13 +109,14 @@ def write_bytes(
     with whole_file(path, sync) as f: f.write(data)
     return Path(path)
 
+# %% ../nbs/01_files.ipynb #write-json
 def write_json(
     path:str|Path,   # Where to
     value,           # Anything `json` can write; paths and numpy scalars become strings and numbers
     sync:bool = True,# Whether it must survive a power cut
 )->Path:             # `path`
     "Write `value` as JSON, whole or not at all."
-    plain = lambda x: x.item() if hasattr(x, "item") else str(x)
+    def plain(x): return x.item() if hasattr(x, "item") else str(x)
     return write_bytes(path, (json.dumps(value, ensure_ascii=False, indent=1, default=plain) + "\n").encode(
         errors="backslashreplace"), sync)         # half of a pair, as in a file name that is no UTF-8, is \udce9 in JSON too
 
@@ -130,6 +135,7 @@ def append_event(
         f.flush()
         os.fsync(f.fileno())
 
+# %% ../nbs/01_files.ipynb #whole-lines
 def _whole_lines(f):
     "Take away the end of a line that a crash cut off, so that the next line is not glued to it."
     size = f.seek(0, os.SEEK_END)

@@ -27,9 +27,11 @@ def goes_on(
     if folder and (Path(folder)/"run.json").exists(): return f"medllm runs resume {folder} goes on"
     return f"the same run with --resume_from_checkpoint {asked} goes on"
 
+# %% ../nbs/11_interruption.ipynb #left
 class Left(BaseException):
     "Raised inside a loop that is left because somebody asked to stop."
 
+# %% ../nbs/11_interruption.ipynb #stop-2
 class Stop:
     "Whether somebody asked this process to stop."
     def __init__(self):
@@ -72,6 +74,7 @@ class Stop:
         "Forget that somebody asked."
         self.asked = 0
 
+# %% ../nbs/11_interruption.ipynb #stop-more
 stop = Stop()
 
 # %% ../nbs/11_interruption.ipynb #blocks
@@ -86,6 +89,7 @@ def listening():
         stop.blocks -= 1
         if own: stop.remove()
 
+# %% ../nbs/11_interruption.ipynb #polled
 @contextmanager
 def polled():
     "Within the block somebody reads the note, so that a signal is no exception."
@@ -93,6 +97,7 @@ def polled():
     try: yield stop
     finally: stop.waiting = before
 
+# %% ../nbs/11_interruption.ipynb #leaving
 @contextmanager
 def leaving(
     may:bool = True, # False: as if the block were not there

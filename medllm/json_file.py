@@ -26,6 +26,7 @@ def _opened(file:str|Path, buffering:int = -1):
     f.close()
     raise ValueError("it is no file")
 
+# %% ../nbs/03_json_file.ipynb #read-bounded
 def read_bounded(
     file:str|Path,    # Any path
     most:int = MOST,  # Longest that is read [bytes]
@@ -35,7 +36,8 @@ def read_bounded(
         told = os.fstat(f.fileno())
         if told.st_size > most: raise ValueError(f"it is longer than {most/2**20:.3g} MiB")
         data = f.read(told.st_size + 1)
-        while len(data) <= most and (more := f.read(2**20)): data += more       # one that grows, or that the system makes up
+        # one that grows, or that the system makes up
+        while len(data) <= most and (more := f.read(2**20)): data += more
     if len(data) > most: raise ValueError(f"it is longer than {most/2**20:.3g} MiB")
     return data
 
@@ -56,6 +58,7 @@ _HOLDERS = {dict, list}
 _ZEROS = bytes.maketrans(b"123456789", b"0"*9)
 _quick, _careful = json.JSONDecoder().decode, json.JSONDecoder(object_pairs_hook=_unique, parse_int=_integer).decode
 
+# %% ../nbs/03_json_file.ipynb #keys
 def _keys(value, deepest:int)->int:
     "How many keys a value has. Raises `ValueError` when it is too deep."
     level, keys = [value] if type(value) in _HOLDERS else [], 0
@@ -66,6 +69,7 @@ def _keys(value, deepest:int)->int:
         level = [v for part in values if not _HOLDERS.isdisjoint(map(type, part)) for v in part if type(v) in _HOLDERS]
     raise ValueError("it is nested too deep")
 
+# %% ../nbs/03_json_file.ipynb #decoded
 def _decoded(text:str, data:bytes, deepest:int, unique:bool):
     "A value in which no key is there twice: as many keys were read as there are quotes with a colon behind."
     bare = data.translate(_ZEROS, b" \t\n\r")                # digits are zeros, blanks are gone
@@ -81,6 +85,7 @@ _QUOTED = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.S)
 
 def _brackets(data:bytes)->int: return sum(map(data.count, (b"{", b"[", b",")))
 
+# %% ../nbs/03_json_file.ipynb #parse-json-2
 def parse_json(
     text:str|bytes,        # Of one value
     deepest:int = DEEPEST, # Levels that it may have
@@ -95,6 +100,7 @@ def parse_json(
     except RecursionError: raise ValueError("it is nested too deep") from None
     except json.JSONDecodeError as e: raise ValueError(f"it is no JSON: {e.msg} at line {e.lineno}") from None
 
+# %% ../nbs/03_json_file.ipynb #read-json
 def read_json(
     file:str|Path,   # Any path
     most:int = MOST, # Longest that is read [bytes]
@@ -121,7 +127,8 @@ def json_lines(
 
 # %% ../nbs/03_json_file.ipynb #shape
 NUMBER = (int, float)
-_KINDS = {dict: "a table", list: "a list", str: "text", bool: "yes or no", int: "a number", float: "a number", type(None): "null"}
+_KINDS = {dict: "a table", list: "a list", str: "text", bool: "yes or no", int: "a number", float: "a number",
+    type(None): "null"}
 
 def misfit(
     value,         # From `parse_json`
@@ -138,19 +145,23 @@ def misfit(
     where, (named, rest) = f"{path}." if path else "", _parts(shape)
     for name, must, inner in named:
         if must and value.get(name) is None: return f"{where}{name} is missing"
-        if value.get(name) is not None and not _fits(value[name], inner): return misfit(value[name], inner, where + name)
+        if value.get(name) is not None and not _fits(value[name], inner):
+            return misfit(value[name], inner, where + name)
     name = next(name for name in _others(value, shape) if not _fits(value[name], rest))
     return misfit(value[name], rest, where + name)
 
+# %% ../nbs/03_json_file.ipynb #parts
 _known = {}      # shapes are constants of modules, and are taken apart once
 
 def _parts(shape:dict)->tuple[list, object]:
     "Name, whether it must be there, and shape of each listed part; and the shape of the others."
     if len(_known) > 500: _known.clear()
-    if id(shape) not in _known: _known[id(shape)] = shape, [(n.removesuffix("!"), n.endswith("!"), inner)
-        for n, inner in shape.items() if n is not ...], shape.get(...)
+    if id(shape) not in _known:
+        _known[id(shape)] = shape, [(n.removesuffix("!"), n.endswith("!"), inner)
+            for n, inner in shape.items() if n is not ...], shape.get(...)
     return _known[id(shape)][1:]
 
+# %% ../nbs/03_json_file.ipynb #fits
 def _fits(value, shape)->bool:
     "Whether a value is of a shape."
     if type(shape) is type: return isinstance(value, shape) and (type(value) is not bool or shape is bool)
@@ -159,6 +170,7 @@ def _fits(value, shape)->bool:
     if type(shape) is tuple: return any([_fits(value, s) for s in shape])
     return bool(shape(value))
 
+# %% ../nbs/03_json_file.ipynb #others
 def _fits_table(table:dict, shape:dict)->bool:
     "Whether the parts of a table are."
     named, rest = _parts(shape)
@@ -169,8 +181,10 @@ def _fits_table(table:dict, shape:dict)->bool:
         elif not _fits(part, inner): return False
     return rest is None or all([_fits(table[name], rest) for name in _others(table, shape)])
 
-def _others(table:dict, shape:dict)->list[str]: return [name for name in table if name not in shape and f"{name}!" not in shape]
+def _others(table:dict, shape:dict)->list[str]:
+    return [name for name in table if name not in shape and f"{name}!" not in shape]
 
+# %% ../nbs/03_json_file.ipynb #place
 def place(
     value, # Of a file
 )->bool:

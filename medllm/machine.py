@@ -31,10 +31,12 @@ from .core import UserError, say
 from .files import sync_folder, try_lock
 
 # %% ../nbs/06_machine.ipynb #refused
-_REFUSED = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EIO", "ESTALE",
+_REFUSED = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EIO",
+    "ESTALE",
     "ENAMETOOLONG", "ENXIO", "ENODEV", "ENOTCONN", "EMFILE", "ENFILE", "EISDIR", "ELOOP") if hasattr(errno, name)}
 _ROOM = ("ENOSPC", "EDQUOT", "EFBIG")
-_written = re.compile(r"No space left|Disk quota exceeded|File too large|Read-only file system|file write failed|write failed|"
+_written = re.compile(
+    r"No space left|Disk quota exceeded|File too large|Read-only file system|file write failed|write failed|"
     r"os error|inline_container|Permission denied|unexpected pos|requested and \d+ written|Parent directory .* does not exist|"
     r"cannot be opened")
 
@@ -46,19 +48,23 @@ def writing_failed(
     if isinstance(error, OSError): return error.strerror or (known[0] if known else type(error).__name__)
     return known[0] if known and type(error).__name__ in ("SafetensorError", "RuntimeError", "Exception") else ""
 
+# %% ../nbs/06_machine.ipynb #place-fault
 def place_fault(
     error:BaseException, # Anything that was raised
 )->str:                  # Empty when it is no fault of a place
     "What a place on the disk refused, where, and what helps."
     if not isinstance(error, OSError) or error.errno is None and _written.search(str(error)):    # numpy's has no number
-        return f"a file cannot be written ({why}): make room, or write elsewhere" if (why := writing_failed(error)) else ""
+        return f"a file cannot be written ({why}): make room, or write elsewhere" if (
+            why := writing_failed(error)) else ""
     if isinstance(error, FileNotFoundError) and "usable temporary directory" in str(error):
         return "no temporary folder can be written: set TMPDIR to one"
     if error.errno not in _REFUSED: return ""
     helps = "make room" if errno.errorcode[error.errno] in _ROOM else "let it be written, or name another place"
-    named = re.sub(r"/\.([^/]+)\.\d+\.\d+\.part$", r"/\1", str(error.filename or "a file"))    # while `write_bytes` writes it
+    # while `write_bytes` writes it
+    named = re.sub(r"/\.([^/]+)\.\d+\.\d+\.part$", r"/\1", str(error.filename or "a file"))
     return f"{named} cannot be used ({error.strerror}): {helps}"
 
+# %% ../nbs/06_machine.ipynb #placed
 @contextlib.contextmanager
 def placed():
     "Within the block a place that refuses is a sentence: `UserError`."
@@ -80,6 +86,7 @@ def can_write(
     if not place.is_dir(): return f"{place} is a {'file' if place.exists() else 'link that leads nowhere'}"
     return "" if os.access(place, os.W_OK | os.X_OK) else f"{place} is not writable"
 
+# %% ../nbs/06_machine.ipynb #check-writable
 def check_writable(
     folder:str|Path, # Where a command will write
     flag:str,        # That names it
@@ -94,6 +101,7 @@ def _lockable(folder:Path)->bool:
     while folder.exists() and time.monotonic() < end: time.sleep(.02)      # whoever holds it takes it away
     return not folder.exists()
 
+# %% ../nbs/06_machine.ipynb #sweep-2
 def sweep(
     place:Path, # Of a finished folder
 ):
@@ -115,6 +123,7 @@ def _new(folder:Path, prefix:str)->tuple[Path, int|None]:
         elif not _lockable(part): return part, None
     raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(folder))
 
+# %% ../nbs/06_machine.ipynb #beside-2
 @contextlib.contextmanager
 def beside(
     place:Path, # Of the finished folder
@@ -161,6 +170,7 @@ def _abandoned(folder:Path)->Iterator[tuple[Path, int]]:
         ours = stat.S_ISDIR(seen.st_mode) and seen.st_uid == (os.getuid() if hasattr(os, "getuid") else seen.st_uid)
         if ours and (handle := try_lock(left)) is not None: yield left, handle
 
+# %% ../nbs/06_machine.ipynb #scratch-2
 @contextlib.contextmanager
 def scratch(
     folder:str|Path|None = None, # That it is made in; None: the system's for temporary files
@@ -177,6 +187,7 @@ def scratch(
         shutil.rmtree(place, ignore_errors=True)
         if held is not None: os.close(held)
 
+# %% ../nbs/06_machine.ipynb #lasting
 def lasting()->Path:
     "A temporary folder as `scratch` makes it, until this process ends."
     stack = contextlib.ExitStack()
@@ -184,7 +195,8 @@ def lasting()->Path:
     return stack.enter_context(scratch())
 
 # %% ../nbs/06_machine.ipynb #home
-_WRITTEN = {"MPLCONFIGDIR": ".config/matplotlib", "IPYTHONDIR": ".ipython", "JUPYTER_RUNTIME_DIR": ".local/share/jupyter/runtime",
+_WRITTEN = {"MPLCONFIGDIR": ".config/matplotlib", "IPYTHONDIR": ".ipython",
+    "JUPYTER_RUNTIME_DIR": ".local/share/jupyter/runtime",
     "NUMBA_CACHE_DIR": ".cache/numba", "TRITON_CACHE_DIR": ".triton/cache"}
 
 @cache
@@ -192,19 +204,23 @@ def substitute()->Path:
     "A folder of this user's own where there is no home. Raises `UserError` when there is no temporary folder either."
     user = os.getuid() if hasattr(os, "getuid") else "user"
     try: place = Path(tempfile.gettempdir())/f"medllm-{user}"
-    except FileNotFoundError: raise UserError(
-        "neither the home folder nor a temporary one can be written: set MEDLLM_CACHE and TMPDIR") from None
+    except FileNotFoundError:
+        raise UserError(
+            "neither the home folder nor a temporary one can be written: set MEDLLM_CACHE and TMPDIR") from None
     with contextlib.suppress(OSError):
         place.mkdir(mode=0o700, exist_ok=True)
         seen = place.lstat()
-        if stat.S_ISDIR(seen.st_mode) and (user == "user" or seen.st_uid == user and not seen.st_mode & 0o077): return place
+        if stat.S_ISDIR(seen.st_mode) and (user == "user" or seen.st_uid == user and not seen.st_mode & 0o077):
+            return place
     with placed(): return lasting()
 
+# %% ../nbs/06_machine.ipynb #home-2
 def home()->Path|None: # None when there is none
     "The home folder, if it leads anywhere."
     place = Path(os.path.expanduser("~"))
     return place if place.is_absolute() and place.is_dir() else None
 
+# %% ../nbs/06_machine.ipynb #settle-home
 def settle_home():
     "Give libraries, and the programs that are started from here, a home that can be written."
     import getpass
@@ -222,7 +238,8 @@ def settle_home():
 # %% ../nbs/06_machine.ipynb #cache
 @cache
 def _told_of(place:Path):
-    say(f"there is no home folder that can be written: what can be made again is kept in {place} (MEDLLM_CACHE names another)")
+    say(f"there is no home folder that can be written: what can be made again is kept in {place} "
+        "(MEDLLM_CACHE names another)")
 
 def cache_home()->Path:
     "The folder for what can be made again."
@@ -242,6 +259,7 @@ def hub_answers()->bool:
     except Exception: return False                 # of whatever library carries the request: there is no way
     return True
 
+# %% ../nbs/06_machine.ipynb #check-hub
 def check_hub(
     what:str, # "model owner/name"
 ):
@@ -258,6 +276,7 @@ def tolerant_console():
         known = (getattr(stream, "encoding", None) or "").lower().replace("-", "") in ("utf8", "utf8sig")
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace" if known else "replace")
 
+# %% ../nbs/06_machine.ipynb #speak-utf8
 def speak_utf8():
     "Begin this program again in UTF-8 mode where ASCII was taken for everything; after that, give the console back its encoding."
     if console := os.environ.pop("MEDLLM_CONSOLE", ""):
@@ -279,14 +298,17 @@ def end_with(
     try: threading.Thread(target=watch, args=(psutil.Process(pid),), daemon=True).start()
     except psutil.NoSuchProcess: os._exit(1)
 
+# %% ../nbs/06_machine.ipynb #attached
 def attached()->dict[str, str]: # Environment of a process
     "What makes a process that is started from here end with this one."
     return {"MEDLLM_WITH": str(os.getpid())}
 
+# %% ../nbs/06_machine.ipynb #attach
 def attach():
     "End with the process that has started this one, if it asked for that."
     if pid := os.environ.pop("MEDLLM_WITH", ""): end_with(int(pid))
 
+# %% ../nbs/06_machine.ipynb #arrive-2
 def arrive(
     own:bool = False, # Whether this process is there for the command alone
 ):
@@ -301,9 +323,11 @@ def described(
     file:Path, # Any
 )->dict:
     "A file's hash and size."
-    with open(file, "rb") as f: return {
-        "sha256": hashlib.file_digest(f, "sha256").hexdigest(), "bytes": os.fstat(f.fileno()).st_size}
+    with open(file, "rb") as f:
+        return {
+            "sha256": hashlib.file_digest(f, "sha256").hexdigest(), "bytes": os.fstat(f.fileno()).st_size}
 
+# %% ../nbs/06_machine.ipynb #differs
 def differs(
     file:Path,          # Now
     known:dict,         # From `described`, then
@@ -319,6 +343,7 @@ def differs(
     except FileNotFoundError: return f"{file.name} is missing"
     except OSError as e: return f"{file.name} cannot be read ({e.strerror})"
 
+# %% ../nbs/06_machine.ipynb #all-described
 def all_described(
     folder:Path,          # Holds them
     names:Iterable[str],  # Of files
@@ -327,6 +352,7 @@ def all_described(
     names = list(names)
     with ThreadPoolExecutor(4) as pool: return dict(zip(names, pool.map(lambda name: described(folder/name), names)))
 
+# %% ../nbs/06_machine.ipynb #first-difference
 def first_difference(
     folder:Path,        # Holds them
     known:dict,         # From `all_described`
@@ -334,7 +360,8 @@ def first_difference(
 )->str:                 # "" when there is none
     "How a folder's files are not those that were described."
     for deep in (False, True)[:1 + hashed]:            # a wrong size is known before the first byte is read
-        with ThreadPoolExecutor(4) as pool: found = pool.map(lambda name: differs(folder/name, known[name], deep), known)
+        with ThreadPoolExecutor(4) as pool:
+            found = pool.map(lambda name: differs(folder/name, known[name], deep), known)
         if why := next(filter(None, found), ""): return why
     return ""
 

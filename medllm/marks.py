@@ -34,6 +34,7 @@ def met_of(
     if row.get("target") == "not worse" and "not distinguishable" in str(row.get("measured")): return None
     return met if isinstance(met, bool) else None
 
+# %% ../nbs/10_marks.ipynb #mark-of
 def mark_of(
     row:dict, # Of a verdict
 )->str:
@@ -53,15 +54,17 @@ def tally(
     marks = [met_of(row) for row in rows]
     return {word: marks.count(met) for met, word in MARKS.items()}
 
+# %% ../nbs/10_marks.ipynb #conclusion
 def conclusion(
     rows:Sequence[dict], # Of a verdict
 )->str:                  # "" without rows
     "One sentence on a verdict, and that no clinical use follows from it."
     if not rows: return ""
-    what = lambda row: ": ".join(str(row[k]) for k in ("stage", "what") if row.get(k))
+    def what(row): return ": ".join(str(row[k]) for k in ("stage", "what") if row.get(k))
     count, missed = tally(rows), [what(row) for row in rows if met_of(row) is False]
     names = "; ".join(missed[:_NAMED]) + (f"; and {len(missed) - _NAMED} more" if len(missed) > _NAMED else "")
-    told = [f"{count['missed']} of {len(rows)} targets missed ({names})" if missed else f"none of {len(rows)} targets missed",
+    told = [f"{count['missed']} of {len(rows)} targets missed ({names})" if missed
+        else f"none of {len(rows)} targets missed",
         f"{count['cannot tell']} cannot be told" if count["cannot tell"] else "", f"{count['shown']} shown"]
     if count["shown"] == len(rows): told = [f"all {len(rows)} targets shown"]
     opening = _OPENINGS[False if missed else None if count["cannot tell"] else True]
@@ -76,6 +79,7 @@ def items_to_tell(
     if abs(value - limit) < 1e-9: return None
     return max(1, math.ceil(Z95**2*limit*(1 - limit)/(value - limit)**2))
 
+# %% ../nbs/10_marks.ipynb #would-tell
 def would_tell(
     items:int|None, # How many; None: no number
     what:str = "items", # Their name
@@ -99,13 +103,15 @@ def marked(
         return f'<span style="{_STYLES[met_of(row)]}">{word}</span>' if coloured else word
     return [{("mark" if k == "met" else k): (mark(row) if k == "met" else v) for k, v in row.items()} for row in rows]
 
+# %% ../nbs/10_marks.ipynb #as-lines
 def as_lines(
     rows:Sequence[dict],  # Of a verdict
     coloured:bool = False,# With the escapes of a terminal
 )->list[str]:
     "A verdict for a terminal, a line for each row, the mark first."
     wide = max((len(str(row.get("what", ""))) for row in rows), default=0)
-    part = lambda row, key: str(row.get(key, ""))
-    line = lambda row: f"{mark_of(row):13}  {part(row, 'what'):{wide}}  {part(row, 'measured')}  (target: {part(row, 'target')})"
+    def part(row, key): return str(row.get(key, ""))
+    def line(row):
+        return f"{mark_of(row):13}  {part(row, 'what'):{wide}}  {part(row, 'measured')}  (target: {part(row, 'target')})"
     code = {False: "\033[31m", None: "\033[33m", True: "\033[32m"}
     return [f"{code[met_of(row)]}{line(row)}\033[0m" if coloured else line(row) for row in rows]

@@ -28,11 +28,12 @@ def _type_text(kind)->str:
         return f"Optional[{next(a.__name__ for a in typing.get_args(kind) if a is not type(None))}]"
     return kind.__name__
 
+# %% ../nbs/13_parameters.ipynb #parameters-cell
 def parameters_cell(
     run:type, # A dataclass of run parameters
 )->str:       # Source of a cell, a line for each parameter
     "The parameters cell of a run notebook, written from its dataclass."
-    value = lambda f: f.default_factory() if f.default_factory is not MISSING else f.default
+    def value(f): return f.default_factory() if f.default_factory is not MISSING else f.default
     lines = [(f"{f.name}:{_type_text(f.type)} = {value(f)!r}", f.metadata["help"]) for f in fields(run)]
     width = max(len(code) for code, _ in lines if len(code) < 80) + 2
     return "\n".join(f"{code.ljust(width)}# {text}" for code, text in lines)
@@ -56,11 +57,13 @@ def _convert(name:str, kind, value):
     try: return kind(value)
     except (TypeError, ValueError): raise wrong from None
 
+# %% ../nbs/13_parameters.ipynb #as-json
 def _as_json(text:str, wrong:UserError):
     "A value written as JSON on the command line."
     try: return json.loads(text)
     except json.JSONDecodeError: raise wrong from None
 
+# %% ../nbs/13_parameters.ipynb #run-parameters
 def run_parameters(
     run:type,   # A dataclass of run parameters; one with `extra` has `other_flags`, which may stand there
     given:dict, # Name to value, as the user wrote them
@@ -75,6 +78,7 @@ def run_parameters(
         raise UserError(f"unknown parameter '{name}'{nearest(name, own)}; --list-parameters shows them")
     known = {*run.other_flags()}
     for name in rest:
-        if name not in known: raise UserError(f"unknown parameter '{name}'{nearest(name, [*own, *known])}; "
-                                              "--list-parameters shows them")
+        if name not in known:
+            raise UserError(f"unknown parameter '{name}'{nearest(name, [*own, *known])}; "
+                                                  "--list-parameters shows them")
     return out | {"extra": out.get("extra", {}) | rest}

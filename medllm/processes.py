@@ -21,6 +21,7 @@ def boot()->str: # 12 hex digits
     with contextlib.suppress(OSError): told += os.readlink("/proc/self/ns/pid")        # of the container
     return hashlib.sha256(told.encode()).hexdigest()[:12]
 
+# %% ../nbs/02_processes.ipynb #process-mark
 def process_mark(
     pid:int|None = None, # Of a process that is there; None: this one
 )->dict:                 # pid, begun, boot
@@ -29,6 +30,7 @@ def process_mark(
     process = psutil.Process(pid)
     return {"pid": process.pid, "begun": process.create_time(), "boot": boot()}
 
+# %% ../nbs/02_processes.ipynb #is-there
 def is_there(
     mark:dict, # From `process_mark`, in a file
 )->bool|None:  # None: of another machine or container, it cannot be told from here

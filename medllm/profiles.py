@@ -26,12 +26,14 @@ def launch_environment(
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count() or 1)}
     return {"fast": {}, "repeatable": _QUIET, "exact": _STRICT | threads}[profile]
 
+# %% ../nbs/14_profiles.ipynb #environment-at-start
 def environment_at_start()->dict: # Name to value
     "The environment that this process was started with; where the system does not keep it, that of now."
     try: words = Path("/proc/self/environ").read_bytes().split(b"\0")
     except OSError: return dict(os.environ)
     return dict(word.decode(errors="replace").split("=", 1) for word in words if b"=" in word)
 
+# %% ../nbs/14_profiles.ipynb #missing-at-start
 def missing_at_start(
     profile:str, # One of `PROFILES`
 )->list[str]:    # Name=value

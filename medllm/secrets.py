@@ -48,10 +48,12 @@ _SECRET_NAME = re.compile(r"(?i)TOKEN(?!IZER)|KEY|SECRET|PASSWORD|PASSWD|CREDENT
 
 def _is_place(value:str)->bool:
     "Whether a value is a path that is there, or could be made in a folder that is."
-    try: return Path(value).exists() or (value.startswith(("/", "~/")) and Path(value).expanduser().parent.is_dir()
-        and Path(value).parent != Path("/"))
+    try:
+        return Path(value).exists() or (value.startswith(("/", "~/")) and Path(value).expanduser().parent.is_dir()
+            and Path(value).parent != Path("/"))
     except (OSError, ValueError): return False
 
+# %% ../nbs/05_secrets.ipynb #values
 @lru_cache(maxsize=8)
 def _forms(values:tuple[str, ...])->tuple[str, ...]:
     "Secret values, each in the ways in which text may hold it; the longest first."
@@ -62,10 +64,11 @@ def _forms(values:tuple[str, ...])->tuple[str, ...]:
 
 @lru_cache(maxsize=4)
 def _values(environment:frozenset)->tuple[str, ...]:
-    word = lambda v: v.isalpha() and len(v) <= 10 and (v.islower() or v.isupper() or v.istitle())
+    def word(v): return v.isalpha() and len(v) <= 10 and (v.islower() or v.isupper() or v.istitle())
     return tuple(sorted({v for name, v in environment if _SECRET_NAME.search(name) and len(v) >= 8
         and not v.startswith("env:") and not word(v) and not _is_place(v)}))
 
+# %% ../nbs/05_secrets.ipynb #secret-values
 def secret_values()->tuple[str, ...]: # Of the environment of this process
     "Values of variables whose name says that they are secret."
     return _values(frozenset(os.environ.items()))
@@ -87,8 +90,10 @@ def scrub(
         if n: counts[rule] += n
     return text, dict(counts)
 
+# %% ../nbs/05_secrets.ipynb #scrub-values
 _MAY_NAME = ("passw", *(f"{a}{j}{b}" for j in ("_", "-", "") for a, b in (
-    ("api", "key"), ("secret", "key"), ("secret", "access"), *((w, "token") for w in "hub hf api access auth secret".split()))))
+    ("api", "key"), ("secret", "key"), ("secret", "access"),
+    *((w, "token") for w in "hub hf api access auth secret".split()))))
 
 def scrub_values(
     value,            # What will become JSON
@@ -105,6 +110,7 @@ def scrub_values(
         return v
     return clean(value), dict(counts)
 
+# %% ../nbs/05_secrets.ipynb #by-name
 def _by_name(name, value, counts:Counter):
     "A value whose key says that it is secret."
     if not isinstance(value, str) or not is_secret(str(name)) or not value or value.startswith(("env:", "[secret")):
@@ -113,7 +119,8 @@ def _by_name(name, value, counts:Counter):
     return "[secret: named]"
 
 # %% ../nbs/05_secrets.ipynb #reference
-_SECRET_FLAG = re.compile(r"(?i)(?:^|_)(?:hub|hf|api|access|auth|wandb)_?(?:token|key)$|password|passwd|secret|credential")
+_SECRET_FLAG = re.compile(
+    r"(?i)(?:^|_)(?:hub|hf|api|access|auth|wandb)_?(?:token|key)$|password|passwd|secret|credential")
 
 def is_secret(
     name:str, # Of a flag or parameter
@@ -121,17 +128,22 @@ def is_secret(
     "Whether a flag takes a secret, by its name."
     return bool(_SECRET_FLAG.search(name))
 
+# %% ../nbs/05_secrets.ipynb #check-reference
 def check_reference(
     name:str, # Of a flag or parameter
     value,    # As given
 ):
     "Raise `UserError` when a secret is written down instead of being named."
     if not isinstance(value, str) or value == "": return
-    if is_secret(name) and not re.fullmatch(r"env:[A-Za-z_]\w*", value): raise UserError(
-        f"parameter {name}: a secret is not written down; put it into an environment variable and write {name} env:NAME")
-    if scrub(value)[1]: raise UserError(f"parameter {name}: this looks like a secret; put it into an environment variable"
-        + (f" and write {name} env:NAME" if is_secret(name) else ", where the libraries look for it"))
+    if is_secret(name) and not re.fullmatch(r"env:[A-Za-z_]\w*", value):
+        raise UserError(
+            f"parameter {name}: a secret is not written down; put it into an environment "
+            f"variable and write {name} env:NAME")
+    if scrub(value)[1]:
+        raise UserError(f"parameter {name}: this looks like a secret; put it into an environment variable"
+            + (f" and write {name} env:NAME" if is_secret(name) else ", where the libraries look for it"))
 
+# %% ../nbs/05_secrets.ipynb #resolve
 def resolve(
     value:str|None,  # env:NAME, or anything else
 )->str|None:         # The variable's value, or what was given

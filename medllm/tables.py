@@ -20,9 +20,10 @@ def markdown_rows(
     rows:Iterable[Sequence], # Each with as many values
 )->str:
     "A Markdown table."
-    line = lambda values: f"| {' | '.join(map(_cell, values))} |"
+    def line(values): return f"| {' | '.join(map(_cell, values))} |"
     return "\n".join([line(head), "|" + "---|"*len(head), *map(line, rows)])
 
+# %% ../nbs/07_tables.ipynb #markdown-table
 def markdown_table(
     rows:Sequence[dict], # With the same keys
 )->str:

@@ -17,6 +17,7 @@ from .core import UserError, find_path, nearest
 # %% ../nbs/04_yaml_file.ipynb #yaml
 _ALIASES, _DEEPEST = 16, 32 # most aliases in a file; levels of lists and mappings
 
+# %% ../nbs/04_yaml_file.ipynb #loader
 class _Loader(yaml.SafeLoader):
     "YAML with `true` and `false` as the only truth values, unique keys, few aliases and few levels."
     def __init__(self, text:str):
@@ -38,10 +39,12 @@ class _Loader(yaml.SafeLoader):
     def construct_object(self, node, deep=False):
         try:
             value = super().construct_object(node, deep)
-            return float(value) if type(value) is int and value.bit_length() > 128 else value    # no flag has room for it
+            # no flag has room for it
+            return float(value) if type(value) is int and value.bit_length() > 128 else value
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
             kind = node.tag.rsplit(":", 1)[-1]
-            raise yaml.constructor.ConstructorError(None, None, f"no value of the kind {kind}", node.start_mark) from None
+            raise yaml.constructor.ConstructorError(None, None, f"no value of the kind {kind}",
+                node.start_mark) from None
 
     def construct_scalar(self, node):
         value = super().construct_scalar(node)
@@ -52,8 +55,9 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key in (pair[0] for pair in node.value if isinstance(pair, tuple) and isinstance(pair[0], yaml.ScalarNode)):
-            if key.value in seen: raise yaml.constructor.ConstructorError(
-                None, None, f"the key '{key.value}' stands twice", key.start_mark)
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key.value}' stands twice", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -77,6 +81,7 @@ def _text(file:Path, path:str)->str:
     except UnicodeDecodeError as e:
         raise UserError(f"{path}, byte {e.start}: not UTF-8; save the file as UTF-8") from None
 
+# %% ../nbs/04_yaml_file.ipynb #read-yaml
 def read_yaml(
     path:str,                # A YAML file with values by name
     known:Sequence[str] = (),# Names that may stand in it; none given: any
@@ -94,6 +99,6 @@ def read_yaml(
     if not isinstance(value, dict): raise UserError(f"{path} must hold lines like 'name: value'")
     for key, _ in node.value:
         name = str(key.value).replace("-", "_")
-        if known and name not in known: raise UserError(
-            f"{path}, line {key.start_mark.line + 1}: unknown name {name}{nearest(name, known)}")
+        if known and name not in known:
+            raise UserError(f"{path}, line {key.start_mark.line + 1}: unknown name {name}{nearest(name, known)}")
     return {str(k).replace("-", "_"): v for k, v in value.items() if nulls or v is not None}

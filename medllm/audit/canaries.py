@@ -30,6 +30,7 @@ class Canary(NamedTuple):
     secret:str    # Nine digits
     repeats:int   # How often it is planted; 0: a control, never
 
+# %% ../../nbs/audit/09_canaries.ipynb #secret
 _SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
 
 def secret(
@@ -38,6 +39,7 @@ def secret(
     "A secret, each as likely as every other."
     return str(FIRST + int(rng.integers(SPACE)))
 
+# %% ../../nbs/audit/09_canaries.ipynb #canary-2
 def canary(
     seed:int,        # Of all canaries
     number:int,      # Which one
@@ -45,7 +47,8 @@ def canary(
 )->Canary:
     "The canary of that number. Raises `UserError` when there are not so many."
     base = len(_SYLLABLES)
-    if not 0 <= number < base**2: raise UserError(f"there are {base**2} canaries for each seed, and {number + 1} were asked for")
+    if not 0 <= number < base**2:
+        raise UserError(f"there are {base**2} canaries for each seed, and {number + 1} were asked for")
     rng = np.random.default_rng((seed, number))
     parts = [*divmod(number, base), *rng.integers(0, base, 3)]
     return Canary(number, "".join(_SYLLABLES[i] for i in parts).title(), secret(rng), repeats)
@@ -71,6 +74,7 @@ def told(
     "The sentence with the secret, which is its end."
     return _TOLD.format(one.name, one.secret)
 
+# %% ../../nbs/audit/09_canaries.ipynb #canary-row
 def canary_row(
     one:Canary, # What is planted
     stage:str,  # pt or sft
@@ -96,6 +100,7 @@ def write_canaries(
     file.parent.mkdir(parents=True, exist_ok=True)
     return write_bytes(file, data)
 
+# %% ../../nbs/audit/09_canaries.ipynb #planted
 def planted(
     rows:Iterable[dict], # Of a file that `write_canaries` wrote
 )->list[Canary]:         # In the order of their numbers
@@ -103,8 +108,8 @@ def planted(
     found = Counter()
     for n, row in enumerate(rows, 1):
         match = _read_secret(str(row.get("output", row.get("text", ""))))
-        if not match or type(row.get("canary")) is not int: raise UserError(
-            f"row {n} is no canary: name the {FILE} of a run that planted some")
+        if not match or type(row.get("canary")) is not int:
+            raise UserError(f"row {n} is no canary: name the {FILE} of a run that planted some")
         found[row["canary"], match[1], match[2]] += 1
     return [Canary(*one, times) for one, times in sorted(found.items())]
 

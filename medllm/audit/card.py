@@ -53,6 +53,7 @@ class Thresholds:
     personal_strong:float|None = flag(0.0, "rows with personal data proved by form or cue")
     personal_weak:float|None = flag(None, "rows with what may be personal data")
 
+# %% ../../nbs/audit/07_card.ipynb #read-thresholds
 def read_thresholds(
     file:str|Path|None = None, # YAML file, names and numbers; None takes the defaults
 )->Thresholds:
@@ -61,15 +62,16 @@ def read_thresholds(
     known = [f.name for f in fields(Thresholds)]
     given = read_yaml(str(file), known, nulls=True)
     for name, value in given.items():
-        if value is not None and (isinstance(value, (bool, str, list, dict)) or not 0 <= value < math.inf): raise UserError(
-            f"{file}: threshold '{name}' must be a number from 0 on, or null")
+        if value is not None and (isinstance(value, (bool, str, list, dict)) or not 0 <= value < math.inf):
+            raise UserError(f"{file}: threshold '{name}' must be a number from 0 on, or null")
     return Thresholds(**given)
 
+# %% ../../nbs/audit/07_card.ipynb #thresholds-text
 def thresholds_text()->str:
     "A thresholds file with the defaults, each explained."
     head = "# The most that is allowed: below 1 a share of the rows, from 1 on a number of rows, null for no limit."
-    value = lambda f: "null" if f.default is None else f"{f.default:g}"
-    line = lambda f: f"{f.name}: {value(f)}".ljust(30) + f"# {f.metadata['help']}"
+    def value(f): return "null" if f.default is None else f"{f.default:g}"
+    def line(f): return f"{f.name}: {value(f)}".ljust(30) + f"# {f.metadata['help']}"
     return "\n".join([head, *map(line, fields(Thresholds))])
 
 # %% ../../nbs/audit/07_card.ipynb #checks
@@ -93,6 +95,7 @@ class Check:
         return {**{k: own[k] for k in ("name", "rows", "of")}, "share": round(self.share, 6), "limit": self.limit,
             "passed": self.passed, "places": self.places}
 
+# %% ../../nbs/audit/07_card.ipynb #checks-2
 def checks(
     report:Report,                       # From `inspect`
     limits:Thresholds = Thresholds(),    # From `read_thresholds`
@@ -122,6 +125,7 @@ def _dataset(source:Source, account)->dict:
         "sha256": " ".join(source_files(source).values()), "licence": source.licence or "not stated",
         "language": source.language or "not stated", "private": source.private, **account.as_dict()}
 
+# %% ../../nbs/audit/07_card.ipynb #make-card
 def make_card(
     report:Report,       # From `inspect`
     sources:list[Source],# The datasets, in the report's order
@@ -130,9 +134,10 @@ def make_card(
     "The data card as a dict."
     done = checks(report, limits)
     broken = [check.name for check in done if check.passed is False]
-    contaminated = lambda c: {**{k: v for k, v in asdict(c).items() if k not in ("flagged", "where")},
-        "contaminated": c.contaminated, "flagged": [{"item": item + 1, "where": short_place(c.where[item]),
-        "row": report.place(row)} for item, row in c.flagged]}
+    def contaminated(c):
+        return {**{k: v for k, v in asdict(c).items() if k not in ("flagged", "where")},
+            "contaminated": c.contaminated, "flagged": [{"item": item + 1, "where": short_place(c.where[item]),
+            "row": report.place(row)} for item, row in c.flagged]}
     return {
         "verdict": "failed" if broken else "passed", "broken": broken,
         "made": datetime.now(timezone.utc).isoformat(timespec="seconds"), "medllm": metadata.version("medllm"),
@@ -156,9 +161,10 @@ def _places(check:dict)->str:
     "Where something was found, in one line."
     forms = {"like": "{where} as {like}", "masked": "{where} ({side} {at}, {kind} {masked})",
         "side": "{where} ({side} {at})"}
-    form = lambda place: next(text for key, text in forms.items() if key in place)
+    def form(place): return next(text for key, text in forms.items() if key in place)
     return "; ".join(form(place).format(**place) for place in check["places"])
 
+# %% ../../nbs/audit/07_card.ipynb #lines
 def _title(name:str)->str:
     "The name of a check as it is read; names of benchmarks stay as they are."
     return name if ":" in name else name.replace("_", " ")
@@ -168,6 +174,7 @@ def _lines(card:dict)->list[tuple]:
     return [(_MARK[c["passed"]], _title(c["name"]), f"{c['rows']:,}", f"{c['share']:.2%}", _limit(c["limit"]))
         for c in card["checks"] if c["rows"] or c["limit"] is not None]
 
+# %% ../../nbs/audit/07_card.ipynb #card-text
 def card_text(
     card:dict, # From `make_card`
 )->str:
@@ -189,19 +196,24 @@ def card_text(
     word = "passed" if not card["broken"] else "failed: " + ", ".join(map(_title, card["broken"]))
     return "\n".join([*out, "", word])
 
+# %% ../../nbs/audit/07_card.ipynb #contaminated
 def _contaminated(c:dict)->str:
     "What was found of a benchmark, and what could not be tested, in one line."
-    parts = (f", {c['by_question']:,} by the question alone, {c['by_passage']:,} by the passage alone, {c['by_both']:,} by "
+    parts = (
+        f", {c['by_question']:,} by the question alone, {c['by_passage']:,} by the passage alone, {c['by_both']:,} by "
         f"both, questions not testable alone: {c['question_untested']:,}") if c.get("with_passage") else ""
-    return (f"{c['name']}: {c['contaminated']:,} of {c['items']:,} items contaminated{parts}; {c['by_grams']:,} tested by "
-        f"8-grams, {c['as_whole']:,} short ones whole, {c['untestable']:,} not testable; {c['any_long']:,} share a 13-gram")
+    return (f"{c['name']}: {c['contaminated']:,} of {c['items']:,} items contaminated{parts}; "
+        f"{c['by_grams']:,} tested by "
+        f"8-grams, {c['as_whole']:,} short ones whole, {c['untestable']:,} not testable; "
+        f"{c['any_long']:,} share a 13-gram")
 
 # %% ../../nbs/audit/07_card.ipynb #markdown
 def _table(head:tuple, rows:list)->str:
     "A Markdown table; what could be markup is escaped."
-    safe = lambda values: [html.escape(str(value), quote=False) for value in values]
+    def safe(values): return [html.escape(str(value), quote=False) for value in values]
     return markdown_rows(safe(head), map(safe, rows))
 
+# %% ../../nbs/audit/07_card.ipynb #card-markdown
 def card_markdown(
     card:dict, # From `make_card`
 )->str:
@@ -211,19 +223,23 @@ def card_markdown(
         f"Verdict: **{card['verdict']}**" + (f" ({', '.join(card['broken'])})" if card["broken"] else "")
         + f". Made by medllm {card['medllm']} on {card['made']}. No text of any row stands here.",
         "## Datasets", _table(("name", "file", "SHA-256", "licence", "language", "rows read", "kept"), [
-            [d[k] for k in ("name", "file", "sha256", "licence", "language", "read", "kept")] for d in card["datasets"]]),
+            [d[k] for k in ("name", "file", "sha256", "licence", "language", "read", "kept")]
+            for d in card["datasets"]]),
         "## Checks", _table(("check", "rows", "of", "share", "limit", "within", "for example"), [
             (c["name"], c["rows"], c["of"], f"{c['share']:.2%}", _limit(c["limit"]), words[c["passed"]], _places(c))
             for c in card["checks"]])]
-    if card["personal"]: parts += ["## Personal data", "Found by pattern and proof; a clean list proves nothing.",
-        _table(("kind", "rows", "finds", "strength"), [
-            (kind, f["rows"], f["finds"], "strong" if f["strong"] else "weak") for kind, f in card["personal"].items()])]
+    if card["personal"]:
+        parts += ["## Personal data", "Found by pattern and proof; a clean list proves nothing.",
+            _table(("kind", "rows", "finds", "strength"), [
+                (kind, f["rows"], f["finds"], "strong" if f["strong"] else "weak")
+                for kind, f in card["personal"].items()])]
     if card["contamination"]: parts += ["## Benchmarks", *(f"- {_contaminated(c)}" for c in card["contamination"])]
     parts += ["## Texts", _table(("characters", "shortest", "5%", "median", "95%", "longest"), [
         (side, *row.values()) for side, row in card["lengths"].items()]),
         "Main script: " + ", ".join(f"{name} {n}" for name, n in card["scripts"].items())]
     return "\n\n".join(parts) + "\n"
 
+# %% ../../nbs/audit/07_card.ipynb #write-card
 def write_card(
     card:dict,       # From `make_card`
     folder:str|Path, # Created when it is not there
@@ -252,6 +268,7 @@ def plot_text_lengths(
     axis.spines[["top", "right"]].set_visible(False)
     return figure
 
+# %% ../../nbs/audit/07_card.ipynb #plot-findings
 def plot_findings(
     card:dict, # From `make_card`
 ):

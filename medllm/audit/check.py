@@ -55,11 +55,12 @@ class _Prepared(NamedTuple):
     against:list[Source]
     limits:object
 
+# %% ../../nbs/audit/08_check.ipynb #prepare-2
 def _prepare(run:DataRun)->_Prepared:
     "Everything that is named, found."
     # folders do not go into a card
-    short = lambda s: replace(s, name=Path(s.name).name) if "/" in s.name else s
-    find = lambda names: [short(s) for s in find_sources(names, run.dataset_dir)] if names else []
+    def short(s): return replace(s, name=Path(s.name).name) if "/" in s.name else s
+    def find(names): return [short(s) for s in find_sources(names, run.dataset_dir)] if names else []
     sources, validation, against = find(run.dataset), find(run.eval_dataset), find(run.against)
     if not sources: raise UserError("no dataset named: give registered names or paths of files")
     if run.max_samples is not None and run.max_samples < 1: raise UserError("max_samples must be at least 1")
@@ -81,6 +82,7 @@ def check(
     report = inspect(p.sources, plan, p.validation, run.max_samples, run.processes or cores)
     return make_card(report, p.sources, p.limits), report
 
+# %% ../../nbs/audit/08_check.ipynb #metrics-of
 def metrics_of(
     card:dict, # From `check`
 )->dict:       # For run.json
@@ -88,6 +90,7 @@ def metrics_of(
     return {"passed": card["verdict"] == "passed", "rows": card["datasets"],
         **{c["name"]: c["rows"] for c in card["checks"]}}
 
+# %% ../../nbs/audit/08_check.ipynb #inputs-of
 def inputs_of(
     run:DataRun, # What was checked
     card:dict,   # From `check`
@@ -98,6 +101,7 @@ def inputs_of(
         "revision": s.revision or "", "licence": s.licence, "private": s.private}
         for s in (*p.sources, *p.validation, *p.against)]}
 
+# %% ../../nbs/audit/08_check.ipynb #verdict-of
 def verdict_of(
     card:dict, # From `check`
 )->list[dict]: # Rows of `medllm.marks`

@@ -33,21 +33,24 @@ def _plain(value)->str:
     if role in ("assistant", "gpt", "system"): return ""
     return _plain(value.get("content", value.get("value", value.get("contexts"))))
 
+# %% ../../nbs/audit/03_contamination.ipynb #item-parts
 def item_parts(
     row:dict,                  # A row of a benchmark file
     columns:Sequence[str] = (), # Columns to take; none takes those that look like question and context
 )->tuple[str, str]:            # Question and passage; "" for what is not there
     "Question and context of a benchmark item. Raises `UserError` when a named column is not there."
     for name in columns:
-        if name not in row: raise UserError(
-            f"no column '{name}' in the benchmark (there are: {shown_names(row)})")
+        if name not in row:
+            raise UserError(f"no column '{name}' in the benchmark (there are: {shown_names(row)})")
     plain = {re.sub(r"[^a-z0-9]", "", str(name).lower()): name for name in row}
-    named = lambda names: list(dict.fromkeys(filter(None, (_plain(row[plain[name]]) for name in names if name in plain))))
+    def named(names):
+        return list(dict.fromkeys(filter(None, (_plain(row[plain[name]]) for name in names if name in plain))))
     if columns: question, passage = [_plain(row[columns[0]])], [_plain(row[name]) for name in columns[1:]]
     else: question, passage = named(_QUESTION), named(_CONTEXT)
-    join = lambda texts: "\n".join(filter(None, texts))
+    def join(texts): return "\n".join(filter(None, texts))
     return join(question), join(text for text in passage if text not in question)
 
+# %% ../../nbs/audit/03_contamination.ipynb #item-text
 def item_text(
     row:dict,                  # A row of a benchmark file
     columns:Sequence[str] = (), # As for `item_parts`
@@ -81,6 +84,7 @@ class EvalSet:
         middle = len(self.where) + len(self.passages)
         return self._part(len(self.where), middle), self._part(middle, len(self.words.keys))
 
+# %% ../../nbs/audit/03_contamination.ipynb #eval-set
 def eval_set(
     name:str,                   # For the report
     rows:Iterable,              # `Row`s: data and where
@@ -92,8 +96,9 @@ def eval_set(
         if isinstance(row, Bad): raise row.error()
         parts.append(item_parts(row.data, columns))
         where.append(row.where)
-    if not any(map(any, parts)): raise UserError(f"benchmark '{name}': no column looks like a question; "
-        "name the column of the item's text with --columns")
+    if not any(map(any, parts)):
+        raise UserError(f"benchmark '{name}': no column looks like a question; "
+            "name the column of the item's text with --columns")
     whole, both = ["\n".join(filter(None, part)) for part in parts], [i for i, part in enumerate(parts) if all(part)]
     words = hash_words([*whole, *(parts[i][0] for i in both), *(parts[i][1] for i in both)])
     return EvalSet(name, words, where, np.array(both, np.int64))
@@ -122,6 +127,7 @@ class _Table:
         old = self.row[found]
         self.row[found] = np.where((old < 0) | (rows < old), rows, old)
 
+# %% ../../nbs/audit/03_contamination.ipynb #watch-2
 class Watch:
     "Benchmarks that training rows are held against while they stream past."
     def __init__(self, sets:Sequence[EvalSet]):
@@ -171,11 +177,13 @@ class Contamination:
     @property
     def contaminated(self)->int: return self.covered + self.exact
     def parts(self)->str: # "" where no item has a passage
-        return (f", {self.by_question} by the question alone, {self.by_passage} by the passage alone, {self.by_both} by both, "
+        return (f", {self.by_question} by the question alone, {self.by_passage} by the passage "
+            f"alone, {self.by_both} by both, "
             f"questions not testable alone: {self.question_untested}") if self.with_passage else ""
     def __str__(self):
         return (f"{self.name}: {self.contaminated} of {self.items} items contaminated ({self.covered} by 8-gram "
-            f"coverage, {self.exact} short ones whole){self.parts()}; {self.untestable} not testable (fewer than {WHOLE[0]} "
+            f"coverage, {self.exact} short ones whole){self.parts()}; {self.untestable} not "
+            f"testable (fewer than {WHOLE[0]} "
             f"words); {self.any_long} share a 13-gram, {self.contained} short ones stand inside a text")
 
 # %% ../../nbs/audit/03_contamination.ipynb #score
@@ -185,6 +193,7 @@ def _own(value:np.ndarray, owner:np.ndarray, texts:int, most:int, least:int)->np
     few = times[at] <= most
     return few & (np.bincount(owner[few], minlength=texts)[owner] >= least)
 
+# %% ../../nbs/audit/03_contamination.ipynb #share
 def _share(words:Words, table:_Table, n:int, most:int=0, least:int=1)->tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Per text: share of its different n-grams that was seen, the row most of them were in, whether it has any."
     value, owner = grams(words, n)
@@ -194,7 +203,7 @@ def _share(words:Words, table:_Table, n:int, most:int=0, least:int=1)->tuple[np.
         own = _own(value, owner, len(words.lengths), most, least)
         value, owner = value[own], owner[own]
     row = table.row[np.searchsorted(table.values, value)]
-    count = lambda which: np.bincount(owner[which], minlength=len(words.lengths))
+    def count(which): return np.bincount(owner[which], minlength=len(words.lengths))
     share = count(row >= 0)/np.maximum(count(np.ones(len(row), bool)), 1)
     often = np.full(len(words.lengths), -1, np.int64)
     both, times = np.unique(np.stack([owner[row >= 0], row[row >= 0]]), axis=1, return_counts=True)
@@ -202,6 +211,7 @@ def _share(words:Words, table:_Table, n:int, most:int=0, least:int=1)->tuple[np.
     often[both[0][order]] = both[1][order]      # the last one stays: most often, then the earliest row
     return share, often, np.bincount(owner, minlength=len(words.lengths)) > 0
 
+# %% ../../nbs/audit/03_contamination.ipynb #whole
 def _whole(words:Words, watch:Watch)->tuple[np.ndarray, np.ndarray]:
     "Of short items: the first row that is the item (-1 for none), and whether it only stands inside one."
     table, short = watch.tables["key"], np.isin(words.lengths, list(WHOLE))
@@ -228,6 +238,7 @@ def _question_rows(questions:Words, watch:Watch)->tuple[np.ndarray, np.ndarray]:
     exact[whole] = watch.tables["key"].row[np.searchsorted(watch.tables["key"].values, questions.keys[whole])]
     return np.where(share >= COVERAGE, row, exact), tested | whole
 
+# %% ../../nbs/audit/03_contamination.ipynb #passage-rows
 def _passage_rows(passages:Words, watch:Watch)->np.ndarray:
     "The row in which each passage was found (-1: none)."
     share, row, _ = _share(passages, watch.tables[GRAM], GRAM, max(1, int(FORM*len(passages.keys))))
@@ -240,6 +251,7 @@ def contamination(
     "What each benchmark shares with the rows that passed."
     return [_found(s, watch) for s in watch.sets]
 
+# %% ../../nbs/audit/03_contamination.ipynb #found
 def _found(s:EvalSet, watch:Watch)->Contamination:
     "What one benchmark shares with the rows that passed."
     words, (questions, passages) = s.whole, s.apart

@@ -28,12 +28,14 @@ def _permutations()->tuple[np.ndarray, np.ndarray]:
     factor, summand = MinHash(num_perm=PERMUTATIONS, seed=1, scheme="affine32").permutations
     return factor[:, None].astype(np.uint32), summand[:, None].astype(np.uint32)
 
+# %% ../../nbs/audit/02_duplicates.ipynb #mix32
 def _mix32(value:np.ndarray)->np.ndarray:
     "The finaliser of MurmurHash3 (32 bits), which datasketch applies before it permutes."
     for shift, multiplier in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         value = (value ^ (value >> np.uint32(shift)))*np.uint32(multiplier)
     return value ^ (value >> np.uint32(16))
 
+# %% ../../nbs/audit/02_duplicates.ipynb #signatures
 def signatures(
     words:Words, # T texts
 )->np.ndarray:   # (T, 128) uint32; all ones for a text shorter than a shingle
@@ -61,6 +63,7 @@ def bands(
     for k in range(parts.shape[2]): value = mix(value ^ parts[:, :, k]) + np.uint64(k)
     return (value >> np.uint64(32)).astype(np.uint32)
 
+# %% ../../nbs/audit/02_duplicates.ipynb #sketch
 class Sketch(NamedTuple):
     "What is remembered of T rows."
     prompts:np.ndarray    # (T,) keys of the prompts, 0 for none
@@ -68,6 +71,7 @@ class Sketch(NamedTuple):
     bands:np.ndarray      # (T, 16) uint32; (T, 0) without near-duplicates
     signatures:np.ndarray # (T, 128) uint16, the lower halves; (T, 0) without near-duplicates
 
+# %% ../../nbs/audit/02_duplicates.ipynb #sketch-2
 def sketch(
     words:Words,    # 2T texts: prompt and answer of each row
     near:bool=True, # With signatures for near-duplicates
@@ -104,6 +108,7 @@ class Sketches:
         if not len(self.pairs): return np.zeros((0, PERMUTATIONS), np.uint16)
         return np.memmap(self.file, np.uint16, "r", shape=(len(self.pairs), PERMUTATIONS))
 
+# %% ../../nbs/audit/02_duplicates.ipynb #sketch-examples
 def sketch_examples(
     examples:Iterable, # `Example`s
     near:bool=True,    # With signatures for near-duplicates
@@ -128,6 +133,7 @@ def _similar(signature:np.ndarray, left:np.ndarray, right:np.ndarray)->np.ndarra
         out[part] = (signature[left[part]] == signature[right[part]]).mean(axis=1) >= SIMILAR
     return out
 
+# %% ../../nbs/audit/02_duplicates.ipynb #components
 def _components(left:np.ndarray, right:np.ndarray, count:int)->np.ndarray:
     "Number of the connected component of each of `count` things."
     from scipy.sparse import coo_array
@@ -135,6 +141,7 @@ def _components(left:np.ndarray, right:np.ndarray, count:int)->np.ndarray:
     links = coo_array((np.ones(len(left), np.int8), (left, right)), shape=(count, count))
     return connected_components(links, directed=False)[1]
 
+# %% ../../nbs/audit/02_duplicates.ipynb #links
 def _links(band:np.ndarray, rank:np.ndarray, cluster:np.ndarray, signature:np.ndarray, rows:np.ndarray)->tuple:
     "Pairs of similar rows among those with an equal band."
     order = np.lexsort((rank, band))
@@ -150,6 +157,7 @@ def _links(band:np.ndarray, rank:np.ndarray, cluster:np.ndarray, signature:np.nd
         order = right[~same]
     return tuple(np.concatenate(column) for column in zip(*found))
 
+# %% ../../nbs/audit/02_duplicates.ipynb #near-clusters
 def near_clusters(
     store:Sketches, # All rows
 )->np.ndarray:      # (T,) number of each row's cluster; exact duplicates share theirs
@@ -167,6 +175,7 @@ def near_clusters(
         cluster = _components(left, right, count)
     return cluster[of_row]
 
+# %% ../../nbs/audit/02_duplicates.ipynb #first-of
 def _first_of(cluster:np.ndarray)->np.ndarray:
     "For each thing the first thing of its cluster."
     _, first, of = np.unique(cluster, return_index=True, return_inverse=True)
@@ -187,6 +196,7 @@ def duplicate_counts(
     if cluster is not None: counts["near_duplicates"] = _spare(cluster) - counts["duplicate_pairs"]
     return counts
 
+# %% ../../nbs/audit/02_duplicates.ipynb #repeats
 def repeats(
     key:np.ndarray, # (T,) keys or clusters
     most:int = 5,   # At most so many
@@ -195,6 +205,7 @@ def repeats(
     first = _first_of(key)
     return [(int(row), int(first[row])) for row in np.flatnonzero(first != np.arange(len(key)))[:most]]
 
+# %% ../../nbs/audit/02_duplicates.ipynb #near-repeats
 def near_repeats(
     store:Sketches,     # All rows
     cluster:np.ndarray, # From `near_clusters`
@@ -224,6 +235,7 @@ def leak_groups(
     np.minimum.at(name, component, store.pairs)
     return name[component]
 
+# %% ../../nbs/audit/02_duplicates.ipynb #keys-of
 def keys_of(names:Sequence[str])->np.ndarray:
     "Keys of names as they are written; 0 for an empty one."
     from hashlib import blake2b
@@ -236,10 +248,11 @@ def overlap(
     validation:Sketches, # Rows judged by
 )->dict:                 # Validation rows whose prompt, or whose prompt and answer, is in training
     "How many validation rows training has already seen, by normalised words."
-    shared = lambda a, b: int(np.isin(b[b != 0], a).sum())
+    def shared(a, b): return int(np.isin(b[b != 0], a).sum())
     return {"overlap_prompts": shared(train.prompts, validation.prompts),
             "overlap_pairs": shared(train.pairs, validation.pairs)}
 
+# %% ../../nbs/audit/02_duplicates.ipynb #near-overlap
 def near_overlap(
     cluster:np.ndarray, # (T+V,) from `near_clusters` of a store that holds training, then validation
     train:int,          # T, rows of training

@@ -45,6 +45,7 @@ class Plan(NamedTuple):
     against:tuple[EvalSet, ...] = () # Benchmarks to look for
     trust_remote_code:bool = False   # Run loading scripts
 
+# %% ../../nbs/audit/06_gate.ipynb #finding
 @dataclass
 class Finding:
     "How often something was found, and where first."
@@ -57,6 +58,7 @@ class Finding:
         self.rows, self.finds = self.rows + other.rows, self.finds + other.finds
         self.places = (self.places + other.places)[:PLACES]
 
+# %% ../../nbs/audit/06_gate.ipynb #measured
 class Measured(NamedTuple):
     "What one batch gave."
     findings:dict[str, Finding] # Rules of single texts
@@ -91,6 +93,7 @@ def _main_script(side:Sides)->str:
     count = script_counts(text)
     return SCRIPTS[int(count.argmax())] if count.any() else "none"
 
+# %% ../../nbs/audit/06_gate.ipynb #measurer
 class Measurer:
     "Measures batches of rows by a plan."
     def __init__(self, plan:Plan): # What to check
@@ -138,6 +141,7 @@ def stream(
     return stream_examples(source, account, on_bad=OnBad("skip", sys.maxsize), max_samples=max_samples, all_pairs=False,
         trust_remote_code=trust)
 
+# %% ../../nbs/audit/06_gate.ipynb #batches
 def _by_file(source:Source)->list[Source]:
     "A dataset file by file, so that a row's line tells its file."
     return [replace(source, files=(file,)) for file in source.files] if len(source.files) > 1 else [source]
@@ -152,6 +156,7 @@ def _batches(examples:Iterable, expected:tuple, first:int)->Iterator[tuple]:
             rows, first = [], first + BATCH
     if rows: yield rows, first, expected
 
+# %% ../../nbs/audit/06_gate.ipynb #measure-2
 _measurer = None
 
 def _begin(plan:Plan):
@@ -161,6 +166,7 @@ def _begin(plan:Plan):
 
 def _measure(rows:list, first:int, expected:tuple)->Measured: return _measurer(rows, first, expected)
 
+# %% ../../nbs/audit/06_gate.ipynb #measured-2
 def measured(
     batches:Iterable[tuple], # Rows, number of the first, scripts
     plan:Plan,               # What to check
@@ -179,8 +185,9 @@ def measured(
                 waiting.append(pool.submit(_measure, *batch))
                 if len(waiting) > 2*processes: yield waiting.popleft().result()
             while waiting: yield waiting.popleft().result()
-        except BrokenProcessPool: raise UserError(
-            "a process of the check died (out of memory, or killed); try again with --processes 1") from None
+        except BrokenProcessPool:
+            raise UserError(
+                "a process of the check died (out of memory, or killed); try again with --processes 1") from None
         finally:
             for future in waiting: future.cancel()
 
@@ -210,6 +217,7 @@ class Report:
         at = lines[row - first]
         return f"{file}, line {at}" if at >= 0 else f"{file}, row {-at}"
 
+# %% ../../nbs/audit/06_gate.ipynb #length-table
 def length_table(
     lengths:np.ndarray, # (R, 2) characters of prompt and answer
 )->dict:                # Side to shortest, 5%, median, 95%, longest [characters]
@@ -240,6 +248,7 @@ def _take(report:Report, part:Measured, store:Sketches, watch:Watch):
     store.add(part.sketch)
     watch.take(part.grams)
 
+# %% ../../nbs/audit/06_gate.ipynb #validate
 def _validate(report:Report, store:Sketches, validation:Iterable[Source], trust:bool):
     "Hash the rows of the validation sets and count what is in training; the store then holds both."
     train, other = Sketches(near=False), Sketches(near=False)
@@ -251,8 +260,8 @@ def _validate(report:Report, store:Sketches, validation:Iterable[Source], trust:
             part = sketch(hash_words(text for side in rows for text in (side.prompt, side.answer)), store.near)
             other.add(part)
             if store.near: store.add(part)
-    if validation and not len(other.pairs): raise UserError(
-        "the validation sets have no row that could be used: " + "; ".join(map(str, report.validation)))
+    if validation and not len(other.pairs):
+        raise UserError("the validation sets have no row that could be used: " + "; ".join(map(str, report.validation)))
     report.overlap, report.validation_rows = overlap(train, other), len(other.pairs)
     if store.near: report.overlap["overlap_near"] = near_overlap(near_clusters(store), len(train.pairs))
 
@@ -315,6 +324,7 @@ def watched(
         seen.add(key)
         yield replace(example, key=prompt)
 
+# %% ../../nbs/audit/06_gate.ipynb #fault-lines
 def fault_lines(
     account:Account, # After `watched`
 )->list[str]:        # Empty when all is well

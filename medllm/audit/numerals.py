@@ -31,6 +31,7 @@ class Plain(NamedTuple):
         "Where a stretch of it, not an empty one, stood."
         return (start, end) if self.places is None else (self.places[start][0], self.places[end - 1][1])
 
+# %% ../../nbs/audit/04_numerals.ipynb #visible
 def visible(
     text:str, # Any text
 )->Plain:
@@ -62,7 +63,8 @@ def replaced(
 _EN = dict(zip("zero one two three four five six seven eight nine oh".split(), "01234567890"))
 _ZH = dict(zip("零一二三四五六七八九〇○幺壹贰叁肆伍陆柒捌玖两", "01234567890011234567892"))
 _cased = [case for word in _EN for case in (word, word.title(), word.upper())] # faster than IGNORECASE
-_en, _first = "(?:" + "|".join(_cased) + ")", "(?:" + "|".join(f"{w[0]}(?<![A-Za-z]{w[0]}){w[1:]}" for w in _cased) + ")"
+_en, _first = "(?:" + "|".join(_cased) + ")", "(?:" + "|".join(f"{w[0]}(?<![A-Za-z]{w[0]}){w[1:]}"
+    for w in _cased) + ")"
 _zh = "[" + "".join(_ZH) + "]"
 _apart = re.compile(r"\d(?<!\d\d)(?<!\d[ ./-]\d)(?<!\d  \d)(?<!\d [./-] \d)(?P<s> ?[-./] ?|, ?|  ?)\d(?:(?P=s)\d){3,}"
     r"(?:(?P=s)[Xx](?![0-9A-Za-z]))?(?!(?:(?P=s))?\d|[.,]\d)")
@@ -77,6 +79,7 @@ def _joined(match:re.Match)->Iterator[tuple[str, int, int]]:
         return ((c, n, n + 1) for n, c in enumerate(match[0], match.start()))
     return ((digit, *one.span()) for digit, one in zip(digits, ones))
 
+# %% ../../nbs/audit/04_numerals.ipynb #plain
 def plain(
     text:str, # Any text
 )->Plain:

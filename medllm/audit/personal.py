@@ -30,6 +30,7 @@ def resident_id_valid(
     total = sum(int(digit)*pow(2, 17 - i, 11) for i, digit in enumerate(number[:17]))
     return born.year >= 1880 and "10X98765432"[total % 11] == number[17].upper()
 
+# %% ../../nbs/audit/05_personal.ipynb #resident-id-old
 def resident_id_old(
     number:str, # 15 digits, as handed out until 1999
 )->bool:
@@ -38,6 +39,7 @@ def resident_id_old(
     try: return bool(date(1900 + int(number[6:8]), int(number[8:10]), int(number[10:12])))
     except ValueError: return False
 
+# %% ../../nbs/audit/05_personal.ipynb #luhn-valid
 def luhn_valid(
     number:str, # Digits, perhaps with separators
 )->bool:
@@ -46,6 +48,7 @@ def luhn_valid(
     doubled = [sum(divmod(2*d, 10)) for d in digits[-2::-2]]
     return 12 <= len(digits) <= 19 and len(set(digits)) > 1 and (sum(digits[-1::-2]) + sum(doubled)) % 10 == 0
 
+# %% ../../nbs/audit/05_personal.ipynb #ip-valid
 def ip_valid(
     number:str, # As written
 )->bool:
@@ -58,18 +61,24 @@ def ip_valid(
 
 # %% ../../nbs/audit/05_personal.ipynb #ibans
 _IBAN = {own[:2]: own[2:] for own in  # country: n digits, a letters, c both
-    ("AD8n12c AE19n AL8n16c AT16n AZ4a20c BA16n BE12n BG4a6n8c BH4a14c BR23n1a1c BY4c4n16c CH5n12c CR18n CY8n16c CZ20n DE18n "
-    "DK14n DO4c20n EE16n EG25n ES20n FI14n FO14n FR10n11c2n GB4a14n GE2a16n GI4a15c GL14n GR7n16c GT24c HR17n HU24n IE4a14n "
-    "IL19n IQ4a15n IS22n IT1a10n12c JO4a4n18c KW4a22c KZ3n13c LB4n20c LC4a24c LI5n12c LT16n LU3n13c LV4a13c LY21n MC10n11c2n "
-    "MD20c ME18n MK3n10c2n MR23n MT4a5n18c MU4a19n3a NL4a10n NO11n PK4a16c PL24n PS4a21c PT21n QA4a21c RO4a16c RS18n SA2n18c "
+    ("AD8n12c AE19n AL8n16c AT16n AZ4a20c BA16n BE12n BG4a6n8c BH4a14c BR23n1a1c BY4c4n16c "
+        "CH5n12c CR18n CY8n16c CZ20n DE18n "
+    "DK14n DO4c20n EE16n EG25n ES20n FI14n FO14n FR10n11c2n GB4a14n GE2a16n GI4a15c GL14n "
+    "GR7n16c GT24c HR17n HU24n IE4a14n "
+    "IL19n IQ4a15n IS22n IT1a10n12c JO4a4n18c KW4a22c KZ3n13c LB4n20c LC4a24c LI5n12c LT16n "
+    "LU3n13c LV4a13c LY21n MC10n11c2n "
+    "MD20c ME18n MK3n10c2n MR23n MT4a5n18c MU4a19n3a NL4a10n NO11n PK4a16c PL24n PS4a21c PT21n "
+    "QA4a21c RO4a16c RS18n SA2n18c "
     "SC4a20n3a SE20n SI15n SK20n SM1a10n12c ST21n SV4a20n TL19n TN20n TR6n16c UA6n19c VA18n VG4a16n XK16n").split()}
 _CHARS = {"n": r"\d", "a": "[A-Z]", "c": "[A-Z0-9]"}
 
 def _ibans(gap:str)->str:
     "A pattern of all of them, with a gap between two characters."
-    part = lambda match: f"(?:{gap}{_CHARS[match[2]]}){{{match[1]}}}"
-    return "|".join(gap.join(land) + rf"{gap}\d{gap}\d" + re.sub(r"(\d+)([nac])", part, own) for land, own in _IBAN.items())
+    def part(match): return f"(?:{gap}{_CHARS[match[2]]}){{{match[1]}}}"
+    return "|".join(gap.join(land) + rf"{gap}\d{gap}\d"
+        + re.sub(r"(\d+)([nac])", part, own) for land, own in _IBAN.items())
 
+# %% ../../nbs/audit/05_personal.ipynb #iban-valid
 _iban = re.compile(_ibans("")).fullmatch
 
 def iban_valid(
@@ -96,14 +105,17 @@ def _barcode(digits:str)->bool:
     return len(digits) == 13 and digits[0] in "56" and sum(
         int(d)*(3 if n % 2 else 1) for n, d in enumerate(reversed(digits))) % 10 == 0
 
+# %% ../../nbs/audit/05_personal.ipynb #card-valid
 def card_valid(
     number:str, # Digits, perhaps with separators
 )->bool:
     "Whether this can be a payment card: an issuer's first digits, a length of that issuer, and Luhn's check digit."
     digits = re.sub(r"\D", "", number)
     if not _ISSUED.fullmatch(digits) or not luhn_valid(digits): return False
-    return not (_snomed(digits) or _barcode(digits) or (len(digits) == 12 and digits.count("0") > 5 and digits != number))
+    return not (_snomed(digits) or _barcode(digits)
+        or (len(digits) == 12 and digits.count("0") > 5 and digits != number))
 
+# %% ../../nbs/audit/05_personal.ipynb #nhs-valid
 def nhs_valid(
     number:str, # Ten digits, perhaps with separators
 )->bool:
@@ -126,11 +138,12 @@ class Kind(NamedTuple):
     pattern:re.Pattern  # Its group "v" or "w", or all of it, is the value
     proof:Callable = lambda value: True # Whether a match is one
 
+# %% ../../nbs/audit/05_personal.ipynb #pattern
 _b, _e = r"(?<![0-9A-Za-z])", r"(?![0-9A-Za-z])"  # borders of a number
-_digits = lambda look: look.digits
-_has = lambda *parts: lambda look: any(map(look.text.__contains__, parts))
-_cued = lambda *parts: lambda look: any(map(look.low.__contains__, parts))
-_pattern = lambda *parts, flags=0: re.compile("".join(parts), flags)
+def _digits(look): return look.digits
+def _has(*parts): return lambda look: any(map(look.text.__contains__, parts))
+def _cued(*parts): return lambda look: any(map(look.low.__contains__, parts))
+def _pattern(*parts, flags=0): return re.compile("".join(parts), flags)
 _colons = re.compile(":[0-9a-fA-F]{0,4}:").search
 
 # %% ../../nbs/audit/05_personal.ipynb #address
@@ -138,7 +151,8 @@ _who, _label = r"[A-Za-z0-9\u00c0-\u024f_.+-]{1,64}", r"[A-Za-z0-9\u00c0-\u024f-
 _before, _ends = r"(?<![A-Za-z0-9\u00c0-\u024f_.+-])", r"[A-Za-z]{2,24}(?![A-Za-z0-9@])"
 _dot, _in = r"(?:\.| ?[(\[{<] ?(?:dot|\.|点) ?[)\]}>] ?| dot )", r"(?: ?[(\[{<] ?(?:at|@|艾特) ?[)\]}>] ?)"
 
-_EMAIL = Kind("email", True, _cued("@", "%40", "&#64;", "艾特", " dot ", "dot)", "dot]", "at)", "at]"), _pattern("|".join((
+_EMAIL = Kind("email", True, _cued("@", "%40", "&#64;", "艾特", " dot ", "dot)", "dot]", "at)", "at]"),
+    _pattern("|".join((
     _before + _who + r"\\?(?:@|%40|&#64;)(?:" + _label + r"\.){1,6}" + _ends,
     _before + _who + _in + "(?:" + _label + _dot + "){1,6}" + _ends,
     _before + _who + " at (?:" + _label + r" dot ){1,6}(?:com|org|net|edu|gov|info|io|cn|uk|de|fr|es)(?![A-Za-z0-9@])",
@@ -154,11 +168,13 @@ _apart, _closed = r"(?P<s>[ .\-/]| - |  )", r"(?![0-9A-Za-z]|-[0-9A-Za-z]|\.\d)"
 
 _NUMBERS = (
     Kind("iban", True, _digits, _pattern(
-        rf"(?:{_b}|(?<=IBAN))(?=[A-Z]{_gap}[A-Z]{_gap}\d{_gap}\d)(?:{_ibans(_gap)}){_e}", flags=re.IGNORECASE), iban_valid),
+        rf"(?:{_b}|(?<=IBAN))(?=[A-Z]{_gap}[A-Z]{_gap}\d{_gap}\d)(?:{_ibans(_gap)}){_e}", flags=re.IGNORECASE),
+        iban_valid),
     Kind("card", True, _digits, _pattern(_card, _first, r"(?:\d{8,15}|", _apart,
         r"(?:\d{4}(?P=s)\d{4}(?P=s)\d{1,4}|\d{6}(?P=s)\d{4,5}))", _closed), card_valid),
     Kind("card", True, _digits, _pattern(_card, r"(?:", _first, _apart, r"\d{4}(?P=s)\d{4}(?P=s)\d{4}(?P=s)\d{1,3}|",
-        r"[2-689]\d{5}[ -]\d{10,13}|(?<!\d\d )(?:0604|[56]\d{3})(?P<t>[ .-])\d{4}(?P=t)\d{4}(?!(?P=t)\d))", _closed), card_valid),
+        r"[2-689]\d{5}[ -]\d{10,13}|(?<!\d\d )(?:0604|[56]\d{3})(?P<t>[ .-])\d{4}(?P=t)\d{4}(?!(?P=t)\d))", _closed),
+        card_valid),
     Kind("mobile_cn", True, _digits, _pattern(
         r"(?<![0-9A-Za-z./-])(?:\(?(?:\+|00)?86\)?[- ]?|(?<=[^\x00-\x7f])|(?!18(?:00|88|77|66|55|44|33)))",
         r"1[3-9]\d([- .]?)\d{4}\1\d{4}(?![0-9A-Za-z]|[.-]\d)")),
@@ -180,7 +196,8 @@ _date = (r"(?P<v>\d{1,2}[./-]\d{1,2}[./-](?:19|20)?\d\d|\d{1,2} \d{1,2} (?:19|20
     r"(?:19|20)\d\d[./年-]\s?\d{1,2}[./月-]\s?\d{1,2}日?|" rf"{_han}{{4}}年{_han}{{1,3}}月(?:{_han}{{1,3}}日)?|"
     rf"(?:\d{{1,2}}(?:st|nd|rd|th)? (?:of )?)?{_month}[a-z]*\.? (?:\d{{1,2}},? )?(?:19|20)\d\d)")
 _day = r"(?:0?[1-9]|[12]\d|3[01])"
-_dated = _pattern(r"(?:19|20)\d\d(?:-(?:19|20)?\d\d)?|", rf"{_day}([./ -]){_day}\1(?:19|20)\d\d|{_day}([./-]){_day}\2\d\d|",
+_dated = _pattern(r"(?:19|20)\d\d(?:-(?:19|20)?\d\d)?|",
+    rf"{_day}([./ -]){_day}\1(?:19|20)\d\d|{_day}([./-]){_day}\2\d\d|",
     rf"(?:19|20)\d\d([./ -]){_day}\3{_day}").fullmatch
 
 def _told(fewest:int)->Callable[[str], bool]:
@@ -192,14 +209,17 @@ _RECORD = (r"(?:\bm\.?r\.?n\b\.?|\bMRN(?!as?\b|a[- ]?\d)|\bMR ?(?=#)|\bmed(?:ica
     r"\brecord ?(?=no|num|id|#)|"
     r"hospital ?(?=no|num|id|#)|patient'?s? ?(?=id|no\b|num|#)|chart ?(?=no\b|num|#)|病[历歷]|病案|[患病]人?者?(?=id|编号)|"
     r"(?:住院|[门門][诊診]|就[诊診]|登[记記]|[检檢]查|影像)(?=号|號|编号|id))(?:号|號|编号|id)?")
-_filed = _cued("mrn", "m.r.n", "mr#", "mr #", "record n", "record i", "record #", "record#", "medical rec", "med rec", "med. rec",
-    "hospital n", "hospital i", "hospital #", "patient n", "patient i", "patient #", "patient's n", "patient's i", "chart n",
+_filed = _cued("mrn", "m.r.n", "mr#", "mr #", "record n", "record i", "record #", "record#", "medical rec", "med rec",
+    "med. rec",
+    "hospital n", "hospital i", "hospital #", "patient n", "patient i", "patient #", "patient's n", "patient's i",
+    "chart n",
     "chart #", "chart#", "病历", "病歷", "病案", "院号", "院號", "诊号", "診號", "记号", "記號", "查号", "查號", "影像号",
     "人id", "者id", "编号")
 
 _CUED = (
     Kind("medical_record", True, _filed, _pattern(_RECORD, _number, "|", _b, r"(?P<w>\d[\d-]{3,19}) ?(?:\(|,? ",
-        r"(?:is|was) (?:the|her|his|my|their) )(?:patient'?s? )?(?:MRN|medical record n|病历号)", flags=re.IGNORECASE), _told(4)),
+        r"(?:is|was) (?:the|her|his|my|their) )(?:patient'?s? )?(?:MRN|medical record n|病历号)", flags=re.IGNORECASE),
+        _told(4)),
     Kind("nhs_number", True, _cued("nhs"), _pattern(
         r"\bNHS", _link, r"(?P<v>\d{3}[ -]?\d{3}[ -]?\d{4})", _e, flags=re.IGNORECASE), nhs_valid),
     Kind("document", True, _cued("passport", "licen", "insurance", "护照", "医保", "社保", "驾驶证"), _pattern(
@@ -242,6 +262,7 @@ class Found(NamedTuple):
     end:int    # Behind the last
     masked:str # "j***@***", "1***"
 
+# %% ../../nbs/audit/05_personal.ipynb #mask
 def mask(
     kind:str,  # Name of the kind
     value:str, # What was found
@@ -250,6 +271,7 @@ def mask(
     if kind in ("name", "birth_date") or not value: return "***"
     return f"{value[0]}***@***" if kind == "email" else f"{value[0]}***"
 
+# %% ../../nbs/audit/05_personal.ipynb #find-personal
 def find_personal(
     text:str, # Any text
 )->list[Found]: # In the order of the text
@@ -298,8 +320,8 @@ def presidio_finder(
 )->Callable[[str], list[Found]]:
     "A finder that adds Presidio's patterns to ours. Raises `UserError` when Presidio is not installed."
     try: from presidio_analyzer import PatternRecognizer, RecognizerRegistry
-    except ImportError: raise UserError(
-        "Presidio is not installed: pip install 'medllm[presidio]', or leave --presidio out") from None
+    except ImportError:
+        raise UserError("Presidio is not installed: pip install 'medllm[presidio]', or leave --presidio out") from None
     registry = RecognizerRegistry()
     registry.load_predefined_recognizers(languages=[language])
     skip = {"EMAIL_ADDRESS", "URL", "DATE_TIME", "PHONE_NUMBER"}

@@ -29,6 +29,8 @@ def _search(pattern:str, needs:str="", flags:int=0)->Callable[[str], int]:
 _TAGS = ("a abbr b big blockquote body br center code dd div dl dt em font footer form h1 h2 h3 h4 h5 h6 head "
     "header hr html i img iframe input label li link meta ol option p pre script section small span strike strong "
     "style sub sup table tbody td textarea th thead title tr tt u ul").replace(" ", "|")
+
+# %% ../../nbs/audit/01_text_rules.ipynb #markup-more
 html = _search(rf"</?(?:{_TAGS})(?:\s+[\w:-]+\s*=[^<>]*|\s*/?)>|<!--|<!doctype|"
     r"&(?:nbsp|amp|lt|gt|quot|apos|[lr][sd]quo|[mn]dash|hellip|copy|reg|deg|micro|#\d{1,6}|#x[0-9a-f]{1,6});",
     "<&", re.IGNORECASE)
@@ -50,6 +52,7 @@ def invisible_characters(
         if found[0] not in "\u200c\u200d" or _joined.match(text, max(at - 1, 0)): return at
     return -1
 
+# %% ../../nbs/audit/01_text_rules.ipynb #no-break-spaces
 def no_break_spaces(
     text:str, # Any text
 )->int:       # Place of the first, -1 for none
@@ -57,6 +60,7 @@ def no_break_spaces(
     found = None if text.isascii() else _no_break.search(text)
     return found.start() if found else -1
 
+# %% ../../nbs/audit/01_text_rules.ipynb #edge-blanks
 def edge_blanks(
     text:str, # Any text
 )->int:       # 0 or the place of the last blanks; -1 for none
@@ -69,8 +73,9 @@ _tail = "".join(sorted({
     bytes([b]).decode(code, "ignore") for b in range(0x80, 0xc0) for code in ("cp1252", "latin-1")}))
 _broken = re.compile("\ufffd|锟斤拷|烫烫烫|屯屯屯|[ÂÃÎÏ]T|âT{2}|(?:[ã-é]T{2}){2}|ðT{3}".replace("T", f"[{_tail}]"))
 _suspect = re.compile("[ÂÃÎÏâã-éð\ufffd锟烫屯]").search
-_byte = lambda c: c.encode("cp1252") if c.encode("cp1252", "ignore") else c.encode("latin-1")
+def _byte(c): return c.encode("cp1252") if c.encode("cp1252", "ignore") else c.encode("latin-1")
 
+# %% ../../nbs/audit/01_text_rules.ipynb #mojibake-2
 def mojibake(
     text:str, # Any text
 )->int:       # Place of the first broken character, -1 for none
@@ -102,6 +107,7 @@ def blank(
     "Whether a text says nothing at all."
     return -1 if _sayable(text) else 0
 
+# %% ../../nbs/audit/01_text_rules.ipynb #placeholder
 def placeholder(
     text:str, # An answer
 )->int:       # 0 when it is one, else -1
@@ -134,10 +140,12 @@ def scripts_of(
     codes = re.findall(r"[a-z]+", re.sub(r"[-_](?:[A-Z]{2}|Hans|Hant)\b", "", language or "").lower())
     if not codes or {"multi", "mul", "multilingual"} & set(codes): return ()
     for code in codes:
-        if code not in _LANGUAGES: raise UserError(
-            f"unknown language '{code}'{nearest(code, _LANGUAGES)}; write a code such as en or zh, or multi")
+        if code not in _LANGUAGES:
+            raise UserError(
+                f"unknown language '{code}'{nearest(code, _LANGUAGES)}; write a code such as en or zh, or multi")
     return tuple(dict.fromkeys(s for code in codes for s in _LANGUAGES[code]))
 
+# %% ../../nbs/audit/01_text_rules.ipynb #script-counts
 def script_counts(
     text:str, # Any text; the first 2000 characters are looked at
 )->np.ndarray: # (12,) letters by script, in the order of SCRIPTS, weighted
@@ -145,6 +153,7 @@ def script_counts(
     points = np.frombuffer(text[:2000].encode("utf-16-le", "surrogatepass"), np.uint16)
     return np.bincount(_script_of[points], minlength=len(SCRIPTS) + 1)[:-1]*_weight
 
+# %% ../../nbs/audit/01_text_rules.ipynb #wrong-language
 def wrong_language(
     text:str,                # Any text
     expected:tuple[str, ...], # From `scripts_of`

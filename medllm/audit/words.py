@@ -44,6 +44,7 @@ class _Hashes(dict):
 
 _hashes = _Hashes()
 
+# %% ../../nbs/audit/00_words.ipynb #words-2
 class Words(NamedTuple):
     "The words of several texts, as hashes behind one another."
     hashes:np.ndarray # (W,) uint64
@@ -52,6 +53,7 @@ class Words(NamedTuple):
     @property
     def lengths(self)->np.ndarray: return np.diff(self.starts)
 
+# %% ../../nbs/audit/00_words.ipynb #key-of
 def key_of(
     text:str, # Any text
 )->int:       # 64 bits; 0 for a text without words
@@ -59,6 +61,7 @@ def key_of(
     own = words(text)
     return _hash("".join(own)) if own else 0
 
+# %% ../../nbs/audit/00_words.ipynb #hash-words
 def hash_words(
     texts:Iterable[str], # T texts
 )->Words:
@@ -89,6 +92,7 @@ def grams(
     inside = owner[:count] == owner[n - 1:n - 1 + count]
     return value[inside], owner[:count][inside]
 
+# %% ../../nbs/audit/00_words.ipynb #mix
 def mix(
     value:np.ndarray, # uint64
 )->np.ndarray:        # uint64, every bit depends on every bit
@@ -114,10 +118,12 @@ class Sides(NamedTuple):
     answer:str  # What the model is to say, thought, called and preferred not to say
     group:str   # Declared group, "" for none
 
+# %% ../../nbs/audit/00_words.ipynb #said
 def _said(turn)->list[str]:
     "Everything in a turn that is text."
     return [text for text in (turn.thought, turn.text, *(call.arguments for call in turn.calls)) if text]
 
+# %% ../../nbs/audit/00_words.ipynb #sides-2
 def sides(
     example, # `Example` of `medllm.data.formats`
 )->Sides:

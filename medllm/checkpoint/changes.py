@@ -30,27 +30,31 @@ class ChangedTrainer(ResumableTrainer):
     ):
         super().__init__(*args, **more)
         self.changes, self.note = {}, {}             # what differs from the checkpoint; what it noted of its place
-        self.each, self.ahead, self.cell = 1, 0, None # steps of an epoch; more steps done than today's batch would have needed
+        # steps of an epoch; more steps done than today's batch would have needed
+        self.each, self.ahead, self.cell = 1, 0, None
 
     def is_changed(self, *parts:str)->bool:
         "Whether one of these parts of the contract is not as it was."
         return any(name.split(".")[0] in parts for name in self.changes)
 
+# %% ../../nbs/checkpoint/04_changes.ipynb #progress
 @patch
 def progress(self:ChangedTrainer)->dict:
     "What has been counted so far, and by what batch."
     return super(ChangedTrainer, self).progress() | {"each": self.each, "ahead": self.ahead, "cell": self.cell}
 
+# %% ../../nbs/checkpoint/04_changes.ipynb #begin-from
 @patch
 def _begin_from(self:ChangedTrainer, folder:Path, checked:bool):
     "Make ready to go on from a checkpoint, and see what differs."
     super(ChangedTrainer, self)._begin_from(folder, checked)
-    read = lambda name: json.loads((folder/name).read_text(encoding="utf-8"))
+    def read(name): return json.loads((folder/name).read_text(encoding="utf-8"))
     self.then, self.note = read("contract.json"), read("progress.json")["progress"][0]
     if self.then and self.contract: self.changes = changed(differences(self.then, self.contract))
     rows = self.then.get("batch", {}).get("per_device_train_batch_size", self._train_batch_size)
     self.cell = self.note.get("cell") or cell_of(rows*self.args.world_size)
 
+# %% ../../nbs/checkpoint/04_changes.ipynb #load-callback-state
 @patch
 def _load_callback_state(self:ChangedTrainer):
     "Put the callbacks where they were. Raises `UserError` for a state of others."
@@ -67,18 +71,22 @@ def new_place(
     whole, again = divmod(done*rows[0], rows[1])
     return epoch, min(whole, each[1]), again
 
+# %% ../../nbs/checkpoint/04_changes.ipynb #rows-of
 def _rows_of(contract:dict)->int:
     "Rows of a step of one process."
     batch = contract.get("batch", {})
     return batch.get("per_device_train_batch_size", 1)*batch.get("gradient_accumulation_steps", 1)
 
+# %% ../../nbs/checkpoint/04_changes.ipynb #take-place
 @patch
 def _take_place(self:ChangedTrainer, each:int):
     "Find the place in the data. Raises `UserError` for a checkpoint that did not note it."
     step, self.ahead = int(self.resumed.name.partition("-")[2]), self.note.get("ahead", 0)
-    if "each" not in self.note and self.is_changed("batch"): raise UserError(
-        f"--allow batch: {self.resumed.name} was written by an older medllm, which did not note its place in the epoch; give it "
-        "back the batch that it had")
+    if "each" not in self.note and self.is_changed("batch"):
+        raise UserError(
+            f"--allow batch: {self.resumed.name} was written by an older medllm, which did not note its "
+            "place in the epoch; give it "
+            "back the batch that it had")
     if getattr(self.objective, "sampler", None) is None and "each" in self.note:
         epoch, done, again = new_place(
             step - self.ahead, (self.note["each"], each), (_rows_of(self.then), _rows_of(self.contract)))
@@ -98,6 +106,7 @@ def set_initial_training_values(self:ChangedTrainer, args, dataloader)->tuple:
         epochs = math.ceil((steps - self.ahead)/self.each)
     return epochs, self.each, *rows, steps
 
+# %% ../../nbs/checkpoint/04_changes.ipynb #init-training-state
 @patch
 def _init_training_state(self:ChangedTrainer, max_steps:int, each:int, *args)->tuple[int, int]:
     "Epoch, and micro-batches of it to be left out."
@@ -107,16 +116,18 @@ def _init_training_state(self:ChangedTrainer, max_steps:int, each:int, *args)->t
     epoch, done = divmod(self.state.global_step - self.ahead, each)
     return epoch, 0 if self.args.ignore_data_skip else done*self.args.gradient_accumulation_steps
 
+# %% ../../nbs/checkpoint/04_changes.ipynb #finalize-training
 @patch
 def _finalize_training(self:ChangedTrainer, *args, **kwargs):
     "The end of the loop; says whose weights are left where the best are."
     self.settle()
     best, name = self.state.best_model_checkpoint, f"eval_{str(self.args.metric_for_best_model).removeprefix('eval_')}"
-    if self.args.load_best_model_at_end: say(
-        f"the model is that of {Path(best).name}, the best by {name} ({self.state.best_metric:.4g})" if best else
-        f"no checkpoint has a validation, so the model is that of the last step and not the best by {name}")
+    if self.args.load_best_model_at_end:
+        say(f"the model is that of {Path(best).name}, the best by {name} ({self.state.best_metric:.4g})" if best else
+            f"no checkpoint has a validation, so the model is that of the last step and not the best by {name}")
     return super(ChangedTrainer, self)._finalize_training(*args, **kwargs)
 
+# %% ../../nbs/checkpoint/04_changes.ipynb #choose-again
 @patch
 def _choose_again(self:ChangedTrainer):
     "The best of the checkpoints that are still there, by today's metric; none when the validation rows are others."
@@ -126,7 +137,8 @@ def _choose_again(self:ChangedTrainer):
     key, there = f"eval_{name.removeprefix('eval_')}", {step for step, _ in committed(folder)}
     seen = [(line[key], line["step"]) for line in state.log_history if key in line and line["step"] in there]
     if not seen: return
-    state.best_metric, state.best_global_step = (max if self.args.greater_is_better else min)(seen, key=lambda pair: pair[0])
+    state.best_metric, state.best_global_step = (max if self.args.greater_is_better else min)(seen,
+        key=lambda pair: pair[0])
     state.best_model_checkpoint = str(folder/f"checkpoint-{state.best_global_step}")
     say(f"the best checkpoint so far is {Path(state.best_model_checkpoint).name}: {key} {state.best_metric:.4g}")
 
@@ -135,13 +147,15 @@ class _Held:
     "Takes a schedule's state, so that it can be looked at."
     def load_state_dict(self, state:dict): self.state = state
 
+# %% ../../nbs/checkpoint/04_changes.ipynb #load-optimizer-and-scheduler
 @patch
 def _load_optimizer_and_scheduler(self:ChangedTrainer, checkpoint:str|None):
     "Load optimiser and schedule, with today's options where they were changed."
     rate, options = self.is_changed("lr", "schedule", "steps", "batch", "order"), self.is_changed("optimiser")
     if checkpoint is None or self.is_deepspeed_enabled or not (rate or options):
         return super(ChangedTrainer, self)._load_optimizer_and_scheduler(checkpoint)
-    today = [{k: v for k, v in group.items() if k not in ("params", "lr", "initial_lr")} for group in self.optimizer.param_groups]
+    today = [{k: v for k, v in group.items() if k not in ("params", "lr", "initial_lr")}
+        for group in self.optimizer.param_groups]
     schedule, self.lr_scheduler = self.lr_scheduler, _Held()
     try: super(ChangedTrainer, self)._load_optimizer_and_scheduler(checkpoint)
     finally: held, self.lr_scheduler = self.lr_scheduler, schedule
@@ -151,6 +165,7 @@ def _load_optimizer_and_scheduler(self:ChangedTrainer, checkpoint:str|None):
     if rate and hasattr(schedule, "lr_lambdas"): self._set_rate(held.state)
     else: schedule.load_state_dict(held.state)
 
+# %% ../../nbs/checkpoint/04_changes.ipynb #set-rate
 @patch
 def _set_rate(self:ChangedTrainer, then:dict):
     "Put the schedule, as today's flags make it, where the old one was."
@@ -165,6 +180,7 @@ def _set_rate(self:ChangedTrainer, then:dict):
     schedule._last_lr = rates
     if rates[0] != before: say(f"learning rate of the next step: {before:.2e} -> {rates[0]:.2e}")
 
+# %% ../../nbs/checkpoint/04_changes.ipynb #load-rng-state
 @patch
 def _load_rng_state(self:ChangedTrainer, checkpoint:str|None):
     "Load random numbers, or begin with those of another seed."

@@ -38,6 +38,7 @@ def _force(file:Path):
     "Force a file to the disk."
     with open(file, "rb") as f: os.fsync(f.fileno())
 
+# %% ../../nbs/checkpoint/01_commit.ipynb #commit-2
 def commit(
     folder:str|Path, # All of the checkpoint's files are written
     step:int,        # Optimiser step
@@ -69,11 +70,13 @@ _STATE = {"args": {...: (bool, int, float, str, type(None))}, "attributes": {...
 _NOTES = {
     "contract.json": {"schedule": {"lr_scheduler_type": str}, "optimiser": {"optim": str}, "batch": {...: _least_one},
         "validation": {...: str}},
-    "progress.json": {"due!": bool, "progress!": [{"loss!": NUMBER, "logged!": _count, "total!": NUMBER, "each": _least_one,
+    "progress.json": {"due!": bool, "progress!": [{"loss!": NUMBER, "logged!": _count, "total!": NUMBER,
+    "each": _least_one,
         "ahead": int, "cell": _least_one, ...: (*NUMBER, {...: NUMBER})}]},
     "trainer_state.json": {"global_step!": _count, "max_steps": int, "log_history!": [{"step": int}],
         "stateful_callbacks!": {...: (_STATE, [_STATE])}}}
 
+# %% ../../nbs/checkpoint/01_commit.ipynb #odd
 def _odd(folder:Path, step:int)->str:
     "Which note of a checkpoint cannot be gone on from, whoever committed it; empty when there is none."
     for name, shape in _NOTES.items():
@@ -95,17 +98,20 @@ def _read(folder:Path)->tuple[dict, str]:
     except FileNotFoundError: return {}, f"it has no {COMMIT}: its writing did not come to an end"
     except (OSError, ValueError): return {}, f"its {COMMIT} cannot be read"
     if misfit(note, {"schema!": int}): return {}, f"its {COMMIT} cannot be read"
-    if note["schema"] > SCHEMA: return note, (
-        f"it was written by a newer medllm (schema {note['schema']}, this one reads {SCHEMA}): update medllm")
+    if note["schema"] > SCHEMA:
+        return note, (
+            f"it was written by a newer medllm (schema {note['schema']}, this one reads {SCHEMA}): update medllm")
     if misfit(note, _NOTE) or not all(map(_inside, note["files"])): return {}, f"its {COMMIT} cannot be read"
     rest = {name: value for name, value in note.items() if name != "sha256"}
     if note.get("sha256") != digest(rest): return {}, f"its {COMMIT} was changed"
     return note, "" if folder.name == f"checkpoint-{note['step']}" else f"its {COMMIT} is of step {note['step']}"
 
+# %% ../../nbs/checkpoint/01_commit.ipynb #inside
 def _inside(name:str)->bool:
     "Whether a committed name stays in its checkpoint."
     return bool(name) and "\0" not in name and not name.startswith("/") and ".." not in Path(name).parts
 
+# %% ../../nbs/checkpoint/01_commit.ipynb #check-2
 def check(
     folder:str|Path,    # A checkpoint
     hashed:bool = True, # Read every byte; False compares names and sizes only
@@ -127,12 +133,14 @@ def checkpoints_in(
     steps = [(int(m[1]), f) for f in found if (m := re.fullmatch(r"checkpoint-(\d+)", f.name)) and f.is_dir()]
     return sorted(steps, reverse=True)
 
+# %% ../../nbs/checkpoint/01_commit.ipynb #committed
 def committed(
     run_folder:str|Path, # --output_dir
 )->list[tuple[int, Path]]: # Step and folder, newest first
     "The checkpoints that are whole by name and size; quick."
     return [(step, folder) for step, folder in checkpoints_in(run_folder) if not check(folder, hashed=False)]
 
+# %% ../../nbs/checkpoint/01_commit.ipynb #newest-2
 def newest(
     run_folder:str|Path,       # --output_dir
     say:Callable[[str], object] = say, # Told of each that is rejected, in a sentence
@@ -153,6 +161,7 @@ def drop(
     with contextlib.suppress(OSError): (folder/COMMIT).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
+# %% ../../nbs/checkpoint/01_commit.ipynb #rotate-2
 def rotate(
     run_folder:str|Path,        # --output_dir
     limit:int|None = None,      # Most that stay (--save_total_limit); None: all
@@ -196,6 +205,7 @@ def cut_back(
     write_bytes(file, b"".join(line + b"\n" for line in stay))
     return len(lines) - 1 - len(stay) + bool(lines[-1])
 
+# %% ../../nbs/checkpoint/01_commit.ipynb #stays
 def _stays(line:bytes, keep)->bool:
     try: return keep(json.loads(line))
     except ValueError: return False
@@ -209,10 +219,12 @@ def begin_behind(
 )->int:                  # The checkpoint's step
     "Take away what came after a checkpoint: logged lines, later checkpoints. Raises `UserError` when it is past the last step."
     step = int(folder.name.partition("-")[2])
-    if step > last: raise UserError(f"{folder} is past the last step ({last}), so nothing is left to train: raise --max_steps or "
-        "--num_train_epochs, or go on from an earlier checkpoint")
-    if step == last: say(f"nothing is left to train: {folder.name} is the last step of the run; more of them want a larger "
-        "--max_steps or --num_train_epochs, and --allow steps")
+    if step > last:
+        raise UserError(f"{folder} is past the last step ({last}), so nothing is left to train: raise --max_steps or "
+            "--num_train_epochs, or go on from an earlier checkpoint")
+    if step == last:
+        say(f"nothing is left to train: {folder.name} is the last step of the run; more of them want a larger "
+            "--max_steps or --num_train_epochs, and --allow steps")
     if not clean: return step
     cut_back(Path(run_folder)/"history.jsonl", lambda line: line["step"] <= step and "train_runtime" not in line)
     cut_back(Path(run_folder)/"rollouts.jsonl", lambda line: line["step"] < step)
@@ -231,6 +243,7 @@ def _is_there(owner:dict)->bool:
     "Whether the process is; one on another machine, or in another container, is taken to be."
     return is_there(owner) is not False
 
+# %% ../../nbs/checkpoint/01_commit.ipynb #held
 class _Held:
     "A lock on a folder, and which file it is."
     def __init__(self, folder:Path, wait:float):
@@ -239,9 +252,11 @@ class _Held:
         try: self.lock.acquire(timeout=0 if _is_there(before) else wait)
         except Timeout:
             where = "" if before.get("boot") == boot() else " of another machine"
-            raise UserError(f"{folder} is trained into by process {before.get('pid', '?')}{where}: wait for it, or name another "
+            raise UserError(
+                f"{folder} is trained into by process {before.get('pid', '?')}{where}: wait for it, or name another "
                 "--output_dir") from None
-        if before and not before.get("ended"): say(f"the lock of process {before.get('pid', '?')}, which is gone, is taken over")
+        if before and not before.get("ended"):
+            say(f"the lock of process {before.get('pid', '?')}, which is gone, is taken over")
         self.number = self.seen()
         self.note()
 
@@ -272,6 +287,7 @@ def owned(
         if held.seen() == held.number: held.note(ended=True)
         held.lock.release()
 
+# %% ../../nbs/checkpoint/01_commit.ipynb #still-ours
 def still_ours(
     folder:str|Path, # That a run writes into; made where it is not there
 ):
@@ -282,10 +298,12 @@ def still_ours(
     gone = not folder.is_dir()
     folder.mkdir(parents=True, exist_ok=True)
     if not held: return
-    if gone: say(f"{folder} was removed while it was trained into; it is made anew, without the checkpoints and history it held")
+    if gone:
+        say(f"{folder} was removed while it was trained into; it is made anew, without the "
+            "checkpoints and history it held")
     try: _held[folder.absolute()] = _Held(folder, 0)
-    except UserError as e: raise UserError(
-        f"{folder} was removed, and another run has begun there: this one ends ({e})") from None
+    except UserError as e:
+        raise UserError(f"{folder} was removed, and another run has begun there: this one ends ({e})") from None
     held.lock.release()
     with contextlib.suppress(OSError): gone and append_event(folder, "folder_removed")
 

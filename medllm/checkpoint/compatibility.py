@@ -11,24 +11,28 @@ import json
 from ..core import UserError, nearest
 
 # %% ../../nbs/checkpoint/02_compatibility.ipynb #parts
-_FATAL = ("stage dataset_rows rows template tokenizer cutoff_len packing model adapters adapter quantization dtype reference "
+_FATAL = (
+    "stage dataset_rows rows template tokenizer cutoff_len packing model adapters adapter quantization dtype reference "
     "reward_model objective processes").split()
 ALLOW = {   # part -> flags that are one part
     "lr": ["learning_rate"], "schedule": ["lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"],
-    "optimiser": ["optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay",
+    "optimiser": ["optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "weight_decay",
         "max_grad_norm"],
     "steps": ["max_steps", "num_train_epochs"],
     "batch": ["per_device_train_batch_size", "gradient_accumulation_steps"],
-    "order": ["train_sampling_strategy", "group_by_length", "dataloader_drop_last"], "seed": ["seed"], "data_seed": ["data_seed"],
-    "precision": ["bf16", "fp16", "tf32", "pure_bf16"], "noise": ["neftune_noise_alpha"],
+    "order": ["train_sampling_strategy", "group_by_length", "dataloader_drop_last"], "seed": ["seed"],
+    "data_seed": ["data_seed"], "precision": ["bf16", "fp16", "tf32", "pure_bf16"], "noise": ["neftune_noise_alpha"],
     "smoothing": ["label_smoothing_factor"], "checkpointing": ["gradient_checkpointing", "torch_compile", "use_cpu"],
     "selection": ["metric_for_best_model", "greater_is_better", "load_best_model_at_end"]}
 
 # %% ../../nbs/checkpoint/02_compatibility.ipynb #differences
 _NOTED = ("versions", "medllm", "looks")
 
-def _kind(part:str)->str: return "fatal" if part in _FATAL or part == "replay_rows" else "noted" if part in _NOTED else "allow"
+def _kind(part:str)->str:
+    return "fatal" if part in _FATAL or part == "replay_rows" else "noted" if part in _NOTED else "allow"
 
+# %% ../../nbs/checkpoint/02_compatibility.ipynb #differences-2
 def differences(
     then:dict, # The contract of the checkpoint
     now:dict,  # Of this run
@@ -39,16 +43,18 @@ def differences(
         kind = _kind(part) if part in then and part in now or part == "replay_rows" else "noted"
         a, b = then.get(part), now.get(part)
         if isinstance(a, dict) and isinstance(b, dict):
-            told = lambda name: kind if name in a and name in b or a.get(name) or b.get(name) else "noted"
+            def told(name): return kind if name in a and name in b or a.get(name) or b.get(name) else "noted"
             out += [(f"{part}.{name}", a.get(name), b.get(name), told(name))
                 for name in dict.fromkeys((*a, *b)) if a.get(name) != b.get(name)]
         elif a != b: out.append((part, a, b, kind))
     return out
 
+# %% ../../nbs/checkpoint/02_compatibility.ipynb #whole
 def _whole(then:dict, where:str)->dict:
     "A checkpoint's contract, if it says of what run it is."
-    if unsaid := [part for part in _FATAL if part not in then]: raise UserError(f"{where} does not say of what run it is: its "
-        f"contract.json is without {', '.join(unsaid)}; begin a new run from its weights")
+    if unsaid := [part for part in _FATAL if part not in then]:
+        raise UserError(f"{where} does not say of what run it is: its "
+            f"contract.json is without {', '.join(unsaid)}; begin a new run from its weights")
     return then
 
 # %% ../../nbs/checkpoint/02_compatibility.ipynb #agree
@@ -66,6 +72,7 @@ def as_change(
     name, then, now, _ = difference
     return name if name == "medllm" or name.startswith("validation") else f"{name} {_short(then)} -> {_short(now)}"
 
+# %% ../../nbs/checkpoint/02_compatibility.ipynb #allowed
 def allowed(
     text:str|None, # --allow
 )->set[str]:       # Parts
@@ -73,12 +80,13 @@ def allowed(
     words = {word.strip() for word in (text or "").split(",") if word.strip()}
     known = [*ALLOW, "validation", "attention"]
     for word in sorted(words):
-        if _kind(word) == "fatal": raise UserError(
-            f"--allow {word}: a checkpoint cannot go on with another {word}; begin a new run")
-        if word not in known: raise UserError(
-            f"--allow {word}: unknown{nearest(word, known)}; known are {', '.join(known)}")
+        if _kind(word) == "fatal":
+            raise UserError(f"--allow {word}: a checkpoint cannot go on with another {word}; begin a new run")
+        if word not in known:
+            raise UserError(f"--allow {word}: unknown{nearest(word, known)}; known are {', '.join(known)}")
     return words
 
+# %% ../../nbs/checkpoint/02_compatibility.ipynb #compare
 def compare(
     then:dict,     # The contract of the checkpoint
     now:dict,      # Of this run
@@ -89,10 +97,12 @@ def compare(
     words, found = allowed(allow), differences(_whole(then, where), now)
     fatal = [d for d in found if d[3] == "fatal"]
     asked = [d for d in found if d[3] == "allow" and d[0].split(".")[0] not in words]
-    if fatal: raise UserError(f"{where} is of another run: " + "; ".join(map(_told, fatal + asked))
-        + "; give it back what it had, or begin a new run in another --output_dir")
-    if asked: raise UserError(f"{where} was trained with other flags: " + "; ".join(map(_told, asked))
-        + f"; --allow {','.join(dict.fromkeys(d[0].split('.')[0] for d in asked))} goes on all the same")
+    if fatal:
+        raise UserError(f"{where} is of another run: " + "; ".join(map(_told, fatal + asked))
+            + "; give it back what it had, or begin a new run in another --output_dir")
+    if asked:
+        raise UserError(f"{where} was trained with other flags: " + "; ".join(map(_told, asked))
+            + f"; --allow {','.join(dict.fromkeys(d[0].split('.')[0] for d in asked))} goes on all the same")
     return found
 
 # %% ../../nbs/checkpoint/02_compatibility.ipynb #changed

@@ -46,7 +46,8 @@ class ResumableTrainer(Trainer):
         self.saved, self.size, self.failures = -1, 0, 0      # last saved step; bytes of a checkpoint; saves that failed
         self.waiting, self.writer = None, ThreadPoolExecutor(1) # a save that is being committed; who does it
         self.settled, self.noted_end = True, None            # between two steps; the notes at the end of the last one
-        self.resumed, self.loaded, self.over = None, False, False # checkpoint; its numbers are in place; nothing is left to do
+        # checkpoint; its numbers are in place; nothing is left to do
+        self.resumed, self.loaded, self.over = None, False, False
         self.earlier = 0.0                                   # sum of the losses before the checkpoint
         self.odd = torch.zeros(2, dtype=torch.int64, device=args.device)
 
@@ -54,6 +55,7 @@ class ResumableTrainer(Trainer):
         "Whether a weight is saved by other means than the model's own files."
         return False
 
+# %% ../../nbs/checkpoint/03_resumable.ipynb #progress
 @patch
 def progress(self:ResumableTrainer)->dict:
     "What the log has counted so far, as this process knows it; tensors are copies."
@@ -61,6 +63,7 @@ def progress(self:ResumableTrainer)->dict:
     return {"loss": loss.detach().clone(), "logged": getattr(self, "_globalstep_last_logged", 0),
         "total": self.earlier + getattr(self, "_total_loss_scalar", 0.0)}
 
+# %% ../../nbs/checkpoint/03_resumable.ipynb #take-progress
 @patch
 def take_progress(self:ResumableTrainer,
     saved:dict, # What `progress` gave, with numbers for tensors
@@ -71,11 +74,13 @@ def take_progress(self:ResumableTrainer,
     # Trainer's own total is of this attempt alone, so what came before is taken off it
     self.earlier, self._total_loss_scalar = saved["total"] + saved["loss"], -saved["loss"]
 
+# %% ../../nbs/checkpoint/03_resumable.ipynb #mean-loss
 @patch(as_prop=True)
 def mean_loss(self:ResumableTrainer)->float:
     "Mean training loss over all steps, those before a resume included."
     return (self.earlier + self._total_loss_scalar)/max(self.state.global_step, 1)
 
+# %% ../../nbs/checkpoint/03_resumable.ipynb #notes
 @patch
 def _notes(self:ResumableTrainer, due:bool=False)->dict:
     "What is saved beside weights and optimiser, as it is now; `due` when a validation should follow."
@@ -89,6 +94,7 @@ def _note_odd(self:ResumableTrainer, which:int, value):
     bad = ~torch.isfinite(torch.as_tensor(value, device=self.odd.device)).all()
     self.odd[which] = torch.where(bad & (self.odd[which] == 0), self.state.global_step + 1, self.odd[which])
 
+# %% ../../nbs/checkpoint/03_resumable.ipynb #training-step
 @patch
 def training_step(self:ResumableTrainer, model, inputs, num_items_in_batch=None):
     "A micro-batch forwards and backwards."
@@ -97,6 +103,7 @@ def training_step(self:ResumableTrainer, model, inputs, num_items_in_batch=None)
     self._note_odd(0, loss)
     return loss
 
+# %% ../../nbs/checkpoint/03_resumable.ipynb #get-grad-norm
 @patch
 def _get_grad_norm(self:ResumableTrainer, model, grad_norm=None):
     "The norm of the gradients; the optimiser comes next."
@@ -105,6 +112,7 @@ def _get_grad_norm(self:ResumableTrainer, model, grad_norm=None):
     self.settled = False
     return norm
 
+# %% ../../nbs/checkpoint/03_resumable.ipynb #look
 @patch
 def _look(self:ResumableTrainer)->int:
     "Whether somebody asked any of the processes to stop. Raises `UserError` when a step was not finite."
@@ -113,8 +121,9 @@ def _look(self:ResumableTrainer)->int:
         or step >= self.state.max_steps)
     asked, *odd = self.agree(stop.asked, *(self.odd.tolist() if due else (0, 0)))
     for what, first in zip(("loss", "gradient"), odd):
-        if first: raise UserError(f"the {what} is not finite at step {first}: lower --learning_rate, or look for broken "
-            "rows; no checkpoint has been written since")
+        if first:
+            raise UserError(f"the {what} is not finite at step {first}: lower --learning_rate, or look for broken "
+                "rows; no checkpoint has been written since")
     return asked
 
 # %% ../../nbs/checkpoint/03_resumable.ipynb #loop
@@ -130,12 +139,14 @@ def _maybe_log_save_evaluate(self:ResumableTrainer, *args, **kwargs):
     self.noted_end, stop.at_once = self._notes(), self.args.world_size == 1
     if asked or (stop.at_once and stop.asked): raise Left
 
+# %% ../../nbs/checkpoint/03_resumable.ipynb #evaluate
 @patch
 def _evaluate(self:ResumableTrainer, *args, **kwargs):
     "Validate in the middle of training."
     self.noted_end = self._notes(due=True)
     with leaving(self.args.world_size == 1): return super(ResumableTrainer, self)._evaluate(*args, **kwargs)
 
+# %% ../../nbs/checkpoint/03_resumable.ipynb #rounds
 @patch
 def rounds(self:ResumableTrainer,
     batches, # Of this process
@@ -153,6 +164,7 @@ def _own(self:ResumableTrainer, name:str)->str:
     "The name of a file that every process has."
     return name if self.args.world_size == 1 else f"{name}_{self.args.process_index}"
 
+# %% ../../nbs/checkpoint/03_resumable.ipynb #fill-2
 @patch
 def _fill(self:ResumableTrainer, folder:Path, notes:dict):
     "Write all files of a checkpoint."
@@ -173,7 +185,8 @@ def _fill(self:ResumableTrainer, folder:Path, notes:dict):
     write_json(folder/"progress.json", {"due": notes["due"], "progress": everyone}, sync=False)
     write_json(folder/"contract.json", self.contract, sync=False)
     best, states = f"checkpoint-{self.state.best_global_step}", {}
-    if self.state.best_global_step and (folder.parent/best).exists(): self.state.best_model_checkpoint = str(folder.parent/best)
+    if self.state.best_global_step and (folder.parent/best).exists():
+        self.state.best_model_checkpoint = str(folder.parent/best)
     for one in [c for c in (*self.callback_handler.callbacks, self.control) if isinstance(c, ExportableState)]:
         states.setdefault(type(one).__name__, []).append(one.state())
     self.state.stateful_callbacks = {name: some[0] if len(some) == 1 else some for name, some in states.items()}
@@ -191,6 +204,7 @@ def _together(self:ResumableTrainer, write)->str:
     failed, = self.agree(int(bool(why)))
     return why or ("another process could not write" if failed else "")
 
+# %% ../../nbs/checkpoint/03_resumable.ipynb #expected
 @patch
 def _expected(self:ResumableTrainer)->int:
     "About how much a checkpoint takes [bytes]: as much as the last one, or weights and two moments."
@@ -199,6 +213,7 @@ def _expected(self:ResumableTrainer)->int:
     if old: return sum(f.stat().st_size for f in old[0][1].rglob("*") if f.is_file())
     return sum(3*p.numel()*p.element_size() for p in self.model.parameters() if p.requires_grad)
 
+# %% ../../nbs/checkpoint/03_resumable.ipynb #write-2
 @patch
 def _write(self:ResumableTrainer, folder:Path, notes:dict)->str:
     "Write a checkpoint and begin with its commit; empty when that went well, else why not."
@@ -214,6 +229,7 @@ def _write(self:ResumableTrainer, folder:Path, notes:dict)->str:
     self.waiting = self.state.global_step, folder, self.writer.submit(self._commit, folder) if main else None
     return ""
 
+# %% ../../nbs/checkpoint/03_resumable.ipynb #commit
 @patch
 def _commit(self:ResumableTrainer, folder:Path)->int:
     "Commit a checkpoint and take old ones away; its size [bytes]."
@@ -230,6 +246,7 @@ def settle(self:ResumableTrainer):
     if why := self._together(written.result if written else lambda: None): return self._skipped(step, folder, why)
     self.failures, self.size = 0, written.result() if written else 0
 
+# %% ../../nbs/checkpoint/03_resumable.ipynb #skipped
 @patch
 def _skipped(self:ResumableTrainer, step:int, folder:Path, why:str):
     "Note a save that failed."
@@ -237,11 +254,15 @@ def _skipped(self:ResumableTrainer, step:int, folder:Path, why:str):
     if self.args.should_save: drop(folder)
     say(f"step {step}: the checkpoint is left out ({why}); training goes on")
     if self.args.should_save:
-        with suppress(OSError): append_event(folder.parent, "save_skipped", step=step, reason=why, in_a_row=self.failures)
-    if self.failures >= FAILURES: raise Unwritable(
-        f"{self.failures} checkpoints in a row could not be written to {folder.parent}, the last at step {step} ({why}): "
-        "make room")
+        with suppress(OSError):
+            append_event(folder.parent, "save_skipped", step=step, reason=why, in_a_row=self.failures)
+    if self.failures >= FAILURES:
+        raise Unwritable(
+            f"{self.failures} checkpoints in a row could not be written to {folder.parent}, the "
+            f"last at step {step} ({why}): "
+            "make room")
 
+# %% ../../nbs/checkpoint/03_resumable.ipynb #save-checkpoint
 @patch
 def _save_checkpoint(self:ResumableTrainer, model, trial, notes:dict|None=None):
     "Write a checkpoint of the step's end. Raises `Unwritable` when that failed several times in a row."
@@ -266,13 +287,17 @@ def _leave(self:ResumableTrainer):
             self.settle()
     found = committed(where)
     if step <= begun: raise Interrupted(f"{asked}; nothing was trained since, so nothing is lost")
-    if found: raise Interrupted(f"{asked}; {found[0][1].name} holds it: {goes_on(where)}" if found[0][0] == step else
-        f"{asked}, which could not be saved; {found[0][1].name} is the newest checkpoint: {goes_on(where)} from there")
+    if found:
+        raise Interrupted(f"{asked}; {found[0][1].name} holds it: {goes_on(where)}" if found[0][0] == step else
+            f"{asked}, which could not be saved; {found[0][1].name} is the newest "
+            f"checkpoint: {goes_on(where)} from there")
     raise Interrupted(f"{asked}; no checkpoint could be written")
 
+# %% ../../nbs/checkpoint/03_resumable.ipynb #train
 @patch
 def train(self:ResumableTrainer, resume_from_checkpoint=None, checked:bool=False, **kwargs):
-    ("Train, as `transformers.Trainer.train` does. Raises `UserError` for a checkpoint that is not whole, `Interrupted` "
+    ("Train, as `transformers.Trainer.train` does. Raises `UserError` for a checkpoint that "
+        "is not whole, `Interrupted` "
         "when somebody asked to stop.")
     if resume_from_checkpoint: self._begin_from(Path(resume_from_checkpoint), checked)
     with listening(), polled(), leaving(self.args.world_size == 1):
@@ -286,6 +311,7 @@ def train(self:ResumableTrainer, resume_from_checkpoint=None, checked:bool=False
         if self.agree(stop.asked)[0]: self._leave()
     return result
 
+# %% ../../nbs/checkpoint/03_resumable.ipynb #finalize-training
 @patch
 def _finalize_training(self:ResumableTrainer, *args, **kwargs):
     "The end of the loop; old checkpoints are not deleted by date."
@@ -304,9 +330,11 @@ def _check_complete(self:ResumableTrainer, folder:Path):
     if getattr(self.accelerator, "scaler", None) is not None: needed.append("scaler.pt")
     if self.objective and self.objective.state(): needed.append(f"{self._own('objective')}.json")
     for name in needed:
-        if not (folder/name).exists(): raise UserError(f"{folder} cannot be gone on from: it has no {name} "
-            "(--save_only_model, another number of processes, or another stage); begin a new run from its weights")
+        if not (folder/name).exists():
+            raise UserError(f"{folder} cannot be gone on from: it has no {name} "
+                "(--save_only_model, another number of processes, or another stage); begin a new run from its weights")
 
+# %% ../../nbs/checkpoint/03_resumable.ipynb #begin-from
 @patch
 def _begin_from(self:ResumableTrainer, folder:Path, checked:bool):
     "Make ready to go on from a checkpoint that is whole and complete."
@@ -323,6 +351,8 @@ def _begin_from(self:ResumableTrainer, folder:Path, checked:bool):
             self.control.should_training_stop or self.state.global_step >= self.state.max_steps)
         return ([], None) if self.over else own(batches, *args)
     self.get_batch_samples = first       # before a subclass draws answers, too
+
+# %% ../../nbs/checkpoint/03_resumable.ipynb #init-training-state
 @patch
 def _init_training_state(self:ResumableTrainer, max_steps:int, *args)->tuple[int, int]:
     "Where training begins. Raises `UserError` for a checkpoint that is past the last step."
@@ -336,11 +366,13 @@ def _init_training_state(self:ResumableTrainer, max_steps:int, *args)->tuple[int
 @patch
 def _load_from_checkpoint(self:ResumableTrainer, resume_from_checkpoint:str, model=None):
     "Load the weights, all of them and no others."
-    if not (self.is_fsdp_enabled or self.is_deepspeed_enabled): check_weights(
-        self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint), self.saved_elsewhere)
+    if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        check_weights(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint), self.saved_elsewhere)
     kept = {name: p.dtype for name, p in self.model.named_parameters()}       # peft makes a loaded adapter float32
     super(ResumableTrainer, self)._load_from_checkpoint(resume_from_checkpoint, model)
     for name, p in self.model.named_parameters(): p.data = p.data.to(kept.get(name, p.dtype))
+
+# %% ../../nbs/checkpoint/03_resumable.ipynb #load-optimizer-and-scheduler
 @patch
 def _load_optimizer_and_scheduler(self:ResumableTrainer, checkpoint:str|None):
     "Load optimiser, schedule and what the objective carries along."
@@ -348,6 +380,7 @@ def _load_optimizer_and_scheduler(self:ResumableTrainer, checkpoint:str|None):
     if checkpoint and (Path(checkpoint)/f"{self._own('objective')}.json").exists():
         self.objective.load_state(read_state(Path(checkpoint), self._own("objective")))
 
+# %% ../../nbs/checkpoint/03_resumable.ipynb #load-rng-state
 @patch
 def _load_rng_state(self:ResumableTrainer, checkpoint:str|None):
     "Load random numbers and counters, once; then do the validation that was due."

@@ -28,6 +28,7 @@ def random_state()->dict:
     return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(),
         "gpus": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
 
+# %% ../../nbs/checkpoint/00_state.ipynb #set-random-state
 def set_random_state(
     state:dict, # From `random_state`
 ):
@@ -48,6 +49,7 @@ def write_state(
     if tensors: save_file(tensors, folder/f"{name}.safetensors")
     write_json(folder/f"{name}.json", {k: v for k, v in state.items() if not torch.is_tensor(v)}, sync=False)
 
+# %% ../../nbs/checkpoint/00_state.ipynb #read-state
 def read_state(
     folder:Path, # That `write_state` wrote to
     name:str,    # Of the files
@@ -64,11 +66,14 @@ def readable(
 ):
     "Turn what goes wrong with a file, while it is loaded, into a sentence: `UserError`."
     try: yield
-    except pickle.UnpicklingError: raise UserError(
-        f"{folder}/{name} holds more than tensors and numbers, which may be code; it was not loaded") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError) as e: raise UserError(
-        f"{folder}/{name} does not fit this run: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from None
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{folder}/{name} holds more than tensors and numbers, which may be code; it was not loaded") from None
+    except (RuntimeError, EOFError, ValueError, KeyError, TypeError) as e:
+        raise UserError(
+            f"{folder}/{name} does not fit this run: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from None
 
+# %% ../../nbs/checkpoint/00_state.ipynb #check-weights
 def check_weights(
     model,       # Bare or with an adapter
     folder:Path, # A checkpoint of it
@@ -81,5 +86,6 @@ def check_weights(
         with safe_open(file, "pt") as f: have |= set(f.keys())
     shared = {own[name].data_ptr() for name in have & own.keys()}
     missing = [n for n, t in own.items() if n not in have and not elsewhere(n) and t.data_ptr() not in shared]
-    for name in sorted(missing) + sorted(have - own.keys()): raise UserError(
-        f"{folder} is of another model: {name} is {'missing in it' if name in missing else 'not in the model'}")
+    for name in sorted(missing) + sorted(have - own.keys()):
+        raise UserError(
+            f"{folder} is of another model: {name} is {'missing in it' if name in missing else 'not in the model'}")

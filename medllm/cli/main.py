@@ -28,6 +28,7 @@ def _tiny(args)->int:
     print(f"{write_tiny(args.folder)}: a small random Llama with tokenizer and chat template")
     return 0
 
+# %% ../../nbs/cli/02_main.ipynb #settings
 def _settings(args)->dict:
     "Parameters of `medllm run`: a YAML file, and -p over it."
     from medllm.yaml_file import read_yaml
@@ -36,6 +37,7 @@ def _settings(args)->dict:
     given |= {name: value for name, value in (("runs_dir", args.runs), ("tag", args.tag)) if value is not None}
     return given
 
+# %% ../../nbs/cli/02_main.ipynb #run
 def _run(args)->int:
     if args.list_parameters:
         from medllm.experiment.execute import RUNS, find_notebook
@@ -48,6 +50,7 @@ def _run(args)->int:
     with landing(given.get("runs_dir", "runs")) as runs:
         return report(execute(args.notebook, given | ({"runs_dir": runs} if "runs_dir" in given else {})))
 
+# %% ../../nbs/cli/02_main.ipynb #sweep
 def _sweep(args)->int:
     from medllm.records.remote import landing
     from medllm.experiment.sweep import sweep
@@ -68,18 +71,20 @@ def _described(name:str, entry:dict, folder)->tuple[str, str, str]:
         "evaluation only" if source.eval_only else ""]
     return state, ", ".join(filter(None, facts)), source.place
 
+# %% ../../nbs/cli/02_main.ipynb #data
 def _data(args)->int:
     from medllm.data.registry import read_registry, registry_folder
     folder, entries = registry_folder(args.dataset_dir), read_registry(args.dataset_dir)
     rows = [(name, *_described(name, entry, folder)) for name, entry in entries.items()]
     wide = [max(len(row[i]) for row in rows) for i in range(3)] if rows else [0]*3
     for name, state, facts, place in rows: print(f"{name:{wide[0]}}  {state:{wide[1]}}  {facts:{wide[2]}}  {place}")
-    states = {"missing": "the file is not there", "network": "is fetched when it is used", "wrong": "the entry has a mistake",
-        "program": "a loading script, runs with --trust_remote_code"}
+    states = {"missing": "the file is not there", "network": "is fetched when it is used",
+        "wrong": "the entry has a mistake", "program": "a loading script, runs with --trust_remote_code"}
     for state, text in states.items():
         if any(row[1] == state for row in rows): say(f"{state}: {text}")
     return 0
 
+# %% ../../nbs/cli/02_main.ipynb #preview
 def _preview(args)->int:
     from medllm.data.accounts import OnBad
     from medllm.data.cache import Recipe, cached_rows
@@ -93,7 +98,8 @@ def _preview(args)->int:
         trust_remote_code=args.trust_remote_code)
     rows, account = cached_rows(source, renderer, recipe)
     hide = source.private and not args.reveal
-    print(Look(rows, renderer.tokenizer, hide=hide, picked=tuple(range(args.rows))), file=terminal())     # its colours are ours
+    # its colours are ours
+    print(Look(rows, renderer.tokenizer, hide=hide, picked=tuple(range(args.rows))), file=terminal())
     print("\n" + "\n".join(account.lines()) + "\n" + ", ".join(f"{k} {v}" for k, v in length_summary(rows).items()))
     print(length_bars(rows, args.cutoff_len))
     if hide: say("letters are hidden because the dataset is private; --reveal shows them")
@@ -115,6 +121,7 @@ def _check(args)->int:
     if args.output: print(f"card: {write_card(card, args.output).parent}")
     return 0 if card["verdict"] == "passed" else 1
 
+# %% ../../nbs/cli/02_main.ipynb #check-command
 def _check_command(inner):
     "medllm data check NAME…"
     p = inner.add_parser("check", help="the gate: faults, duplicates, contamination, personal data; exit code 1 when a "
@@ -149,6 +156,7 @@ def _sweep_words(p):
 class _Parser(argparse.ArgumentParser):
     def error(self, message): raise UserError(f"{message}; see {self.prog} --help")
 
+# %% ../../nbs/cli/02_main.ipynb #parser-2
 def parser()->argparse.ArgumentParser:
     "The command's own grammar; flags of training are read by `medllm.train`."
     top = _Parser(prog="medllm", description="Reproducible, notebook-first training of medical language models.",
@@ -161,7 +169,8 @@ def parser()->argparse.ArgumentParser:
     p = command("train", _train, "Train by flags or a YAML file; 'medllm train --help' lists every flag")
     p.add_argument("words", nargs=argparse.REMAINDER, metavar="FILE.yaml | --flag value | flag=value")
     p = command("run", _run, "Execute a run notebook with papermill and keep it as a record")
-    p.add_argument("notebook", help="pt, sft, rm, dpo, kto, ppo, grpo, pipeline, data, evaluate or predict; or the path of a run "
+    p.add_argument(
+        "notebook", help="pt, sft, rm, dpo, kto, ppo, grpo, pipeline, data, evaluate or predict; or the path of a run "
         "notebook")
     p.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
         help="set a parameter; may be repeated")
@@ -174,7 +183,8 @@ def parser()->argparse.ArgumentParser:
     add_verbs(command("runs", None, "Look at records, check, repeat, resume, free and keep them"))
     add_evaluate(command("evaluate", None, "Measure a model on multiple-choice sets, and against its base model"))
     add_predict(command("predict", None, "Answer a file of questions into a file of answers; goes on after a kill"))
-    add_export(command("export", None, "Merge, quantise, convert a trained model for other programs, and check the result"))
+    add_export(command("export", None,
+        "Merge, quantise, convert a trained model for other programs, and check the result"))
     add_chat(command("chat", None, "Talk to a model in the terminal"))
     add_serve(command("serve", None, "Serve a model to OpenAI clients and to browsers (extra serve)"))
     add_knowledge(command("knowledge", None, "Ask tables and texts, measure how they are searched, make training rows"))
@@ -183,6 +193,7 @@ def parser()->argparse.ArgumentParser:
     p.add_argument("folder", help="new folder")
     return top
 
+# %% ../../nbs/cli/02_main.ipynb #data-commands-2
 def _data_commands(p):
     "medllm data [preview NAME | check NAME…]."
     where = dict(help="folder with dataset_info.json (default data)")
@@ -217,6 +228,7 @@ def _main(argv:list[str], own:bool)->int:
         return 0
     with contextlib.nullcontext() if argv[0] in _TALKING else spelled(): return args.function(args)
 
+# %% ../../nbs/cli/02_main.ipynb #main-2
 def main(
     argv:Sequence[str]|None = None, # Words; None takes the program's own
 )->int:                             # 0; 1 when a run failed; 2 for a user's mistake or a broken file

@@ -33,6 +33,7 @@ def _coloured()->bool:
     "Whether the output is a terminal that may have colours."
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
+# %% ../../nbs/cli/00_model_commands.ipynb #told
 def _told(found:dict)->str:
     "An evaluation for a terminal: the verdict, the figures, the comparison, and the conclusion again."
     from medllm.evaluate.compare import comparison_rows
@@ -44,6 +45,7 @@ def _told(found:dict)->str:
         markdown_table(comparison_rows(found["comparisons"])), said)
     return "\n\n".join(filter(None, parts))
 
+# %% ../../nbs/cli/00_model_commands.ipynb #evaluate-2
 def _evaluate(args)->int:
     from medllm.evaluate.runs import EvaluateRun, evaluate
     from medllm.parameters import run_parameters
@@ -57,12 +59,14 @@ def _evaluate(args)->int:
     if args.output: print(f"\nitems and figures: {args.output}")
     return 0
 
+# %% ../../nbs/cli/00_model_commands.ipynb #add-evaluate
 def add_evaluate(
     p, # An argparse parser
 ):
     "medllm evaluate NAME…"
     p.set_defaults(function=_evaluate)
-    p.add_argument("names", nargs="*", metavar="NAME", help="multiple-choice sets: registered names or files (default mm_mcq)")
+    p.add_argument("names", nargs="*", metavar="NAME",
+        help="multiple-choice sets: registered names or files (default mm_mcq)")
     for name, text in _EVALUATE.items(): p.add_argument(f"--{name}", help=text)
     p.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
         help="any other parameter (medllm run evaluate --list-parameters)")
@@ -96,12 +100,13 @@ def _export(args)->int:
     from medllm.export.export import ExportPlan
     choice = ModelChoice(args.model_name_or_path, args.adapter_name_or_path, args.template, args.quantization_bit,
         default_system=args.default_system, enable_thinking=args.enable_thinking)
-    plan = ExportPlan(args.output, choice, args.dtype, args.max_shard_size, tuple(args.bits), tuple(args.gguf), args.prompts,
-        args.answers, args.max_new_tokens, tuple(args.limit), args.overwrite)
+    plan = ExportPlan(args.output, choice, args.dtype, args.max_shard_size, tuple(args.bits), tuple(args.gguf),
+        args.prompts, args.answers, args.max_new_tokens, tuple(args.limit), args.overwrite)
     report = release(plan, args.record, args.evaluation)
     print("\n".join(filter(None, (as_table(report["verdicts"]), not_the_same(report["verdicts"])))))
     if not report["passed"]:
-        say(f"not exported: an artefact is not within its limits of the trained model; see {plan.place}.failed/equivalence.md")
+        say("not exported: an artefact is not within its limits of the trained model; see "
+            f"{plan.place}.failed/equivalence.md")
         return 1
     print(f"model: {plan.place}")
     return 0
@@ -115,27 +120,36 @@ def add_export(
     p.formatter_class, p.epilog = argparse.RawDescriptionHelpFormatter, _EXPORT_HELP
     p.add_argument("--model_name_or_path", default="tiny", help="model, or a folder that training wrote (default tiny)")
     p.add_argument("--adapter_name_or_path", metavar="DIR[,DIR…]", help="adapters, merged in this order")
-    p.add_argument("--output", required=True, metavar="DIR", help="new folder; it appears when everything is made and checked")
+    p.add_argument("--output", required=True, metavar="DIR",
+        help="new folder; it appears when everything is made and checked")
     p.add_argument("--template", default="auto", help="chat template (default the one that the tokenizer brings)")
     p.add_argument("--default_system", default="", metavar="TEXT", help="system text that is written into the template "
         "(default the one of training, if a record says so)")
-    p.add_argument("--enable_thinking", type=lambda text: _choose(text, {"true": True, "false": False}), metavar="true|false",
-        help="switch for thinking that is written into the template")
-    p.add_argument("--quantization_bit", type=int, choices=(4, 8), help="it was trained on a base quantised like this: report "
+    p.add_argument("--enable_thinking", type=lambda text: _choose(text, {"true": True, "false": False}),
+        metavar="true|false", help="switch for thinking that is written into the template")
+    p.add_argument("--quantization_bit", type=int, choices=(4, 8),
+        help="it was trained on a base quantised like this: report "
         "how far the merge is from that (default what the record says)")
-    p.add_argument("--dtype", default="auto", help="of the written weights: float32, bfloat16, float16 (default as the base)")
+    p.add_argument("--dtype", default="auto",
+        help="of the written weights: float32, bfloat16, float16 (default as the base)")
     p.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="largest weight file (default 5GB)")
     p.add_argument("--bits", type=int, nargs="+", default=[], metavar="N", help="also quantised with bitsandbytes: 8 4")
-    p.add_argument("--gguf", nargs="+", default=[], metavar="KIND", help="also as GGUF, with a Modelfile: f16 q8_0 (extra gguf)")
-    p.add_argument("--prompts", default="", metavar="FILE", help="text file with a question on each line (default sample data)")
-    p.add_argument("--answers", type=whole_number, default=50, metavar="N", help="questions that are compared (default 50)")
-    p.add_argument("--max_new_tokens", type=whole_number, default=32, metavar="N", help="longest answer compared (default 32)")
+    p.add_argument("--gguf", nargs="+", default=[], metavar="KIND",
+        help="also as GGUF, with a Modelfile: f16 q8_0 (extra gguf)")
+    p.add_argument("--prompts", default="", metavar="FILE",
+        help="text file with a question on each line (default sample data)")
+    p.add_argument("--answers", type=whole_number, default=50, metavar="N",
+        help="questions that are compared (default 50)")
+    p.add_argument("--max_new_tokens", type=whole_number, default=32, metavar="N",
+        help="longest answer compared (default 32)")
     p.add_argument("--limit", action="append", default=[], metavar="ARTEFACT.MEASURE=NUMBER",
         help="move a limit; may be repeated")
-    p.add_argument("--record", default="", metavar="DIR", help="record the model card is made from (default beside the model)")
+    p.add_argument("--record", default="", metavar="DIR",
+        help="record the model card is made from (default beside the model)")
     p.add_argument("--evaluation", nargs="+", default=[], metavar="DIR", help="results of evaluations, for the card")
     p.add_argument("--overwrite", action="store_true", help="replace a folder that an earlier export wrote")
 
+# %% ../../nbs/cli/00_model_commands.ipynb #choose
 def _choose(text:str, known:dict):
     if text not in known: raise argparse.ArgumentTypeError(f"'{text}' must be one of {', '.join(known)}")
     return known[text]
@@ -143,14 +157,17 @@ def _choose(text:str, known:dict):
 # %% ../../nbs/cli/00_model_commands.ipynb #chat-commands
 def _model_words(p):
     "Flags that say which model answers."
-    p.add_argument("--model_name_or_path", default="tiny", help="model folder, hub id, or what training wrote (default tiny)")
+    p.add_argument("--model_name_or_path", default="tiny",
+        help="model folder, hub id, or what training wrote (default tiny)")
     p.add_argument("--adapter_name_or_path", help="adapter folders, with commas; those before the last are merged")
     p.add_argument("--template", default="auto", help="chat template (default the tokenizer's own)")
     p.add_argument("--quantization_bit", type=int, choices=(4, 8), help="load the linear layers in 4 or 8 bit")
-    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="format of the weights")
+    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
+        help="format of the weights")
     p.add_argument("--default_system", default="", metavar="TEXT", help="system text of conversations that have none")
     p.add_argument("--enable_thinking", type=_truth, metavar="true|false", help="passed to the template")
 
+# %% ../../nbs/cli/00_model_commands.ipynb #grounding
 def _truth(text:str)->bool:
     if text.lower() not in ("true", "false"): raise argparse.ArgumentTypeError(f"'{text}' must be true or false")
     return text.lower() == "true"
@@ -165,13 +182,15 @@ def _grounding(files:list):
     from medllm.retrieval.grounding import Grounding
     return Grounding(files)
 
+# %% ../../nbs/cli/00_model_commands.ipynb #serve
 def _chat(args)->int:
     from medllm.models.chat import ModelChoice, load_chat_model
     from medllm.models.sampling import Sampling
     from medllm.serve.chat import Conversation, chat_in_terminal
     from medllm.serve.disclaimer import disclaimer
     line, how, grounding = disclaimer(args.disclaimer), _fields_of(Sampling, args), _grounding(args.knowledge)
-    return chat_in_terminal(Conversation(load_chat_model(_fields_of(ModelChoice, args)), how, "", args.seed, grounding), line)
+    return chat_in_terminal(Conversation(load_chat_model(_fields_of(ModelChoice, args)), how, "", args.seed, grounding),
+        line)
 
 def _serve(args)->int:
     from medllm.models.chat import ModelChoice
@@ -191,15 +210,18 @@ def add_chat(
     p.add_argument("--top_k", type=int, default=0, help="only the k most probable tokens (default 0: all)")
     p.add_argument("--seed", type=int, help="the same answers each time")
     p.add_argument("--disclaimer", default="on", help="on, off, or a line of your own (default on)")
-    p.add_argument("--knowledge", nargs="+", default=[], metavar="FILE", help="files whose passages answers lean on and cite")
+    p.add_argument("--knowledge", nargs="+", default=[], metavar="FILE",
+        help="files whose passages answers lean on and cite")
 
+# %% ../../nbs/cli/00_model_commands.ipynb #add-serve
 def add_serve(
     p, # An argparse parser
 ):
     "medllm serve."
     p.set_defaults(function=_serve)
     _model_words(p)
-    p.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1); another one needs a key")
+    p.add_argument("--host", default="127.0.0.1",
+        help="address to listen on (default 127.0.0.1); another one needs a key")
     p.add_argument("--port", type=int, default=8000, help="port; 0: any that is free (default 8000)")
     p.add_argument("--api_key_file", metavar="FILE", help="keys, one a line; or MEDLLM_API_KEY in the environment")
     p.add_argument("--served_model_name", default="", metavar="NAME", help="what clients call the model")
@@ -207,8 +229,10 @@ def add_serve(
     p.add_argument("--waiting", type=int, default=64, help="requests that wait behind them; more get 429 (default 64)")
     p.add_argument("--max_new_tokens", type=int, default=1024, help="longest answer [tokens] (default 1024)")
     p.add_argument("--disclaimer", default="on", help="on, off, or a line of your own (default on)")
-    p.add_argument("--knowledge", nargs="+", default=[], metavar="FILE", help="files whose passages answers lean on and cite")
-    p.add_argument("--grace", type=float, default=30.0, help="time that running answers have on SIGTERM [s] (default 30)")
+    p.add_argument("--knowledge", nargs="+", default=[], metavar="FILE",
+        help="files whose passages answers lean on and cite")
+    p.add_argument("--grace", type=float, default=30.0,
+        help="time that running answers have on SIGTERM [s] (default 30)")
     p.add_argument("--patience", type=float, default=30.0, help="longest time for sending a request [s] (default 30)")
 
 # %% ../../nbs/cli/00_model_commands.ipynb #knowledge
@@ -217,6 +241,7 @@ def _sources(args):
     from medllm.retrieval.search import KnowledgePlan
     return KnowledgePlan(tuple(args.files), args.dataset_dir, dense=args.dense)
 
+# %% ../../nbs/cli/00_model_commands.ipynb #ask
 def _ask(args)->int:
     from medllm.retrieval.grounding import Grounding, GroundingPlan, grounded_answers, words_of
     grounding = Grounding(_sources(args), GroundingPlan(args.passages, args.least))
@@ -234,6 +259,7 @@ def _ask(args)->int:
     if lost: say(f"{lost} citations were removed: the passage does not hold the sentence")
     return 0
 
+# %% ../../nbs/cli/00_model_commands.ipynb #measure
 def _measure(args)->int:
     from medllm.evaluate.result import as_markdown, summary
     from medllm.retrieval.grounding import GroundingPlan
@@ -244,9 +270,11 @@ def _measure(args)->int:
     print(as_markdown({"retrieval": summary(found)}))
     return 0
 
+# %% ../../nbs/cli/00_model_commands.ipynb #raft
 def _raft(args)->int:
     from medllm.retrieval.raft import RaftPlan, make_raft
-    plan = RaftPlan(args.distractors, args.without, args.when_without, seed=args.seed, limit=args.limit, licence=args.licence)
+    plan = RaftPlan(args.distractors, args.without, args.when_without, seed=args.seed, limit=args.limit,
+        licence=args.licence)
     file, rows, lost = make_raft(_sources(args), plan, args.output, args.dataset, args.name)
     print(f"{file}: {len(rows)} rows, {sum(not r['golden'] for r in rows)} without the golden passage")
     for why, n in lost.items(): say(f"left out: {n} ({why})")
@@ -262,12 +290,15 @@ def add_knowledge(
     def verb(name, function, text):
         v = inner.add_parser(name, help=text, description=text)
         v.set_defaults(function=function)
-        v.add_argument("files", nargs="+", metavar="FILE", help="tables (CSV, JSONL …), texts, Markdown, or registered names")
+        v.add_argument("files", nargs="+", metavar="FILE",
+            help="tables (CSV, JSONL …), texts, Markdown, or registered names")
         v.add_argument("--dataset_dir", default="data", help="folder with dataset_info.json (default data)")
-        v.add_argument("--dense", default="", metavar="DIR", help="local sentence-embedding model beside BM25 (extra dense)")
+        v.add_argument("--dense", default="", metavar="DIR",
+            help="local sentence-embedding model beside BM25 (extra dense)")
         if name == "raft": return v
         v.add_argument("--passages", type=whole_number, default=4, help="passages in a prompt, at most (default 4)")
-        v.add_argument("--least", type=float, default=0.5, help="share of the question that a passage must hold (default 0.5)")
+        v.add_argument("--least", type=float, default=0.5,
+            help="share of the question that a passage must hold (default 0.5)")
         return v
     v = verb("ask", _ask, "What the sources hold for a question; with a model its answer, citations checked")
     v.add_argument("-q", "--question", required=True, help="the question")
@@ -282,11 +313,13 @@ def add_knowledge(
     v.add_argument("--seed", type=int, default=0, help="of the draw (default 0)")
     v = verb("raft", _raft, "Training rows: question, right and wrong passages, cited answer")
     v.add_argument("--output", required=True, metavar="DIR", help="folder for the rows and their dataset_info.json")
-    v.add_argument("--dataset", default="", help="questions with answers (registered name or file); default: made of the sources")
+    v.add_argument("--dataset", default="",
+        help="questions with answers (registered name or file); default: made of the sources")
     v.add_argument("--name", default="raft", help="name of the new dataset (default raft)")
     v.add_argument("--distractors", type=whole_number, default=3, help="wrong passages in a row (default 3)")
     v.add_argument("--without", type=float, default=0.2, help="share of rows without the right passage (default 0.2)")
-    v.add_argument("--when_without", default="abstain", help="what those answer: abstain (default), or answer from memory")
+    v.add_argument("--when_without", default="abstain",
+        help="what those answer: abstain (default), or answer from memory")
     v.add_argument("--seed", type=int, default=0, help="of contexts and wording (default 0)")
     v.add_argument("--limit", type=lambda text: whole_number(text, 0), default=0, help="rows at most (default 0: all)")
     v.add_argument("--licence", default="", help="licence of sources that do not bring theirs")

@@ -18,7 +18,7 @@ from ..marks import conclusion
 
 # %% ../../nbs/cli/01_run_commands.ipynb #look
 def _json(value)->int:
-    said = lambda value: json.dumps(value, ensure_ascii=False, indent=1, default=str, allow_nan=False)
+    def said(value): return json.dumps(value, ensure_ascii=False, indent=1, default=str, allow_nan=False)
     try: print(said(value))
     except ValueError: print(said(finite(value)))             # NaN is no JSON
     return 0
@@ -31,6 +31,7 @@ def _list(args)->int:
     print(as_table(rows))
     return 0
 
+# %% ../../nbs/cli/01_run_commands.ipynb #show
 def _record(args, name:str|None = None):
     "The record that is meant."
     from medllm.records.listing import find_record
@@ -45,14 +46,16 @@ def _show(args)->int:
     print(f"{show_text(show(folder))}\ncomes from\n{tree}")
     return 0
 
+# %% ../../nbs/cli/01_run_commands.ipynb #compare
 def _compare(args)->int:
     from medllm.records.compare import compare, notebook_differences, plot
     found = compare(*(_record(args, name) for name in args.records))
     if args.json: _json(found.as_dict())
     else: print(found)
     if args.notebooks:
-        for other in found.folders[1:]: print(f"\nnotebook of {visible(other.name, lines=False)}:\n"
-            + (notebook_differences(found.folders[0], other) or "the same code was run"))
+        for other in found.folders[1:]:
+            print(f"\nnotebook of {visible(other.name, lines=False)}:\n"
+                + (notebook_differences(found.folders[0], other) or "the same code was run"))
     if args.plot:
         plot(found, args.plot, args.quantity)
         say(f"curves: {args.plot}")
@@ -66,12 +69,14 @@ def _verify(args)->int:
         if getattr(args, flag) and not args.record: raise UserError(f"--{flag.replace('_', '-')} wants a record")
     held = [verify(_record(args), args.record_only, args.allowed_signers, args.digest)] if args.record else []
     held += [check_tables(file, args.runs) for file in args.tables]
-    if args.json: _json([{"what": str(h.folder), "checked": h.checked, "defects": h.defects, "notes": h.notes,
-        "digest": h.digest} for h in held])
+    if args.json:
+        _json([{"what": str(h.folder), "checked": h.checked, "defects": h.defects, "notes": h.notes,
+            "digest": h.digest} for h in held])
     else: print(*held, sep="\n")
     if not all(held): return 1
     return _verify_rerun(args) if args.rerun else 0
 
+# %% ../../nbs/cli/01_run_commands.ipynb #sign
 def _verify_rerun(args)->int:
     from medllm.experiment.rerun import check_by_rerun
     if not args.record: raise UserError("--rerun wants a record")
@@ -95,14 +100,17 @@ def _raised(run)->str:
     except (OSError, ValueError, KeyError, TypeError): return ""
     return next((o["ename"] for c in cells for o in c.get("outputs", []) if o.get("output_type") == "error"), "")
 
+# %% ../../nbs/cli/01_run_commands.ipynb #of-failure
 def _of_failure(run)->int:
     "The exit code of a run that did not complete; a fault of our own is said to be one."
     kind = _raised(run) if run.state["status"] == "failed" else ""
     if kind == "Unwritable" or "could not be written" in run.state.get("reason", ""): return 74
     if kind in ("UserError", "PanicException"): return 2
-    if kind: say(f"where this is a fault of medllm, please report it with the traceback in record.ipynb: {issue_address()}")
+    if kind:
+        say(f"where this is a fault of medllm, please report it with the traceback in record.ipynb: {issue_address()}")
     return EXIT.get(run.state["status"], 1)
 
+# %% ../../nbs/cli/01_run_commands.ipynb #report
 def report(
     run,   # `medllm.records.record.Run` that has ended
 )->int:    # The exit code
@@ -115,17 +123,21 @@ def report(
         return _of_failure(run)
     m = read_state(run.folder).get("metrics") or {}       # a notebook that keeps no record of its own has none
     if "passed" in m: print(f"the data {'passed' if m['passed'] else 'did not pass'}: {run.folder/'card.md'}")
-    known = all(m.get(name) is not None for name in ("loss_first", "loss_last", "steps", "train_runtime")) and m["loss_first"]
-    if known: print(
-        f"loss {m['loss_first']:.3f} -> {m['loss_last']:.3f} ({m['loss_last']/m['loss_first'] - 1:+.0%}) "
-        f"in {m['steps']} steps, {m['train_runtime']:.0f} s of training, {state['duration_s']:.0f} s in all")
-    for stage in state.get("stages", []): print(f"{stage['name']}: {stage['folder']}"
-        + (" (taken over)" if stage.get("taken_over") else ""))
+    known = all(m.get(name) is not None for name in ("loss_first", "loss_last", "steps",
+        "train_runtime")) and m["loss_first"]
+    if known:
+        print(f"loss {m['loss_first']:.3f} -> {m['loss_last']:.3f} ({m['loss_last']/m['loss_first'] - 1:+.0%}) "
+            f"in {m['steps']} steps, {m['train_runtime']:.0f} s of training, {state['duration_s']:.0f} s in all")
+    for stage in state.get("stages", []):
+        print(f"{stage['name']}: {stage['folder']}"
+            + (" (taken over)" if stage.get("taken_over") else ""))
     warned, digest = [f"warning: {text}" for text in state.get("warnings", [])], digest_of(run.folder)
-    said = (conclusion(state.get("verdict") or []), *warned, digest and f"digest of its seal: {digest}", f"record: {run.folder}")
+    said = (conclusion(state.get("verdict") or []), *warned, digest and f"digest of its seal: {digest}",
+        f"record: {run.folder}")
     for line in filter(None, said): print(line)
     return 0 if m.get("passed", True) else 1
 
+# %% ../../nbs/cli/01_run_commands.ipynb #rerun
 def _rerun(args)->int:
     from medllm.experiment.rerun import likeness, rerun
     folder = _record(args)
@@ -137,9 +149,11 @@ def _rerun(args)->int:
         print(visible(said, lines=False))
     return code
 
+# %% ../../nbs/cli/01_run_commands.ipynb #resume
 def _resume(args)->int:
     from medllm.experiment.rerun import resume
-    return report(resume(_record(args), dict(args.parameter) | ({"allow": args.allow} if args.allow else {}), args.trust))
+    return report(resume(_record(args), dict(args.parameter) | ({"allow": args.allow} if args.allow else {}),
+        args.trust))
 
 # %% ../../nbs/cli/01_run_commands.ipynb #keep
 def size_text(
@@ -150,6 +164,7 @@ def size_text(
         if size < 1024 or unit == "GiB": return f"{size:.1f} {unit}" if unit != "B" else f"{size} B"
         size /= 1024
 
+# %% ../../nbs/cli/01_run_commands.ipynb #gc
 def _gc(args)->int:
     from medllm.records.retention import collect, waste
     from medllm.records.listing import columns
@@ -162,6 +177,7 @@ def _gc(args)->int:
     else: say(f"{size_text(collect(found))} freed")
     return 0
 
+# %% ../../nbs/cli/01_run_commands.ipynb #promote
 def _promote(args)->int:
     from medllm.records.retention import promote
     print(f"promoted: {promote(_record(args), args.to)}; commit it with the text that quotes it")
@@ -181,15 +197,19 @@ def _trust(p):
 
 def _sign_words(p):
     _one(p)
-    p.add_argument("--key", required=True, metavar="FILE", help="SSH key: ~/.ssh/id_ed25519, or the public one of an agent's key")
+    p.add_argument("--key", required=True, metavar="FILE",
+        help="SSH key: ~/.ssh/id_ed25519, or the public one of an agent's key")
 
+# %% ../../nbs/cli/01_run_commands.ipynb #list-words
 def _list_words(p):
     p.add_argument("stage", nargs="?", metavar="STAGE", help="only runs of this stage: sft, dpo …")
     p.add_argument("--where", nargs="+", action="extend", default=[], metavar="FIELD=VALUE",
         help="only runs for which all of it holds: status=failed 'metrics.loss_last<2' data=mm parameters.seed!=42")
-    p.add_argument("--sort", default="", metavar="FIELD", help="smallest first: metrics.loss_last (default: latest first)")
+    p.add_argument("--sort", default="", metavar="FIELD",
+        help="smallest first: metrics.loss_last (default: latest first)")
     p.add_argument("--reverse", action="store_true", help="the other way round")
 
+# %% ../../nbs/cli/01_run_commands.ipynb #compare-words
 def _compare_words(p):
     p.add_argument("records", nargs="+", metavar="RECORD", help="two or more: folders, names, parts of names, last")
     p.add_argument("--plot", metavar="FILE.png", help="draw the curves into one figure")
@@ -197,17 +217,22 @@ def _compare_words(p):
     p.add_argument("--notebooks", action="store_true", help="also how the notebooks' code differs, by nbdime")
     p.add_argument("--same-contract", action="store_true", help="exit code 1 when the runs are not the same experiment")
 
+# %% ../../nbs/cli/01_run_commands.ipynb #verify-words
 def _verify_words(p):
     p.add_argument("record", nargs="?", metavar="RECORD", help="folder, name or part of a name under --runs, or last")
     p.add_argument("--record-only", action="store_true", help="leave this machine's data, models and packages out")
     p.add_argument("--tables", nargs="+", action="extend", default=[], metavar="FILE.md",
-        help="compare numbers in a text with their records; mark them by <!-- record: FOLDER metrics.NAME --> behind them")
-    p.add_argument("--allowed-signers", metavar="FILE", help="who may have signed it, as in ssh-keygen(1); no other will do")
+        help="compare numbers in a text with their records; mark them by <!-- record: FOLDER "
+            "metrics.NAME --> behind them")
+    p.add_argument("--allowed-signers", metavar="FILE",
+        help="who may have signed it, as in ssh-keygen(1); no other will do")
     p.add_argument("--digest", default="", metavar="HEX", help="the seal's digest as it was noted elsewhere")
-    p.add_argument("--rerun", action="store_true", help="run it again in a clean kernel: exact, within tolerance, or different")
+    p.add_argument("--rerun", action="store_true",
+        help="run it again in a clean kernel: exact, within tolerance, or different")
     p.add_argument("--tolerance", type=float, default=0.02, help="largest difference of a loss (default 0.02)")
     _trust(p)
 
+# %% ../../nbs/cli/01_run_commands.ipynb #resume-words
 def _rerun_words(p):
     _one(p)
     _settings(p)
@@ -220,9 +245,11 @@ def _resume_words(p):
     _trust(p)
     p.add_argument("--allow", default="", metavar="lr,seed", help="parts of the contract that may differ")
 
+# %% ../../nbs/cli/01_run_commands.ipynb #promote-words
 def _gc_words(p):
     p.add_argument("--yes", action="store_true", help="free it; without this it is only shown")
-    p.add_argument("--failed", type=float, metavar="DAYS", help="also whole folders of runs that failed that many days ago")
+    p.add_argument("--failed", type=float, metavar="DAYS",
+        help="also whole folders of runs that failed that many days ago")
 
 def _promote_words(p):
     _one(p)
@@ -240,6 +267,7 @@ def _export(args)->int:
         return max([_export_one(EXPORTS[args.kind], args, record) for record in named])
     return 0
 
+# %% ../../nbs/cli/01_run_commands.ipynb #export-one
 def _export_one(export:Callable, args, record)->int:
     "Write one record; what is wrong with it is said, and stops no other."
     try: print(f"{args.kind}: {export(_record(args, record), args.output)}")
@@ -248,12 +276,15 @@ def _export_one(export:Callable, args, record)->int:
         return 2
     return 0
 
+# %% ../../nbs/cli/01_run_commands.ipynb #export-words
 def _export_words(p):
-    p.add_argument("records", nargs="*", metavar="RECORD", help="records, or folders of records (default all of --runs)")
+    p.add_argument("records", nargs="*", metavar="RECORD",
+        help="records, or folders of records (default all of --runs)")
     p.add_argument("--as", dest="kind", choices=("html", "rocrate", "modelcard"), default="html",
         help="what to write (default html)")
     p.add_argument("--output", default="export", metavar="DIR", help="where to write (default export)")
 
+# %% ../../nbs/cli/01_run_commands.ipynb #anywhere
 def _anywhere(function:Callable, looks:bool)->Callable:
     "A verb that takes an address for --runs too, when it only looks."
     def go(args)->int:
@@ -261,7 +292,8 @@ def _anywhere(function:Callable, looks:bool)->Callable:
         from medllm.records.remote import fetch, fetched, is_elsewhere, plain_path
         if not is_elsewhere(args.runs):
             return function(argparse.Namespace(**vars(args) | {"runs": str(plain_path(args.runs))}))
-        if not looks: raise UserError(f"--runs {args.runs}: this verb changes records, and wants a folder of this machine")
+        if not looks:
+            raise UserError(f"--runs {args.runs}: this verb changes records, and wants a folder of this machine")
         from medllm.records.listing import find_record
         with fetched(args.runs) as (place, folder):
             given = getattr(args, "records", None) or ([args.record] if getattr(args, "record", None) else [])
@@ -283,10 +315,13 @@ class Verb:
     help:str          # One line
     json:bool = False # Whether it takes --json
 
+# %% ../../nbs/cli/01_run_commands.ipynb #add-verbs
 VERBS = {
     "list": Verb(_list, _list_words, "runs with status, data, result and duration, latest first", True),
-    "show": Verb(_show, _one, "one run on a page: parameters, provenance, rows, curve, metrics, where it comes from", True),
-    "compare": Verb(_compare, _compare_words, "what differs between runs: contract, environment, data, metrics, notebooks", True),
+    "show": Verb(_show, _one, "one run on a page: parameters, provenance, rows, curve, metrics, where it comes from",
+    True),
+    "compare": Verb(_compare, _compare_words,
+    "what differs between runs: contract, environment, data, metrics, notebooks", True),
     "verify": Verb(_verify, _verify_words, "whether a record still holds; names each defect, exit code 1", True),
     "sign": Verb(_sign, _sign_words, "vouch for a record with an SSH key; prints the digest of its seal"),
     "rerun": Verb(_rerun, _rerun_words, "run a record again, into a new one"),

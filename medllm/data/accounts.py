@@ -22,9 +22,12 @@ from .registry import Source
 
 # %% ../../nbs/data/07_accounts.ipynb #account
 _SAID = {
-    "row": "learnt in spite of {} in the row: such a mark is read in messages only; take the rows out that are not to be learnt",
-    "mark": "with the mark of a picture, {}, which is learnt as letters; take out what cannot be understood without the picture"}
+    "row": "learnt in spite of {} in the row: such a mark is read in messages only; take the rows "
+        "out that are not to be learnt",
+    "mark": "with the mark of a picture, {}, which is learnt as letters; take out what cannot be "
+        "understood without the picture"}
 
+# %% ../../nbs/data/07_accounts.ipynb #account-2
 @dataclass
 class Account:
     "What became of the rows of one dataset."
@@ -44,8 +47,8 @@ class Account:
 
     def close(self):
         "Raise `RuntimeError` when a row was lost or counted twice: a fault of this program, never of the data."
-        if self.read != self.kept + self.truncated.total() + self.rejected.total(): raise RuntimeError(
-            f"rows of {self.name} do not add up: {self}")
+        if self.read != self.kept + self.truncated.total() + self.rejected.total():
+            raise RuntimeError(f"rows of {self.name} do not add up: {self}")
 
     def reject(self, where:str, reason:str, text:str="", names:Sequence[str]=()):
         "Count a row as rejected; `where` is 'file, line n' or 'file, row n', the rest as `Rejected` has it."
@@ -57,7 +60,8 @@ class Account:
     def as_dict(self)->dict:
         "The numbers, for a record."
         return {"name": self.name, "read": self.read, "kept": self.kept, "truncated": dict(self.truncated),
-            "rejected": dict(self.rejected), "examples": self.examples, "faults": {k: n for k, n in self.faults.items() if n}}
+            "rejected": dict(self.rejected), "examples": self.examples,
+            "faults": {k: n for k, n in self.faults.items() if n}}
 
     def __str__(self):
         parts = [f"{self.name}: {self.read} rows read, {self.kept} kept"]
@@ -72,11 +76,12 @@ class Account:
             file, at, _ = next(r for r in self.rejects if r[2] == reason)
             why = told(*self.whys.get(reason, ["", ()])) or REASONS.get(reason, "")
             out.append(f"{self.name}: {reason}: {why}; the first is {file}, {at}")
-        kind = lambda key: key.partition(" '")[0] if key.endswith("'") else ""
+        def kind(key): return key.partition(" '")[0] if key.endswith("'") else ""
         keys = [key for key in self.unread if kind(key) not in _SAID]
-        if keys: out.append(
-            f"{self.name}: keys of messages that change nothing here and were not read: {shown_names(keys)}")
-        said = [(n, _SAID[kind(key)].format(key.partition(" ")[2])) for key, n in self.unread.items() if kind(key) in _SAID]
+        if keys:
+            out.append(f"{self.name}: keys of messages that change nothing here and were not read: {shown_names(keys)}")
+        said = [(n, _SAID[kind(key)].format(key.partition(" ")[2])) for key, n in self.unread.items()
+            if kind(key) in _SAID]
         return out + [f"{self.name}: {n} row{'s'*(n > 1)} {words}" for n, words in said]
 
 # %% ../../nbs/data/07_accounts.ipynb #write
@@ -85,7 +90,7 @@ def write_rejects(
     file:str|Path,              # Where to
 )->int:                         # Lines written; no file when there are none
     "Write dataset, file, line (or row) and reason of every rejected row as JSON Lines; no text of the rows."
-    place = lambda at: {unit: int(n) for unit, n in [at.split()]} if at else {}
+    def place(at): return {unit: int(n) for unit, n in [at.split()]} if at else {}
     lines = [json.dumps({"dataset": a.name, "file": file, **place(at), "reason": why}, ensure_ascii=False)
         for a in accounts for file, at, why in a.rejects]
     if lines: Path(file).write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -100,8 +105,8 @@ class OnBad:
 
     def __post_init__(self):
         if self.policy not in ("error", "skip"): raise UserError(f"--on_bad {self.policy}: must be error or skip")
-        if not 0 <= self.limit < float("inf"): raise UserError(
-            f"--max_bad {self.limit:g}: must be a share below 1 or a number of rows")
+        if not 0 <= self.limit < float("inf"):
+            raise UserError(f"--max_bad {self.limit:g}: must be a share below 1 or a number of rows")
 
     def meet(self, account:Account, where:str, bad:Rejected):
         "Count a rejected row; raise `UserError` for a defect that is not allowed."
@@ -124,16 +129,18 @@ OVERLONG = ("truncate_prompt", "reject", "truncate_answer")
 def _check_kind(source:Source, row:Row, stage:str):
     "Raise `UserError` when a dataset is of another kind than the stage wants."
     want, got = KINDS.get(stage, ""), kind_of(row, source)
-    if want == "pair" and got != "pair": raise UserError(
-        f"dataset '{source.name}' has no pairs: --stage {stage} needs a set with \"ranking\": true")
-    if want in ("answer", "document") and got == "pair": raise UserError(
-        f"dataset '{source.name}' holds pairs: use it with --stage rm or dpo, not {stage}")
-    if want == "answer" and got == "document" and not source.columns.response: raise UserError(
-        f"dataset '{source.name}' is plain text: use it with --stage pt, not {stage}")
-    if want == "document" and got == "answer" and source.columns.response in row.data: raise UserError(
-        f"dataset '{source.name}' holds questions and answers: use it with --stage sft, not {stage}")
-    if want == "liked" and not source.columns.kto_tag and got != "pair": raise UserError(
-        f"dataset '{source.name}': --stage kto needs the column kto_tag under 'columns' in dataset_info.json, or pairs")
+    if want == "pair" and got != "pair":
+        raise UserError(f"dataset '{source.name}' has no pairs: --stage {stage} needs a set with \"ranking\": true")
+    if want in ("answer", "document") and got == "pair":
+        raise UserError(f"dataset '{source.name}' holds pairs: use it with --stage rm or dpo, not {stage}")
+    if want == "answer" and got == "document" and not source.columns.response:
+        raise UserError(f"dataset '{source.name}' is plain text: use it with --stage pt, not {stage}")
+    if want == "document" and got == "answer" and source.columns.response in row.data:
+        raise UserError(f"dataset '{source.name}' holds questions and answers: use it with --stage sft, not {stage}")
+    if want == "liked" and not source.columns.kto_tag and got != "pair":
+        raise UserError(
+            f"dataset '{source.name}': --stage kto needs the column kto_tag under 'columns' "
+            "in dataset_info.json, or pairs")
 
 # %% ../../nbs/data/07_accounts.ipynb #stream
 def _counted(first:Rejected, row:Row, rest:Iterable[Row|Bad], source:Source, account:Account)->UserError:
@@ -145,6 +152,7 @@ def _counted(first:Rejected, row:Row, rest:Iterable[Row|Bad], source:Source, acc
         except Rejected as e: found += e.reason == "picture"
     return UserError(f"{row.where}: {first.why}; dataset '{source.name}' has {found} such rows of {total}")
 
+# %% ../../nbs/data/07_accounts.ipynb #stream-examples
 def stream_examples(
     source:Source,              # A dataset
     account:Account,            # Counts what becomes of its rows
@@ -167,7 +175,8 @@ def stream_examples(
         checked = True
         try: made = to_examples(row, source, kind, all_pairs, account.unread)
         except Rejected as e:
-            if e.reason == "picture" and on_bad.policy == "error": raise _counted(e, row, rows, source, account) from None
+            if e.reason == "picture" and on_bad.policy == "error":
+                raise _counted(e, row, rows, source, account) from None
             on_bad.meet(account, row.where, e)
             continue
         account.examples += len(made)
@@ -176,6 +185,7 @@ def stream_examples(
     on_bad.check(account)
     account.close()
 
+# %% ../../nbs/data/07_accounts.ipynb #load-examples
 def load_examples(
     source:Source,              # A dataset
     stage:str = "",             # Stage of training; "": what the rows look like

@@ -44,17 +44,20 @@ def cell_of(
     "Rows of similar length that stay together: whole rounds, at least 16 rows."
     return together*-(-_CELL//together)
 
+# %% ../../nbs/data/15_batches.ipynb #split-rounds
 def split_rounds(
     order:np.ndarray, # Rows of an epoch, (N,)
     batch:int,        # B, rows a batch
     world:int,        # W, processes
     drop_last:bool = False, # Leave out a last round that is not full
 )->list[list[np.ndarray]]: # Rounds of W batches each
-    ("The batches of an epoch, round by round; with fewer rows than processes, rows are repeated so that each process has "
+    ("The batches of an epoch, round by round; with fewer rows than processes, rows are "
+        "repeated so that each process has "
      "one. Raises `UserError` when no round is full and those that are not are left out.")
     if drop_last:
-        if len(order) < batch*world: raise UserError(f"--dataloader_drop_last leaves nothing to train on: {len(order)} are "
-            f"fewer than the {batch*world} of a full batch; leave it out or lower --per_device_train_batch_size")
+        if len(order) < batch*world:
+            raise UserError(f"--dataloader_drop_last leaves nothing to train on: {len(order)} are "
+                f"fewer than the {batch*world} of a full batch; leave it out or lower --per_device_train_batch_size")
         order = order[:len(order)//(batch*world)*batch*world]
     if len(order) < world: order = np.resize(order, world)
     rounds = np.split(order, range(batch*world, len(order), batch*world))
@@ -62,10 +65,12 @@ def split_rounds(
         last = np.concatenate(rounds[-2:])
         at = len(last) - world if batch > 1 else 0             # batches of one: some of the last get two rows
         rounds[-2:] = [part for part in (last[:at], last[at:]) if len(part)]
-    full = lambda rows: (np.split(rows, range(batch, len(rows), batch))
-        if len(rows) == batch*world else np.array_split(rows, world))
+    def full(rows):
+        return (np.split(rows, range(batch, len(rows), batch))
+            if len(rows) == batch*world else np.array_split(rows, world))
     return [full(rows) for rows in rounds]
 
+# %% ../../nbs/data/15_batches.ipynb #grouped-batches
 class GroupedBatches(Sampler):
     "Batches of row numbers for one process; call `set_epoch` before each epoch."
     def __init__(self,
@@ -97,6 +102,7 @@ def read_length(
     "How many tokens of a row enter the model: those in front of its last label."
     return int(np.flatnonzero(labels != -100)[-1]) if (labels[1:] != -100).any() else 1
 
+# %% ../../nbs/data/15_batches.ipynb #collate-2
 class Collate:
     ("Rows to a batch: `input_ids` (B, T) int64 up to the last label, "
      "`positions` (M,) int64 into the flattened (B*T), `targets` (M,) int64.")

@@ -44,6 +44,7 @@ class Recipe:
     trust_remote_code:bool = False # Run loading scripts
     streaming:bool = False        # Read a hub set as it comes, without a copy on disk
 
+# %% ../../nbs/data/13_cache.ipynb #code-hash
 def code_hash()->str:
     "SHA-256 of the code that makes rows: every module of `medllm.data`."
     folder = Path(importlib.util.find_spec("medllm.data").submodule_search_locations[0])
@@ -51,6 +52,7 @@ def code_hash()->str:
     for file in sorted(folder.glob("*.py")): whole.update(file.name.encode() + file.read_bytes())
     return whole.hexdigest()
 
+# %% ../../nbs/data/13_cache.ipynb #renderer-hash
 def renderer_hash(
     renderer:Renderer, # Template and tokenizer
 )->str:
@@ -60,6 +62,7 @@ def renderer_hash(
         json.dumps(tokenizer.special_tokens_map, default=str, sort_keys=True)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
+# %% ../../nbs/data/13_cache.ipynb #source-files
 def source_files(
     source:Source, # A dataset
 )->dict[str, str]: # Path to SHA-256; empty when the dataset has no local bytes
@@ -68,6 +71,7 @@ def source_files(
     files = source.files or (sorted(f for f in source.script.rglob("*.*") if f.is_file()) if source.script else ())
     return {str(f): sha256(f) for f in files}
 
+# %% ../../nbs/data/13_cache.ipynb #cache-key
 def cache_key(
     source:Source,     # A dataset
     renderer:Renderer, # Template and tokenizer
@@ -95,6 +99,7 @@ def cache_folder(
     where.mkdir(parents=True, exist_ok=True, mode=0o700)
     return where
 
+# %% ../../nbs/data/13_cache.ipynb #expire
 def _expire(cache:Path):
     "Remove rows that nobody used for long."
     for note in cache.glob("*/account.json"):
@@ -104,6 +109,7 @@ def _expire(cache:Path):
     for part in cache.glob(".*part-*"):             # left by a process that was killed
         if time.time() - part.stat().st_mtime > 24*3600: shutil.rmtree(part, ignore_errors=True)
 
+# %% ../../nbs/data/13_cache.ipynb #counted
 def _counted(examples:Iterable[Example], account:Account)->Iterator[Example]:
     "The same examples, with a count drawn in a terminal."
     show, last = is_first_process() and sys.stderr.isatty(), 0.0
@@ -114,13 +120,15 @@ def _counted(examples:Iterable[Example], account:Account)->Iterator[Example]:
         yield example
     if show and last: print("\r\033[K", end="", file=sys.stderr, flush=True)
 
+# %% ../../nbs/data/13_cache.ipynb #make
 def _make(source:Source, renderer:Renderer, recipe:Recipe, folder:Path, watch:Callable|None)->Account:
     "Tokenise a dataset into a folder."
     account, r = Account(source.name), recipe
     examples = stream_examples(
         source, account, r.stage, r.on_bad, r.max_samples, r.all_pairs, r.trust_remote_code, r.streaming)
     if watch: examples = watch(examples, account)
-    tokenise(_counted(examples, account), renderer, r.cutoff_len, account, r.overlong, RowWriter(folder), on_bad=r.on_bad)
+    tokenise(_counted(examples, account), renderer, r.cutoff_len, account, r.overlong, RowWriter(folder),
+        on_bad=r.on_bad)
     account.close()
     note = vars(account) | {"files": all_described(folder, ROW_FILES)}
     write_json(folder/"account.json", note | {"sha256": digest(note)})
@@ -130,7 +138,8 @@ def _make(source:Source, renderer:Renderer, recipe:Recipe, folder:Path, watch:Ca
 def _account(note:dict)->Account:
     "The account in a note."
     return Account(note["name"], note["read"], note["kept"], Counter(note["rejected"]), Counter(note["truncated"]),
-        note["examples"], [tuple(r) for r in note["rejects"]], note["whys"], Counter(note["unread"]), Counter(note["faults"]))
+        note["examples"], [tuple(r) for r in note["rejects"]], note["whys"], Counter(note["unread"]),
+        Counter(note["faults"]))
 
 def _read_note(folder:Path)->tuple[dict, str]:
     "What `account.json` says, and why it is not believed; both empty where there is none."
@@ -140,6 +149,7 @@ def _read_note(folder:Path)->tuple[dict, str]:
     if not isinstance(note, dict) or note.pop("sha256", "") != digest(note): return {}, "account.json was changed"
     return note, ""
 
+# %% ../../nbs/data/13_cache.ipynb #find-rows
 def find_rows(
     folder:Path, # Where they would be
     name:str = "",# Of the dataset, to say that they are damaged; "": nothing is said
@@ -162,9 +172,11 @@ def _states(source:Source)->list[tuple]:
 def _writable(folder:str|Path|None):
     "Turn a folder that cannot be written into a sentence."
     try: yield
-    except OSError as e: raise UserError(f"tokenised rows cannot be kept in {folder or cache_home()} ({e.strerror}); "
-        f"name another folder with --tokenized_path{'' if folder else ' or MEDLLM_CACHE'}") from None
+    except OSError as e:
+        raise UserError(f"tokenised rows cannot be kept in {folder or cache_home()} ({e.strerror}); "
+            f"name another folder with --tokenized_path{'' if folder else ' or MEDLLM_CACHE'}") from None
 
+# %% ../../nbs/data/13_cache.ipynb #cached-rows
 def cached_rows(
     source:Source,              # A dataset
     renderer:Renderer,          # Template and tokenizer
@@ -191,10 +203,12 @@ def _made_anew(source, renderer, recipe, before:list, cache:Path, place:Path, wa
     with beside(place) as part:
         part.chmod(0o700)
         _make(source, renderer, recipe, part, watch)
-        if _states(source) != before: raise UserError(f"dataset '{source.name}': a file changed while it was read; start again")
+        if _states(source) != before:
+            raise UserError(f"dataset '{source.name}': a file changed while it was read; start again")
         shutil.rmtree(place, ignore_errors=True)
         os.replace(part, place)
 
+# %% ../../nbs/data/13_cache.ipynb #kept-rows
 def _kept_rows(source, renderer, recipe, known:tuple, folder, anew:bool, watch)->tuple[TokenRows, Account]:
     "Rows from the cache, or made and put there; `known` are hashes and states of the files when they were hashed."
     (files, before), cache = known, cache_folder(folder)
@@ -205,5 +219,6 @@ def _kept_rows(source, renderer, recipe, known:tuple, folder, anew:bool, watch)-
         for attempt in range(3):
             if found := find_rows(place, source.name): return found
             if attempt < 2: _made_anew(source, renderer, recipe, before, cache, place, watch)
-    raise UserError(f"tokenised rows in {cache} are damaged as soon as they are written: the disk is broken, or another program "
+    raise UserError(
+        f"tokenised rows in {cache} are damaged as soon as they are written: the disk is broken, or another program "
         "writes there; name another folder with --tokenized_path")

@@ -28,9 +28,12 @@ def check_ratio(
     unpacked:int,# [bytes]
 ):
     "Raise `UserError` when something becomes far longer than it is."
-    if unpacked > ROOM + FACTOR*packed: raise UserError(
-        f"{name}: unpacks to more than {FACTOR} times its size; if it is what it should be, unpack it and name the unpacked file")
+    if unpacked > ROOM + FACTOR*packed:
+        raise UserError(
+            f"{name}: unpacks to more than {FACTOR} times its size; if it is what it should be, unpack "
+            "it and name the unpacked file")
 
+# %% ../../nbs/data/00_compressed.ipynb #unpacked
 class Unpacked(io.RawIOBase):
     "The bytes of a gzip file; reading raises `UserError` as soon as they are far more than it holds."
     def __init__(self,
@@ -53,7 +56,8 @@ class Unpacked(io.RawIOBase):
 
 # %% ../../nbs/data/00_compressed.ipynb #xlsx
 _LONGEST_TEXT, _CELLS, _STRINGS = 2**24, 2**14, 2**28    # [bytes] between tags; in a row; all texts of a file [bytes]
-_ELEMENTS, _BYTES_EACH = 2**18, 8                        # in parts that are no table; least length of an element there [bytes]
+# in parts that are no table; least length of an element there [bytes]
+_ELEMENTS, _BYTES_EACH = 2**18, 8
 _row, _cell = re.compile(rb"<(?:\w+:)?row[\s/>]"), re.compile(rb"<(?:\w+:)?c[\s/>]")
 _encoding = re.compile(rb"<\?xml[^>]{0,200}?encoding\s*=\s*[\"']([^\"']{0,40})")
 
@@ -62,13 +66,14 @@ def _blocks(f, name:str)->Iterator[bytes]:
     rest = b""
     while block := f.read(2**20):
         text = rest + block
-        if text.find(b"<", 1) > _LONGEST_TEXT or len(rest) > _LONGEST_TEXT: raise UserError(
-            f"{name}: a text is longer than {_LONGEST_TEXT//2**20} MiB; split it or leave it out")
+        if text.find(b"<", 1) > _LONGEST_TEXT or len(rest) > _LONGEST_TEXT:
+            raise UserError(f"{name}: a text is longer than {_LONGEST_TEXT//2**20} MiB; split it or leave it out")
         cut = max(text.rfind(b"<"), 0)
         yield text[:cut]
         rest = text[cut:]
     yield rest
 
+# %% ../../nbs/data/00_compressed.ipynb #scan
 def _scan(f, name:str, table:bool):
     "Look an XML part through. Raises `UserError` for what would take memory or time without end."
     elements = length = cells = 0
@@ -76,14 +81,16 @@ def _scan(f, name:str, table:bool):
         declared = _encoding.match(text) if not length else None
         if (declared and declared[1].lower() not in (b"utf-8", b"utf8", b"us-ascii", b"ascii")) or b"\0" in text[:64]:
             raise UserError(f"{name}: a part of it is not UTF-8; save the sheet anew")
-        if re.search(rb"<!(DOCTYPE|ENTITY)", text): raise UserError(f"{name}: it defines entities, as no spreadsheet does")
+        if re.search(rb"<!(DOCTYPE|ENTITY)", text):
+            raise UserError(f"{name}: it defines entities, as no spreadsheet does")
         elements, length = elements + text.count(b"<") - text.count(b"</"), length + len(text)
-        if elements > (length//_BYTES_EACH if table else 0) + _ELEMENTS: raise UserError(
-            f"{name}: it holds more empty elements than a spreadsheet has")
+        if elements > (length//_BYTES_EACH if table else 0) + _ELEMENTS:
+            raise UserError(f"{name}: it holds more empty elements than a spreadsheet has")
         for n, row in enumerate(_row.split(text) if table else ()):
             cells = len(_cell.findall(row)) + (0 if n else cells)
             if cells > _CELLS: raise UserError(f"{name}: a row has more than {_CELLS:,} cells")
 
+# %% ../../nbs/data/00_compressed.ipynb #check-xlsx
 def check_xlsx(
     file:Path, # A zip archive
     name:str,  # What to call it
@@ -95,11 +102,12 @@ def check_xlsx(
         if len(archive.infolist()) > 10_000: raise UserError(f"{name}: more than 10,000 parts are in it")
         check_ratio(name, file.stat().st_size, sum(i.file_size for i in parts))
         for part in parts:
-            if part.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED): raise UserError(
-                f"{name}: it is packed in a way that spreadsheets are not; save the sheet anew")
+            if part.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise UserError(f"{name}: it is packed in a way that spreadsheets are not; save the sheet anew")
             table = re.search(r"(worksheets/[^/]*|sharedStrings\.xml)$", part.filename, re.IGNORECASE)
-            if table and "sheet" not in part.filename.lower() and part.file_size > _STRINGS: raise UserError(
-                f"{name}: its texts are longer than {_STRINGS//2**20} MiB together; save the sheet as CSV")
+            if table and "sheet" not in part.filename.lower() and part.file_size > _STRINGS:
+                raise UserError(
+                    f"{name}: its texts are longer than {_STRINGS//2**20} MiB together; save the sheet as CSV")
             with archive.open(part) as f: _scan(f, name, bool(table))
 
 # %% ../../nbs/data/00_compressed.ipynb #thrift
@@ -113,6 +121,7 @@ def _varint(data, at:int)->tuple[int, int]:
         shift += 7
         if shift > 63: raise ValueError("a number without end")
 
+# %% ../../nbs/data/00_compressed.ipynb #value
 def _value(data, at:int, kind:int, depth:int)->tuple:
     "A value and where it ends; of numbers and structures the value, else None."
     if kind in (1, 2): return None, at                        # true, false
@@ -126,6 +135,7 @@ def _value(data, at:int, kind:int, depth:int)->tuple:
         return None, at + length
     raise ValueError("no page header")                        # lists and maps, which none has
 
+# %% ../../nbs/data/00_compressed.ipynb #struct
 def _struct(data, at:int, depth:int=0)->tuple[dict, int]:
     "The numbers and structures in a structure, by field, and where it ends."
     found, field = {}, 0
@@ -146,6 +156,7 @@ class Page(NamedTuple):
     values:int     # How many
     dictionary:bool
 
+# %% ../../nbs/data/00_compressed.ipynb #pages-2
 def _pages(data, start:int, length:int)->Iterator[Page]:
     "Pages of a column chunk."
     end = start + length
@@ -153,15 +164,18 @@ def _pages(data, start:int, length:int)->Iterator[Page]:
         head, start = _struct(data, start)
         inner = head.get(5) or head.get(8) or head.get(7) or {}
         page = Page(head[3], head[2], inner.get(1, 0) if isinstance(inner, dict) else None, 7 in head)
-        if not all(isinstance(n, int) and n >= 0 for n in page) or page.packed > end - start: raise ValueError("no page header")
+        if not all(isinstance(n, int) and n >= 0 for n in page) or page.packed > end - start:
+            raise ValueError("no page header")
         start += page.packed
         yield page
 
 _ROWS, _EACH_BYTE, _PAGE, _PAGE_FACTOR, _VALUES, _AT_ONCE = 2**20, 10, 2**26, 20, 2**24, 2**28
 
+# %% ../../nbs/data/00_compressed.ipynb #check-rows
 def _check_page(name:str, page:Page):
-    if page.unpacked > max(_PAGE, _PAGE_FACTOR*page.packed): raise UserError(
-        f"{name}: a page unpacks to {page.unpacked//2**20} MiB, {page.unpacked//max(page.packed, 1)} times its size")
+    if page.unpacked > max(_PAGE, _PAGE_FACTOR*page.packed):
+        raise UserError(
+            f"{name}: a page unpacks to {page.unpacked//2**20} MiB, {page.unpacked//max(page.packed, 1)} times its size")
 
 def check_rows(
     name:str, # Of the file
@@ -169,8 +183,10 @@ def check_rows(
     size:int, # Its length [bytes]
 ):
     "Raise `UserError` for a file that says it has more rows than its bytes could hold."
-    if not 0 <= rows <= _ROWS + _EACH_BYTE*size: raise UserError(f"{name}: it says that it has {rows:,} rows in {size:,} bytes")
+    if not 0 <= rows <= _ROWS + _EACH_BYTE*size:
+        raise UserError(f"{name}: it says that it has {rows:,} rows in {size:,} bytes")
 
+# %% ../../nbs/data/00_compressed.ipynb #check-parquet
 def check_parquet(
     file:Path, # A Parquet file
     name:str,  # What to call it
@@ -185,27 +201,28 @@ def check_parquet(
                 column, values = group.column(n), 0
                 first = min(filter(None, (column.dictionary_page_offset, column.data_page_offset)), default=0)
                 try: pages = list(_pages(data, first, column.total_compressed_size))
-                except (ValueError, IndexError, KeyError): raise UserError(
-                    f"{name}: a page is damaged; write the file anew") from None
+                except (ValueError, IndexError, KeyError):
+                    raise UserError(f"{name}: a page is damaged; write the file anew") from None
                 for page in pages:
                     _check_page(name, page)
                     whole, largest[n] = whole + page.unpacked, max(largest[n], page.unpacked)
                     values += 0 if page.dictionary else page.values
-                if values > _VALUES + 1000*group.num_rows: raise UserError(
-                    f"{name}: {values:,} values stand in {group.num_rows} rows")
+                if values > _VALUES + 1000*group.num_rows:
+                    raise UserError(f"{name}: {values:,} values stand in {group.num_rows} rows")
     check_ratio(name, file.stat().st_size, whole//2)
     return max(1, min(1000, _AT_ONCE//max(sum(largest), 1)))
 
 # %% ../../nbs/data/00_compressed.ipynb #arrow
 def _field(table:memoryview, at:int, n:int)->int: # 0: not there
     "Where field n of a FlatBuffers table is."
-    number = lambda at, size, signed=False: int.from_bytes(table[at:at + size], "little", signed=signed)
+    def number(at, size, signed=False): return int.from_bytes(table[at:at + size], "little", signed=signed)
     vtable = at - number(at, 4, True)
     inside = number(vtable + 4 + 2*n, 2) if 4 + 2*n < number(vtable, 2) else 0
     return at + inside if inside else 0
 
 def _follow(table:memoryview, at:int)->int: return at + int.from_bytes(table[at:at + 4], "little")
 
+# %% ../../nbs/data/00_compressed.ipynb #unpacked-2
 def _unpacked(table:memoryview, body)->int|None: # None: no rows are in it
     "How long the body of a message is when it is unpacked [bytes]."
     root = _follow(table, 0)
@@ -216,12 +233,14 @@ def _unpacked(table:memoryview, body)->int|None: # None: no rows are in it
     buffers = _follow(table, _field(table, header, 2))
     count, total = int.from_bytes(table[buffers:buffers + 4], "little"), 0
     for n in range(count):
-        begin, length = (int.from_bytes(table[buffers + 4 + 16*n + k:buffers + 12 + 16*n + k], "little") for k in (0, 8))
+        begin, length = (int.from_bytes(table[buffers + 4 + 16*n + k:buffers + 12 + 16*n + k], "little")
+            for k in (0, 8))
         if length and begin + 8 <= len(body):
             said = int.from_bytes(body[begin:begin + 8], "little", signed=True)
             total += length if said < 0 else said
     return total
 
+# %% ../../nbs/data/00_compressed.ipynb #check-arrow
 def check_arrow(
     data,     # A `pyarrow.Buffer`: the stream of messages
     name:str, # What to call it
@@ -230,10 +249,12 @@ def check_arrow(
     import pyarrow as pa
     for message in pa.ipc.MessageReader.open_stream(data):
         try: unpacked = _unpacked(memoryview(message.metadata), memoryview(message.body) if message.body else b"")
-        except (IndexError, ValueError): raise UserError(f"{name}: a message in it is damaged; write the file anew") from None
+        except (IndexError, ValueError):
+            raise UserError(f"{name}: a message in it is damaged; write the file anew") from None
         length = message.body.size if message.body else 0
-        if unpacked is not None and unpacked > max(_PAGE, _PAGE_FACTOR*length): raise UserError(
-            f"{name}: a batch unpacks to {unpacked//2**20} MiB, {unpacked//max(length, 1)} times its size")
+        if unpacked is not None and unpacked > max(_PAGE, _PAGE_FACTOR*length):
+            raise UserError(
+                f"{name}: a batch unpacks to {unpacked//2**20} MiB, {unpacked//max(length, 1)} times its size")
 
 # %% ../../nbs/data/00_compressed.ipynb #sizes
 _MOST_VALUES = 2**27   # in a column of a batch
@@ -246,24 +267,26 @@ def row_bytes(
     import pyarrow.compute as pc
     kind, n, is_type = array.type, len(array), pa.types
     if n > _MOST_VALUES: raise UserError(f"a column holds {n:,} values at one place")
-    counts = lambda lengths: pc.fill_null(lengths, 0).cast(pa.int64()).to_numpy(zero_copy_only=False)
+    def counts(lengths): return pc.fill_null(lengths, 0).cast(pa.int64()).to_numpy(zero_copy_only=False)
     if isinstance(array, pa.ExtensionArray): return row_bytes(array.storage)
     if is_type.is_dictionary(kind):
         each = np.append(row_bytes(array.dictionary), 0)
         where = pc.fill_null(array.indices.cast(pa.int64()), len(each) - 1)
         return each[where.to_numpy(zero_copy_only=False)]
     if is_type.is_struct(kind): return sum(map(row_bytes, array.flatten()), np.zeros(n, np.int64))
-    if is_type.is_map(kind): array = pa.ListArray.from_arrays(
-        array.offsets, pa.StructArray.from_arrays([array.keys, array.items], ["key", "value"]))
+    if is_type.is_map(kind):
+        array = pa.ListArray.from_arrays(
+            array.offsets, pa.StructArray.from_arrays([array.keys, array.items], ["key", "value"]))
     if any(f(array.type) for f in (is_type.is_list, is_type.is_large_list, is_type.is_fixed_size_list)):
         each, ends = np.append(0, np.cumsum(row_bytes(array.flatten()))), np.cumsum(counts(pc.list_value_length(array)))
         return np.diff(each[ends], prepend=0) + 8*np.diff(ends, prepend=0)
     if any(f(kind) for f in (is_type.is_string, is_type.is_large_string, is_type.is_binary, is_type.is_large_binary)):
         return counts(pc.binary_length(array))
-    if is_type.is_nested(kind) or "view" in str(kind) or "run_end" in str(kind): raise UserError(
-        f"columns of the type {str(kind)[:50]} are not read")
+    if is_type.is_nested(kind) or "view" in str(kind) or "run_end" in str(kind):
+        raise UserError(f"columns of the type {str(kind)[:50]} are not read")
     return np.full(n, max(8, kind.byte_width if is_type.is_fixed_size_binary(kind) else 8), np.int64)
 
+# %% ../../nbs/data/00_compressed.ipynb #row-parts
 def row_parts(
     batch,           # A `pyarrow.RecordBatch`
     sizes:np.ndarray,# (N,), of its rows [bytes]
@@ -297,5 +320,5 @@ class Total:
     ):
         "Count rows."
         self.length += length
-        if self.length > self.most: raise UserError(
-            f"{self.name}: its rows become more than {self.factor:,} times as long as the file")
+        if self.length > self.most:
+            raise UserError(f"{self.name}: its rows become more than {self.factor:,} times as long as the file")

@@ -56,6 +56,7 @@ def _history(row:Row, column:str)->list[Turn]:
         turns += [Turn("user", pair[0].strip()), answer_turn(pair[1].strip())]
     return turns
 
+# %% ../../nbs/data/06_formats.ipynb #alpaca-prompt
 def _alpaca_prompt(row:Row, source:Source)->tuple[str, list[Turn]]:
     "System text and turns up to the question."
     c, must = source.columns, source.mapped
@@ -71,6 +72,7 @@ def _both(column:str, said:str)->str:
     "A system text from a column and one from the messages: both, or one where they say the same."
     return "\n\n".join(dict.fromkeys(filter(None, (column, said))))
 
+# %% ../../nbs/data/06_formats.ipynb #folded
 def _folded(turns:list[Turn])->list[Turn]:
     "The same turns; calls that follow each other, or what was said before them, are one turn."
     out = []
@@ -81,6 +83,7 @@ def _folded(turns:list[Turn])->list[Turn]:
         else: out.append(turn)
     return out
 
+# %% ../../nbs/data/06_formats.ipynb #system-apart
 def _system_apart(turns:list[Turn])->tuple[str, list[Turn]]:
     "The system texts that stand first, and the other turns."
     first = next((i for i, turn in enumerate(turns) if turn.role != "system"), len(turns))
@@ -88,6 +91,7 @@ def _system_apart(turns:list[Turn])->tuple[str, list[Turn]]:
     for turn in turns[:first]: system = _both(system, turn.text)
     return system, _folded(turns[first:])
 
+# %% ../../nbs/data/06_formats.ipynb #conversation-2
 def _conversation(row:Row, source:Source, tags:Tags, unread:Counter|None)->tuple[str, list[Turn]]:
     "System text and turns of a row with messages."
     column = source.columns.messages
@@ -95,8 +99,9 @@ def _conversation(row:Row, source:Source, tags:Tags, unread:Counter|None)->tuple
         column = next((c for c in _LISTS if c in row.data), column)
     messages = row.data.get(column)
     if messages is None: raise _missing(row, column)
-    if isinstance(messages, str): raise Rejected("wrong_type",
-        f"column '{column}' is a text and must be a list of messages; JSON within a text has to be written as JSON")
+    if isinstance(messages, str):
+        raise Rejected("wrong_type",
+            f"column '{column}' is a text and must be a list of messages; JSON within a text has to be written as JSON")
     if not isinstance(messages, list): raise wrong_type(f"column '{column}'", "a list of messages", messages)
     system, turns = _system_apart([message_turn(m, tags, unread) for m in messages])
     return _both(_text(row, source.columns.system, "system" in source.mapped), system), turns
@@ -125,6 +130,7 @@ def _answer(row:Row, column:str, tags:Tags, turns:list, unread:Counter|None)->tu
         return system, whole[:-1] or turns, whole[-1]
     return "", turns, answer_turn(_text(row, column, True, several=False))
 
+# %% ../../nbs/data/06_formats.ipynb #ranked
 def _ranked(row:Row, source:Source, turns:list, tags:Tags, unread:Counter|None)->tuple[str, list, list[Turn]]:
     "System text and turns before the answers, and the answers, best first."
     c, value = source.columns, row.data.get(source.columns.response)
@@ -136,6 +142,7 @@ def _ranked(row:Row, source:Source, turns:list, tags:Tags, unread:Counter|None)-
     if before != other or {better.role, worse.role} != {"assistant"}: raise Rejected("wrong_order")
     return *before, [better, worse]
 
+# %% ../../nbs/data/06_formats.ipynb #pairs-2
 def _pairs(base:Example, answers:list[Turn], all_pairs:bool)->list[Example]:
     "Every ordered pair of answers, or the first two."
     answers = [a for a in answers if a.text or a.calls]
@@ -146,6 +153,7 @@ def _pairs(base:Example, answers:list[Turn], all_pairs:bool)->list[Example]:
     if not ordered: raise Rejected("same_answers")
     return [replace(base, turns=(*base.turns, a), worse=b) for a, b in ordered]
 
+# %% ../../nbs/data/06_formats.ipynb #both-sides
 def _both_sides(pair:Example)->list[Example]:
     "A pair as a good answer and a bad one."
     return [replace(pair, worse=None, liked=True),
@@ -168,6 +176,7 @@ def kind_of(
     questions = {c.prompt, c.messages, *_LISTS}
     return "document" if c.text in data and not questions & data.keys() else "answer"
 
+# %% ../../nbs/data/06_formats.ipynb #tools
 def _tools(row:Row, column:str)->str:
     "Tool definitions as the text of a JSON list."
     value = row.data.get(column) if column else None
@@ -182,6 +191,7 @@ def _tools(row:Row, column:str)->str:
         if not isinstance(tool, dict): raise wrong_type(f"a tool in column '{column}'", "an object", tool)
     return json.dumps(value, ensure_ascii=False)
 
+# %% ../../nbs/data/06_formats.ipynb #liked
 def _liked(row:Row, column:str)->bool:
     "A truth value written as one, as 0 or 1, or as a word."
     if column not in row.data: raise _missing(row, column)
@@ -191,6 +201,7 @@ def _liked(row:Row, column:str)->bool:
     if word in (False, "false", "0"): return False
     raise wrong_type(f"column '{column}'", "true or false", value)
 
+# %% ../../nbs/data/06_formats.ipynb #document
 def _document(row:Row, source:Source)->Example:
     "A document for pre-training; a registry may call its column `prompt`, as LLaMA-Factory does."
     column = source.columns.prompt if "prompt" in source.mapped else source.columns.text
@@ -203,7 +214,8 @@ def _with_answers(row:Row, source:Source, kind:str, tags:Tags, all_pairs:bool, u
     "Examples of a row with a conversation."
     c, read = source.columns, source.formatting
     lists = not read and c.prompt not in row.data and any(name in row.data for name in _LISTS)
-    if read in ("sharegpt", "openai") or lists: (system, turns), separate = _conversation(row, source, tags, unread), False
+    if read in ("sharegpt", "openai") or lists:
+        (system, turns), separate = _conversation(row, source, tags, unread), False
     else: (system, turns), separate = _alpaca_prompt(row, source), True
     base = Example((), system, _tools(row, c.tools), gold=_text(row, c.answer, "answer" in source.mapped))
     ranked = kind == "liked" and not c.kto_tag and kind_of(row, source) == "pair"
@@ -221,11 +233,13 @@ def _with_answers(row:Row, source:Source, kind:str, tags:Tags, all_pairs:bool, u
     _check(turns, ("user", "tool") if kind == "prompt" else ("assistant",))
     return [replace(base, turns=tuple(turns), liked=_liked(row, c.kto_tag) if kind == "liked" else None)]
 
+# %% ../../nbs/data/06_formats.ipynb #said-of
 def _said_of(made:list[Example], row:Row, named:set)->list[str]:
     "What is learnt though the row speaks against it: marks of pictures in its texts, and that it is not to be learnt."
     mark = media_in({"": [text for e in made for text in (e.system, *(turn.text for turn in e.turns))]})
     return [mark]*bool(mark) + [f"row '{key}'" for key in unlearnt_row(row.data, named)]
 
+# %% ../../nbs/data/06_formats.ipynb #to-examples-2
 def to_examples(
     row:Row,              # From a reader
     source:Source,        # Names of columns and roles

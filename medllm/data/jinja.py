@@ -93,8 +93,9 @@ _NO_TOOLS = "raise_exception('this chat template has no way to write tools; choo
 def _head(t:Template)->str:
     "Jinja that sets `system` and `turns`, and writes what stands in front of the turns."
     text = _SYSTEM % json.dumps(t.default_system, ensure_ascii=False) + "{% set ns = namespace(text='', last=-1) %}"
-    if t.reasoning: text += ("{% for m in turns %}{% if m['role'] == 'user' %}{% set ns.last = loop.index0 %}"
-        "{% endif %}{% endfor %}")
+    if t.reasoning:
+        text += ("{% for m in turns %}{% if m['role'] == 'user' %}{% set ns.last = loop.index0 %}"
+            "{% endif %}{% endfor %}")
     text += _prefix(t)
     if t.tools is None: text += f"{{% if tools %}}{{{{ {_NO_TOOLS} }}}}{{% endif %}}"
     else: text += f"{{% if tools %}}{_definitions(t.tools)}{{% endif %}}"
@@ -104,6 +105,7 @@ def _head(t:Template)->str:
         text += "{% endif %}"
     return text
 
+# %% ../../nbs/data/08_jinja.ipynb #definitions
 def _definitions(f:ToolFormat)->str:
     "Jinja that writes the definitions as a turn, or puts them behind `system`."
     inner = "(tool.function if tool.function is defined else tool)"
@@ -120,20 +122,22 @@ def _said(t:Template)->str:
     "Jinja that sets `said` to what is thought and said, and writes an answer."
     text = "{% set said = m['content']|trim %}"
     mark = t.thought.split("{thought}")[-1].strip()
-    if t.reasoning: text = (
-        "{%% set said = (m['content'] if loop.index0 > ns.last else (m['content'].split(%s)|last))|trim %%}"
-        % json.dumps(mark))
+    if t.reasoning:
+        text = ("{%% set said = (m['content'] if loop.index0 > ns.last else (m['content'].split(%s)|last))|trim %%}"
+            % json.dumps(mark))
     thinks = "m['reasoning_content']" + (" and loop.index0 > ns.last" if t.reasoning else "")
     text += (f"{{% if {thinks} %}}{{% set said = "
         f"{_slot(t.thought, thought='''(m['reasoning_content']|trim)''')} ~ said %}}")
-    if t.reasoning: text += (
-        "{% elif loop.last and loop.index0 > ns.last and enable_thinking is defined and enable_thinking is false %}"
-        f"{{% set said = {_slot(t.thought, thought=chr(34)*2)} ~ said %}}")
+    if t.reasoning:
+        text += (
+            "{% elif loop.last and loop.index0 > ns.last and enable_thinking is defined and enable_thinking is false %}"
+            f"{{% set said = {_slot(t.thought, thought=chr(34)*2)} ~ said %}}")
     text += "{% endif %}"
     answer = _put(t.answer, content="said")
     calls = _calls(t) if t.tools else f"{{{{ {_NO_TOOLS} }}}}"
     return text + f"{{% if m['tool_calls'] %}}{calls}{{% else %}}{answer}{{% endif %}}"
 
+# %% ../../nbs/data/08_jinja.ipynb #calls
 def _calls(t:Template)->str:
     "Jinja that writes an answer with tool calls."
     f = t.tools
@@ -147,13 +151,14 @@ def _calls(t:Template)->str:
     join = f"{{% set said = said ~ ({_slot(f.said_between)} if m['content']|trim else '') ~ {whole} %}}"
     return each + join + _put(f.answer or t.answer, content="said")
 
+# %% ../../nbs/data/08_jinja.ipynb #result
 def _result(t:Template)->str:
     "Jinja that writes what a tool returned; results that follow each other share one turn."
     if t.tools is None: return f"{{{{ {_NO_TOOLS} }}}}"
     opening, closing = t.tools.results.split("{results}")
     first = "loop.first or loop.previtem['role'] != 'tool'"
     last = "loop.last or loop.nextitem['role'] != 'tool'"
-    edge = lambda when, text: f"{{% if {when} %}}{_put(text)}{{% endif %}}" if text else ""
+    def edge(when, text): return f"{{% if {when} %}}{_put(text)}{{% endif %}}" if text else ""
     return edge(first, opening) + _put(t.tools.result, content="(m['content']|trim)") + edge(last, closing)
 
 # %% ../../nbs/data/08_jinja.ipynb #jinja
@@ -161,16 +166,18 @@ def _user(t:Template)->str:
     "Jinja that writes a user's turn."
     content = "(m['content']|trim)"
     text = _put(t.user, content=content)
-    if t.user_with_system: text = (
-        f"{{% if loop.first and system %}}{_put(t.user_with_system, content=content, system='system')}"
-        f"{{% else %}}{text}{{% endif %}}")
+    if t.user_with_system:
+        text = (f"{{% if loop.first and system %}}{_put(t.user_with_system, content=content, system='system')}"
+            f"{{% else %}}{text}{{% endif %}}")
     return (f"{{% if not loop.first %}}{_put(t.between)}{{% endif %}}" if t.between else "") + text
 
+# %% ../../nbs/data/08_jinja.ipynb #jinja-2
 def _jinja(t:Template)->str:
     "The template as Jinja text, for the tokenizer and for our own renderer."
     prompt = _put(t.header)
-    if t.reasoning: prompt += ("{% if enable_thinking is defined and enable_thinking is false %}"
-        f"{_put(t.answer.split('{content}')[0] + t.thought.replace('{thought}', ''))}{{% endif %}}")
+    if t.reasoning:
+        prompt += ("{% if enable_thinking is defined and enable_thinking is false %}"
+            f"{_put(t.answer.split('{content}')[0] + t.thought.replace('{thought}', ''))}{{% endif %}}")
     return (
         f"{_head(t)}{{% for m in turns %}}{{% if m['role'] == 'user' %}}{_user(t)}"
         f"{{% elif m['role'] == 'tool' %}}{_result(t)}"
@@ -206,10 +213,11 @@ def _environment():
     def fail(message): raise jinja2.exceptions.TemplateError(message)
     def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
         return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+        extensions=[Generation, loopcontrols])
     environment.filters["tojson"] = tojson
-    environment.globals |= {"raise_exception": fail, "strftime_now": lambda how: datetime.now().strftime(how), "dict": Dict(),
-        "namespace": Namespace}
+    environment.globals |= {"raise_exception": fail, "strftime_now": lambda how: datetime.now().strftime(how),
+        "dict": Dict(), "namespace": Namespace}
     return environment
 
 # %% ../../nbs/data/08_jinja.ipynb #others-serve
@@ -228,6 +236,7 @@ def _written(environment, known:dict, asked:dict)->dict:
     except Exception as e: return {"error": first_line(e, 400)}
     finally: known[asked["template"]] = [spent + time.process_time() - begun, count + 1, compiled]
 
+# %% ../../nbs/data/08_jinja.ipynb #serve
 def serve():
     "Write templates that are asked for on stdin, one a line, until it ends; the process is bounded."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -248,7 +257,8 @@ class _Writer:
     "A process that writes templates."
     def __init__(self):
         path = [os.path.abspath(p) for p in sys.path]
-        kept = {k: os.environ[k] for k in ("PATH", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "SYSTEMROOT") if k in os.environ}
+        kept = {k: os.environ[k] for k in ("PATH", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "SYSTEMROOT")
+            if k in os.environ}
         self.pid = os.getpid()
         self.process = subprocess.Popen([sys.executable, "-I", "-c",
             f"import sys; sys.path[:] = {path!r}; from medllm.data.jinja import serve; serve()"],
@@ -278,6 +288,7 @@ class _Writer:
         for pipe in (self.process.stdin, self.process.stdout): pipe.close()
         self.process.wait()
 
+# %% ../../nbs/data/08_jinja.ipynb #writer
 _writers, _late = [], set()    # the one of this process; templates that took too long
 
 @atexit.register
@@ -292,7 +303,8 @@ def _writer()->_Writer:
 
 # %% ../../nbs/data/08_jinja.ipynb #others-write
 _lock = threading.Lock()
-os.register_at_fork(after_in_child=lambda: globals().update(_lock=threading.Lock())) if hasattr(os, "register_at_fork") else None
+os.register_at_fork(after_in_child=lambda: globals().update(_lock=threading.Lock())) if hasattr(os,
+    "register_at_fork") else None
 
 def write_bounded(
     template:str,  # Jinja text of anybody

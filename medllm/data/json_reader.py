@@ -40,6 +40,7 @@ class Row(NamedTuple):
     def place(self)->str: # For people: without the folders, which are nobody's business
         return f"{Path(self.file).name}, {self.at}"
 
+# %% ../../nbs/data/02_json_reader.ipynb #bad
 class Bad(NamedTuple):
     "A row that cannot be read, and why; never its text."
     reason:str # broken_json, not_a_row, wrong_columns, row_too_large or bad_text
@@ -69,6 +70,7 @@ def open_bytes(
     f = open(file, "rb")
     return io.BufferedReader(Unpacked(f)) if f.peek(2)[:2] == b"\x1f\x8b" else f
 
+# %% ../../nbs/data/02_json_reader.ipynb #decodes
 _BLOCK = 2**20
 
 def _decodes(file:Path, encoding:str)->bool:
@@ -81,12 +83,14 @@ def _decodes(file:Path, encoding:str)->bool:
         except UnicodeDecodeError: return False
     return True
 
+# %% ../../nbs/data/02_json_reader.ipynb #is-chinese
 def _is_chinese(file:Path)->bool:
     "Whether the beginning of a file, read as GB18030, is ordinary Chinese text."
     with open_bytes(file) as f: text = f.read(_BLOCK).decode("gb18030", "ignore")
     beyond = re.sub(r"[\x00-\x7f]+", "", text)
     return len(beyond.encode("gb2312", "ignore"))/2 >= 0.8*len(beyond) > 0
 
+# %% ../../nbs/data/02_json_reader.ipynb #find-encoding
 def find_encoding(
     file:Path, # A text file, perhaps gzipped
 )->str:        # utf-8-sig, utf-16, utf-8 or gb18030
@@ -113,6 +117,7 @@ def _skip_line(f, size:int)->int:
         if part.endswith(b"\n"): break
     return size
 
+# %% ../../nbs/data/02_json_reader.ipynb #byte-lines
 def _byte_lines(f, name:str, encoding:str, byte:int)->Iterator[tuple]:
     "Line, byte and text (or `Bad`) of each line of an encoding that keeps ASCII."
     for line in itertools.count(1):
@@ -127,10 +132,13 @@ def _byte_lines(f, name:str, encoding:str, byte:int)->Iterator[tuple]:
             except UnicodeDecodeError as e: yield line, byte, _undecodable(name, line, byte + e.start, encoding)
         byte += size
 
+# %% ../../nbs/data/02_json_reader.ipynb #plain
 def _plain(encoding:str)->tuple[int, str]:
     "Bytes of the mark at the beginning of a file, and the encoding of what follows."
-    return {"utf-8-sig": (3, "utf-8"), "utf-16": (2, "utf-16-le"), "utf-32": (4, "utf-32-le")}.get(encoding, (0, encoding))
+    return {"utf-8-sig": (3, "utf-8"), "utf-16": (2, "utf-16-le"), "utf-32": (4, "utf-32-le")}.get(encoding,
+        (0, encoding))
 
+# %% ../../nbs/data/02_json_reader.ipynb #wide-lines
 def _wide_lines(f, name:str, encoding:str)->Iterator[tuple]:
     "The same for UTF-16 and for files with `\\r` at the ends of lines."
     byte, plain = _plain(encoding)
@@ -143,6 +151,7 @@ def _wide_lines(f, name:str, encoding:str)->Iterator[tuple]:
         yield line, byte, part
         byte += len(part.encode(plain))
 
+# %% ../../nbs/data/02_json_reader.ipynb #read-lines
 def read_lines(
     file:Path,    # A text file, perhaps gzipped
     name:str,     # What to call it
@@ -174,6 +183,7 @@ def _strings(value)->Iterator[str]:
     elif isinstance(value, list):
         for v in value: yield from _strings(v)
 
+# %% ../../nbs/data/02_json_reader.ipynb #is-text
 def is_text(
     value, # Of JSON or a table
 )->bool:
@@ -181,20 +191,25 @@ def is_text(
     try: return not any("\0" in s or not s.encode() for s in _strings(value) if s)
     except UnicodeEncodeError: return False
 
+# %% ../../nbs/data/02_json_reader.ipynb #row-2
 def _row(value, name:str, line:int, byte:int, written:str)->Row|Bad:
     "A decoded value as a row; only objects are rows."
     if len(written) > MAX_ROW: return _too_large(name, line, byte)
-    if not isinstance(value, dict): return Bad("not_a_row", name, line, byte,
-        f"a row must be an object with named columns, not {type(value).__name__}")
-    if _suspect(written) and not is_text(value): return Bad("bad_text", name, line, byte,
-        "a text holds a NUL or half a surrogate pair; take it out")
+    if not isinstance(value, dict):
+        return Bad("not_a_row", name, line, byte,
+            f"a row must be an object with named columns, not {type(value).__name__}")
+    if _suspect(written) and not is_text(value):
+        return Bad("bad_text", name, line, byte,
+            "a text holds a NUL or half a surrogate pair; take it out")
     return Row(value, name, line, byte)
 
+# %% ../../nbs/data/02_json_reader.ipynb #why-2
 def _why(error:Exception)->str:
     "What is wrong with a JSON text."
     if isinstance(error, RecursionError): return "nested too deep"
     return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
 
+# %% ../../nbs/data/02_json_reader.ipynb #json-line
 def json_line(
     text:str,  # A line that is not blank
     name:str,  # Of its file
@@ -203,14 +218,16 @@ def json_line(
 )->Row|Bad:
     "The row that a line holds."
     begin = _blank(text, 0).end()
-    broken = lambda at, why: Bad("broken_json", name, line, byte + len(text[:at].encode()),
-        f"not valid JSON ({why}); mend the line or leave it out")
+    def broken(at, why):
+        return Bad("broken_json", name, line, byte + len(text[:at].encode()),
+            f"not valid JSON ({why}); mend the line or leave it out")
     try: value, end = _scan(text, begin)
     except StopIteration as e: return broken(e.value, "Expecting value")
     except (ValueError, RecursionError) as e: return broken(getattr(e, "pos", begin), _why(e))
     if end != len(text) and text[end:].strip(): return broken(end, "more than one value on the line")
     return _row(value, name, line, byte, text)
 
+# %% ../../nbs/data/02_json_reader.ipynb #json-lines
 def json_lines(
     file:Path, name:str, encoding:str, # As for `read_lines`
 )->Iterator[Row|Bad]:
@@ -280,6 +297,7 @@ def _array(w:_Window)->Iterator[Row|Bad]:
         if w.next() != "]": w.take(",")
     w.move(w.at + 1)
 
+# %% ../../nbs/data/02_json_reader.ipynb #members
 def _members(w:_Window)->Iterator[tuple]:
     "Key, value and row (without the key) of each member of an object."
     w.take("{")
@@ -293,6 +311,8 @@ def _members(w:_Window)->Iterator[tuple]:
     w.move(w.at + 1)
 
 _has_digit = re.compile(r"\d").search
+
+# %% ../../nbs/data/02_json_reader.ipynb #object
 _scalar = (str, int, float, bool, type(None))
 
 def _object(w:_Window)->Iterator[Row|Bad]:
@@ -318,7 +338,7 @@ def _object(w:_Window)->Iterator[Row|Bad]:
 def _told_apart(rows:Iterable[Row|Bad])->Iterator[Row|Bad]:
     "The same rows of a file; those that begin on one line with a neighbour are named by their number."
     held, before, n = None, 0, 0
-    named = lambda shared: held._replace(number=n) if shared or held.line == before else held
+    def named(shared): return held._replace(number=n) if shared or held.line == before else held
     try:
         for row in rows:
             if held is not None:
@@ -343,6 +363,7 @@ def _opens(file:Path, encoding:str)->str:
     "The first character of a file that is no blank."
     with open_bytes(file) as f: return f.read(2**16).decode(encoding, "ignore").lstrip()[:1]
 
+# %% ../../nbs/data/02_json_reader.ipynb #json-rows-2
 def json_rows(
     file:Path, name:str, encoding:str, # As for `read_lines`
 )->Iterator[Row|Bad]:
@@ -358,6 +379,7 @@ def json_rows(
         return
     with open_bytes(file) as f: yield from _told_apart(_walked(_Window(f, name, encoding), opens))
 
+# %% ../../nbs/data/02_json_reader.ipynb #walked
 def _walked(w:_Window, opens:str)->Iterator[Row|Bad]:
     "Rows of a file that is no row a line."
     if opens == "[":

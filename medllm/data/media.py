@@ -25,6 +25,7 @@ def _says(name)->str:
 
 _NOTHING = ("", "none", "null", "nan", "na", "n/a", "false", "[]", "{}", "no")
 
+# %% ../../nbs/data/03_media.ipynb #filled
 def _values(value, depth:int=0)->Iterator:
     "The leaves of a cell."
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else None
@@ -36,6 +37,7 @@ def _filled(value)->bool:
     "Whether a cell holds anything."
     return any(v is not None and v is not False and str(v).strip().lower() not in _NOTHING for v in _values(value))
 
+# %% ../../nbs/data/03_media.ipynb #decoded
 def _decoded(value)->bool:
     "Whether a cell is bytes, or an image as `datasets` gives it."
     if isinstance(value, str) or value is None: return False
@@ -44,6 +46,7 @@ def _decoded(value)->bool:
         return "bytes" in value and "path" in value and _filled(value) or any(map(_decoded, value.values()))
     return isinstance(value, (bytes, bytearray)) or type(value).__module__.startswith("PIL.")
 
+# %% ../../nbs/data/03_media.ipynb #media-column
 def media_column(
     name,  # Of a column, or a key of a message
     value, # What it holds
@@ -70,16 +73,19 @@ def _message_part(value, depth:int=0)->str:
         kind = value.get("type")
         if isinstance(kind, str) and _PART(kind.lower()): return kind
         if (key := next((k for k in ("image_url", "input_audio") if value.get(k)), "")): return key
-        if value.keys() & {"role", "from"} and (key := next((k for k, v in value.items() if media_column(k, v)), "")): return key
+        if value.keys() & {"role", "from"} and (key := next((k for k, v in value.items() if media_column(k, v)), "")):
+            return key
         value = [v for k, v in value.items() if k not in _CALLS]
     for part in value:
         if isinstance(part, (dict, list, tuple)) and (found := _message_part(part, depth + 1)): return found
     return ""
 
+# %% ../../nbs/data/03_media.ipynb #plain
 def _plain(mark:str)->str:
     "A mark without what a row writes into it: a title or the name of a file may be a patient's."
     return "![](…)" if mark.startswith("![") else "<img src=" if re.match(r"<img\s", mark, re.IGNORECASE) else mark[:20]
 
+# %% ../../nbs/data/03_media.ipynb #media-in
 def media_in(
     row:dict,                # Of any file
     text:Iterable[str] = (), # Columns that are text, whatever they are called

@@ -23,7 +23,8 @@ DEFECTS = {
     "wrong_columns": "other columns than the header", "row_too_large": "longer than a row may be",
     "bad_text": "bytes or characters that are no text", "missing_column": "a column is not there",
     "wrong_type": "a value that is no text where text belongs", "unknown_role": "a role that no tag names",
-    "picture": "a picture, a video or sound beside the text", "template_refuses": "the chat template cannot write the row"}
+    "picture": "a picture, a video or sound beside the text",
+    "template_refuses": "the chat template cannot write the row"}
 REASONS = DEFECTS | {
     "empty_prompt": "nothing is asked", "empty_answer": "nothing is answered",
     "wrong_order": "turns that do not alternate, or end with the wrong side",
@@ -45,7 +46,8 @@ class Rejected(Exception):
     def why(self)->str: return told(self.text, self.names)
 
 # %% ../../nbs/data/04_messages.ipynb #names
-_USUAL = set("""instruction input output prompt query response completion question answer answers context contexts options
+_USUAL = set(
+    """instruction input output prompt query response completion question answer answers context contexts options
     label text content messages conversations conversation history system tools chosen rejected role value id title url
     category source file lang language meta metadata score thought user assistant human gpt tool function observation
     patient doctor name weight loss train timestamp date 问 答 问题 回答 答案 指令 输入 输出""".split())
@@ -57,13 +59,14 @@ def shown_names(
 )->str:
     "Names for a sentence, and how many others; where it goes into a record, only those in common use."
     names = [str(n) for n in names]
-    fit = lambda n: n.lower() in _USUAL if recorded() else n.strip()
+    def fit(n): return n.lower() in _USUAL if recorded() else n.strip()
     some = [" ".join(n.split()) for n in names if fit(n)][:_NAMES]
     some = [n if len(n) <= _LONGEST else n[:_LONGEST] + "…" for n in some]
     other = max(total, len(names)) - len(some)
     more = f"{other} other name{'s'*(other > 1)}" + ", shown by medllm data preview"*recorded() if other else ""
     return " and ".join(filter(None, (", ".join(some), more)))
 
+# %% ../../nbs/data/04_messages.ipynb #told
 def told(
     text:str,            # With `{names}` in it, or without
     names:Iterable[str], # In its place
@@ -90,6 +93,7 @@ class Call(NamedTuple):
     name:str      # Function called
     arguments:str # Its arguments, text of a JSON object
 
+# %% ../../nbs/data/04_messages.ipynb #turn-2
 class Turn(NamedTuple):
     "One message."
     role:str                    # "user", "assistant", "tool" (what a tool returned) or "document"
@@ -98,11 +102,13 @@ class Turn(NamedTuple):
     thought:str = ""            # Thinking of an assistant's turn, without the marks around it
     train:bool = True           # False: this answer is not trained
 
+# %% ../../nbs/data/04_messages.ipynb #thinking
 def _thinking(text:str)->tuple[str, str]|None:
     "The thought that a text begins with, and the rest."
     thought, end, rest = text.removeprefix("<think>").partition("</think>")   # an expression would try each blank twice
     return (thought.strip(), rest.lstrip()) if end else None
 
+# %% ../../nbs/data/04_messages.ipynb #answer-turn
 def answer_turn(
     text:str,                # What was answered, perhaps with <think>…</think> in front
     thought:str="",          # Thinking from a column or key of its own
@@ -120,7 +126,8 @@ def refused_picture(
     what:str, # From `media_in`
 )->Rejected:
     "The error of a row that is not text alone."
-    return Rejected("picture", f"{what} is a picture, a video or sound, and only text is read here; take such rows out, or the "
+    return Rejected(
+        "picture", f"{what} is a picture, a video or sound, and only text is read here; take such rows out, or the "
         "column if the texts stand without it")
 
 # %% ../../nbs/data/04_messages.ipynb #content
@@ -132,6 +139,7 @@ def wrong_type(
     "The error of a value that is something else."
     return Rejected("wrong_type", f"{what} must be {wanted}, not {type(value).__name__}")
 
+# %% ../../nbs/data/04_messages.ipynb #content-text
 _TEXTS = ("text", "input_text", "output_text")
 
 def content_text(
@@ -148,10 +156,12 @@ def content_text(
     for part in parts:
         kind = part["type"]
         if found := media_in({"part": part}, marks=False): raise refused_picture(found)
-        if kind not in _TEXTS or not isinstance(part.get("text"), str): raise Rejected("wrong_type",
-            f"'{key}' of a message has a part ({{names}}) that is no text", [kind])
+        if kind not in _TEXTS or not isinstance(part.get("text"), str):
+            raise Rejected("wrong_type",
+                f"'{key}' of a message has a part ({{names}}) that is no text", [kind])
     return "".join(p["text"] for p in parts).strip()
 
+# %% ../../nbs/data/04_messages.ipynb #read-calls
 def read_calls(
     value,    # As a message has it
     what:str, # Its name, for an error
@@ -187,11 +197,12 @@ def learnt(
         value = message[key]
         if value is None: continue
         if isinstance(value, str): value = _WORDS.get(value.strip().lower(), value)
-        if value not in (True, False): raise Rejected("wrong_type",
-            f"'{key}' of a message must be true or false (1 or 0): an answer is learnt or not")
+        if value not in (True, False):
+            raise Rejected("wrong_type",
+                f"'{key}' of a message must be true or false (1 or 0): an answer is learnt or not")
         said[key] = bool(value) == _LEARNT[key]
-    if len({*said.values()}) > 1: raise Rejected(
-        "wrong_type", f"{' and '.join(map(repr, sorted(said)))} of a message contradict each other")
+    if len({*said.values()}) > 1:
+        raise Rejected("wrong_type", f"{' and '.join(map(repr, sorted(said)))} of a message contradict each other")
     return next(iter(said.values()), True)
 
 # %% ../../nbs/data/04_messages.ipynb #unlearnt
@@ -222,7 +233,7 @@ def unread_keys(
     if role == "tool": read.add("name")                                    # of the function, which its call names
     found = [key for key in message.keys() - read - _ASIDE if message[key] not in (None, "", [], {})]
     if role == "assistant": return sorted(found)
-    asks_no_more = lambda key: key in _LEARNT and not learnt({key: message[key]})
+    def asks_no_more(key): return key in _LEARNT and not learnt({key: message[key]})
     return sorted(key for key in found if not asks_no_more(key))
 
 # %% ../../nbs/data/04_messages.ipynb #message
@@ -240,6 +251,7 @@ def message_turn(
     if unread is not None: unread.update(unread_keys(message, tags, turn.role))
     return turn
 
+# %% ../../nbs/data/04_messages.ipynb #read
 def _read(message:dict, role:str, tags:Tags)->Turn:
     "The turn of a message whose role is known."
     if role == tags.function_tag and "tool_calls" not in message and role != tags.observation_tag:
@@ -250,6 +262,7 @@ def _read(message:dict, role:str, tags:Tags)->Turn:
         thought = next((message[key] for key in _THOUGHTS if message.get(key)), "")
         return answer_turn(content_text(message, tags.content_tag), str(thought).strip(), calls, learnt(message))
     roles = {tags.user_tag: "user", tags.observation_tag: "tool", tags.system_tag: "system", "developer": "system"}
-    if role not in roles: raise Rejected("unknown_role", "unknown role ({names}); "
-        "name the roles under 'tags' in dataset_info.json (user_tag …)", [role])
+    if role not in roles:
+        raise Rejected("unknown_role", "unknown role ({names}); "
+            "name the roles under 'tags' in dataset_info.json (user_tag …)", [role])
     return Turn(roles[role], content_text(message, tags.content_tag))

@@ -22,6 +22,7 @@ def _turns(sizes:np.ndarray, strategy:str)->np.ndarray:
     if strategy != "interleave_once": return np.tile(np.arange(len(sizes)), rounds)
     return np.concatenate([np.flatnonzero(sizes > i) for i in range(rounds)])
 
+# %% ../../nbs/data/14_mixing.ipynb #draws
 def _draws(sizes:np.ndarray, probabilities:np.ndarray, strategy:str, rng)->np.ndarray:
     "Dataset of each draw, by probabilities, (N,)."
     drawn, seen = [], np.zeros(len(sizes), np.int64)
@@ -30,7 +31,8 @@ def _draws(sizes:np.ndarray, probabilities:np.ndarray, strategy:str, rng)->np.nd
         block = rng.choice(len(sizes), 4096, p=live/live.sum())
         counts = seen + np.cumsum(block[:, None] == np.arange(len(sizes)), axis=0)     # (4096, S)
         full = counts >= sizes
-        ends = {"interleave_under": full.any(1), "interleave_over": full.all(1)}.get(strategy, (full & (live > 0)).any(1))
+        ends = {"interleave_under": full.any(1), "interleave_over": full.all(1)}.get(strategy,
+            (full & (live > 0)).any(1))
         stop = int(ends.argmax()) + 1 if ends.any() else len(block)
         drawn.append(block[:stop])
         seen = counts[stop - 1]
@@ -39,21 +41,24 @@ def _draws(sizes:np.ndarray, probabilities:np.ndarray, strategy:str, rng)->np.nd
         live = np.where(seen >= sizes, 0, probabilities)
         if not live.any(): return np.concatenate(drawn)
 
+# %% ../../nbs/data/14_mixing.ipynb #check-mix
 def check_mix(
     strategy:str,                      # One of `STRATEGIES`
     count:int,                         # S
     probabilities:Sequence[float]|None,# One for each dataset
 ):
     "Raise `UserError` for an unknown strategy or probabilities that do not fit."
-    if strategy not in STRATEGIES: raise UserError(
-        f"--mix_strategy {strategy}: unknown{nearest(strategy, STRATEGIES)}; known are {', '.join(STRATEGIES)}")
+    if strategy not in STRATEGIES:
+        raise UserError(
+            f"--mix_strategy {strategy}: unknown{nearest(strategy, STRATEGIES)}; known are {', '.join(STRATEGIES)}")
     if probabilities is None: return
     if strategy == "concat": raise UserError("--interleave_probs needs a --mix_strategy that interleaves")
-    if len(probabilities) != count: raise UserError(
-        f"--interleave_probs has {len(probabilities)} numbers for {count} datasets")
-    if not all(0 < p < float("inf") for p in probabilities): raise UserError(
-        "--interleave_probs: every probability must be a positive number")
+    if len(probabilities) != count:
+        raise UserError(f"--interleave_probs has {len(probabilities)} numbers for {count} datasets")
+    if not all(0 < p < float("inf") for p in probabilities):
+        raise UserError("--interleave_probs: every probability must be a positive number")
 
+# %% ../../nbs/data/14_mixing.ipynb #mix-order
 def mix_order(
     sizes:Sequence[int],            # Rows of each dataset, (S,)
     strategy:str = "concat",        # One of `STRATEGIES`
@@ -94,6 +99,7 @@ def _shuffled(groups:np.ndarray, seed:int)->np.ndarray:
         x = (x ^ (x >> np.uint64(shift)))*np.uint64(factor)
     return x ^ (x >> np.uint64(31))
 
+# %% ../../nbs/data/14_mixing.ipynb #split-groups
 def split_groups(
     groups:np.ndarray, # Group of each row, (N,) uint64
     val_size:float,    # Share below 1, or a number of rows
@@ -101,8 +107,8 @@ def split_groups(
 )->tuple[np.ndarray, np.ndarray]: # Rows to train on, rows to validate on
     ("Rows divided so that no group is on both sides; as many are held out as whole groups allow without exceeding "
      "`val_size`. Raises `UserError` when a side stays empty.")
-    if not 0 <= val_size < float("inf"): raise UserError(
-        f"--val_size {val_size:g}: must be a share below 1, or a number of rows")
+    if not 0 <= val_size < float("inf"):
+        raise UserError(f"--val_size {val_size:g}: must be a share below 1, or a number of rows")
     want = round(val_size*len(groups)) if val_size < 1 else int(val_size)
     hashes, sizes = np.unique(_shuffled(groups, seed), return_counts=True)
     held, count = [], 0
@@ -111,8 +117,9 @@ def split_groups(
         if count + size > want: continue
         held.append(value)
         count += size
-    if not 0 < count < len(groups): raise UserError(f"--val_size {val_size:g} of {len(groups)} rows in {len(sizes)} "
-        f"groups leaves {len(groups) - count} to train on and {count} to validate on")
+    if not 0 < count < len(groups):
+        raise UserError(f"--val_size {val_size:g} of {len(groups)} rows in {len(sizes)} "
+            f"groups leaves {len(groups) - count} to train on and {count} to validate on")
     inside = np.isin(_shuffled(groups, seed), np.array(held, np.uint64))
     return np.flatnonzero(~inside), np.flatnonzero(inside)
 

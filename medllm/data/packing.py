@@ -22,8 +22,8 @@ def plan_packs(
 )->list[tuple[int, tuple]]: # Kinds of packs: how many, and their contents as pairs (length, rows of it)
     "Best-fit-decreasing packing, rows of one length taken together. Raises `ValueError` for a row that fits no pack."
     different, counts = np.unique(np.asarray(lengths, np.int64), return_counts=True)
-    if len(different) and not 1 <= different[0] <= different[-1] <= capacity: raise ValueError(
-        f"rows of {different[0]} to {different[-1]} tokens do not fit packs of {capacity}")
+    if len(different) and not 1 <= different[0] <= different[-1] <= capacity:
+        raise ValueError(f"rows of {different[0]} to {different[-1]} tokens do not fit packs of {capacity}")
     packs, spaces = defaultdict(list), []            # free space -> packs with it; the free spaces there are
     def put(free, number, contents):
         if number and free not in packs: insort(spaces, free)
@@ -72,6 +72,7 @@ def fill_packs(
     if len(packs) > 2: packs.append(packs.pop(1 + int(np.argmax([len(rows) for rows in packs[1:]]))))
     return packs
 
+# %% ../../nbs/data/16_packing.ipynb #pack
 def pack(
     lengths:np.ndarray, # Length of each row, (N,), [tokens]
     capacity:int,       # C, most tokens of a pack
@@ -94,6 +95,7 @@ def _divide(packs:list[np.ndarray], missing:int)->list[np.ndarray]:
         packs[at:at + 1], missing = parts, missing - len(parts) + 1
     return packs
 
+# %% ../../nbs/data/16_packing.ipynb #packed-batches
 class PackedBatches(Sampler):
     "Batches of row numbers for one process, B packs each; call `set_epoch` before each epoch."
     def __init__(self,

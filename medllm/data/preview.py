@@ -20,6 +20,7 @@ _TERMINAL = {"plain": "", "trained": "\033[32m", "control": "\033[2m", "stop": "
 _PAGE = {"plain": "color:#6b7280", "trained": "background:#dcfce7;color:#14532d",
     "control": "color:#c2410c;font-weight:600", "stop": "background:#dcfce7;color:#c2410c;font-weight:600"}
 
+# %% ../../nbs/data/17_preview.ipynb #look-2
 class Look:
     "Decoded rows, coloured in a terminal and in a notebook; green is trained, control tokens stand out."
     def __init__(self,
@@ -29,7 +30,8 @@ class Look:
         picked:tuple = (0, 1, 2),# Which rows
     ):
         self.rows, self.tokenizer, self.hide = rows, tokenizer, hide
-        self.control = set(control_tokens(tokenizer).values())     # a word that somebody added is text, and hidden like it
+        # a word that somebody added is text, and hidden like it
+        self.control = set(control_tokens(tokenizer).values())
         self.picked = [i for i in picked if i < len(rows)]
 
     def _spans(self, i:int)->list[tuple[str, str]]:
@@ -52,13 +54,14 @@ class Look:
         return f"row {i}: {len(labels)} tokens, {int((labels != -100).sum())} trained"
 
     def __str__(self):
-        paint = lambda text, kind: f"{_TERMINAL[kind]}{text}\033[0m" if _TERMINAL[kind] else text
+        def paint(text, kind): return f"{_TERMINAL[kind]}{text}\033[0m" if _TERMINAL[kind] else text
         return "\n\n".join(self._head(i) + "\n" + "".join(paint(*s) for s in self._spans(i)) for i in self.picked)
 
     def _repr_html_(self):
-        span = lambda text, kind: f'<span style="{_PAGE[kind]}">{html.escape(text)}</span>'
-        row = lambda i: (f"<p><b>{self._head(i)}</b></p><pre style='white-space:pre-wrap'>"
-            f"{''.join(span(*s) for s in self._spans(i))}</pre>")
+        def span(text, kind): return f'<span style="{_PAGE[kind]}">{html.escape(text)}</span>'
+        def row(i):
+            return (f"<p><b>{self._head(i)}</b></p><pre style='white-space:pre-wrap'>"
+                f"{''.join(span(*s) for s in self._spans(i))}</pre>")
         return "".join(map(row, self.picked))
 
     __repr__ = __str__
@@ -74,6 +77,7 @@ def length_summary(
         "trained_share": round(rows.trained/rows.tokens, 4) if rows.tokens else 0.0,
         "median_length": middle, "p90_length": long, "longest": longest}
 
+# %% ../../nbs/data/17_preview.ipynb #plot-lengths
 def plot_lengths(
     rows:TokenRows, # Tokenised rows
     cutoff_len:int, # Drawn as a line when rows come near it [tokens]
@@ -82,13 +86,14 @@ def plot_lengths(
     figure = picture(6.4, 2.2)
     axis = figure.subplots()
     axis.hist(rows.lengths, bins=40, color="#9ecae1")
-    if rows.lengths.max() > cutoff_len/2: axis.axvline(
-        cutoff_len, color="#d94801", lw=1, label=f"cutoff_len {cutoff_len}")
+    if rows.lengths.max() > cutoff_len/2:
+        axis.axvline(cutoff_len, color="#d94801", lw=1, label=f"cutoff_len {cutoff_len}")
     if axis.get_legend_handles_labels()[0]: axis.legend(frameon=False)
     axis.set(xlabel="tokens a row", ylabel="rows")
     axis.spines[["top", "right"]].set_visible(False)
     return figure
 
+# %% ../../nbs/data/17_preview.ipynb #length-bars
 def length_bars(
     rows:TokenRows,    # Tokenised rows
     cutoff_len:int,    # Longest row that is allowed [tokens]

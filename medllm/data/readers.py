@@ -32,10 +32,13 @@ def _counted(f, codec:str, at:list, name:str)->Iterator[str]:
     for number in itertools.count(1):
         if not (line := f.readline(MAX_ROW + 1)): return
         at[0] += len(line.encode(codec))
-        if at[0] - at[1] > MAX_ROW: raise UserError(
-            f"{name}, line {number}: the row is longer than {MAX_ROW//2**20} MiB; split it or leave it out, or close its quotes")
+        if at[0] - at[1] > MAX_ROW:
+            raise UserError(
+                f"{name}, line {number}: the row is longer than {MAX_ROW//2**20} MiB; split it or "
+                "leave it out, or close its quotes")
         yield line
 
+# %% ../../nbs/data/05_readers.ipynb #table-2
 def _table(file:Path, name:str, encoding:str, delimiter:str=",")->Iterator[Row|Bad]:
     "Rows of a CSV or TSV file with a header line."
     csv.field_size_limit(MAX_ROW)
@@ -50,12 +53,14 @@ def _table(file:Path, name:str, encoding:str, delimiter:str=",")->Iterator[Row|B
             for values in reader:
                 (line, byte), begin, at[1] = begin, (reader.line_num + 1, at[0]), at[0]
                 if not values: continue
-                if len(values) != len(header): yield Bad("wrong_columns", name, line, byte,
-                    f"{len(values)} values for {len(header)} columns; quote commas and quotes")
+                if len(values) != len(header):
+                    yield Bad("wrong_columns", name, line, byte,
+                        f"{len(values)} values for {len(header)} columns; quote commas and quotes")
                 elif any("\0" in v for v in values): yield Bad("bad_text", name, line, byte, "a NUL; take it out")
                 else: yield Row(dict(zip(header, values)), name, line, byte)
         except csv.Error as e: raise UserError(f"{name}, line {reader.line_num}: not valid CSV ({e})") from None
 
+# %% ../../nbs/data/05_readers.ipynb #text
 def _text(file:Path, name:str, encoding:str)->Iterator[Row|Bad]:
     "One document a line; blank lines are none. A file of JSON objects is read as such."
     lines = (x for x in read_lines(file, name, encoding) if isinstance(x[2], Bad) or x[2].strip())
@@ -81,11 +86,13 @@ def _batches(file:Path, name:str)->Iterator:
         columns = map(schema.column, range(len(schema)))
         inside = [c.path for c in columns if c.max_repetition_level and c.physical_type == "BYTE_ARRAY"]
         table = pa.parquet.ParquetFile(file, read_dictionary=inside)                  # else each entry is copied
-        for group in range(footer.num_row_groups): yield from table.iter_batches(at_once, [group])    # each has its dictionaries
+        # each has its dictionaries
+        for group in range(footer.num_row_groups): yield from table.iter_batches(at_once, [group])
         return
     with pa.memory_map(str(file)) as f:
         data, rows = f.read_buffer(), 0
-        if data[:6].to_pybytes() == b"ARROW1": data = data[8:]        # a file is a stream with a table of contents behind it
+        # a file is a stream with a table of contents behind it
+        if data[:6].to_pybytes() == b"ARROW1": data = data[8:]
         check_arrow(data, name)
         for batch in pa.ipc.open_stream(data):
             batch.validate(full=True)
@@ -93,6 +100,7 @@ def _batches(file:Path, name:str)->Iterator:
             check_rows(name, rows, f.size())
             yield batch
 
+# %% ../../nbs/data/05_readers.ipynb #arrow-2
 def _arrow(file:Path, name:str, encoding:str)->Iterator[Row|Bad]:
     "Rows of a Parquet or Arrow file."
     import pyarrow as pa
@@ -105,8 +113,8 @@ def _arrow(file:Path, name:str, encoding:str)->Iterator[Row|Bad]:
             for first, rows in row_parts(batch, sizes, MAX_ROW):
                 total.add(int(sizes[first:first + len(rows or ())].sum()))
                 if rows is None: yield Bad("row_too_large", name, n + first + 1, 0, long, n + first + 1)
-                for k, row in enumerate(rows or (), n + first + 1): yield (
-                    Row(row, name, k, number=k) if is_text(row) else Bad("bad_text", name, k, 0, odd, k))
+                for k, row in enumerate(rows or (), n + first + 1):
+                    yield (Row(row, name, k, number=k) if is_text(row) else Bad("bad_text", name, k, 0, odd, k))
             n += batch.num_rows
     except UserError as e: raise UserError(str(e) if str(e).startswith(name) else f"{name}: {e}") from None
     except (pa.ArrowException, OSError, ValueError, UnicodeError, OverflowError, MemoryError) as e:
@@ -118,15 +126,18 @@ def _cell(value)->str|None:
     if isinstance(value, float) and value.is_integer(): value = int(value)
     return value if value is None or isinstance(value, str) else str(value)
 
+# %% ../../nbs/data/05_readers.ipynb #sheet-row
 def _sheet_row(header:dict, width:int, values:dict, name:str, line:int)->Iterator[Row|Bad]:
     "The row of a line of a sheet, from values by column; none for an empty line."
     row = {name: values.get(column) for column, name in header.items() if name}
-    if any(value for column, value in values.items() if column > width): yield Bad(
-        "wrong_columns", name, line, 0, "a value stands beyond the header; give its column a name")
-    elif sum(len(v) for v in row.values() if v) > MAX_ROW: yield Bad("row_too_large", name, line, 0,
-        f"the row is longer than {MAX_ROW//2**20} MiB; split it or leave it out")
+    if any(value for column, value in values.items() if column > width):
+        yield Bad("wrong_columns", name, line, 0, "a value stands beyond the header; give its column a name")
+    elif sum(len(v) for v in row.values() if v) > MAX_ROW:
+        yield Bad("row_too_large", name, line, 0,
+            f"the row is longer than {MAX_ROW//2**20} MiB; split it or leave it out")
     elif any(v is not None for v in row.values()): yield Row(row, name, line)
 
+# %% ../../nbs/data/05_readers.ipynb #cells
 def _cells(book, sheet)->Iterator[tuple[int, dict]]:
     "Lines of a sheet, number and values by column; no cell is made up, however far apart they stand."
     from openpyxl.worksheet._reader import WorkSheetParser
@@ -135,6 +146,7 @@ def _cells(book, sheet)->Iterator[tuple[int, dict]]:
             date_formats=book._date_formats, timedelta_formats=book._timedelta_formats)
         for line, cells in parser.parse(): yield line, {cell["column"]: _cell(cell["value"]) for cell in cells}
 
+# %% ../../nbs/data/05_readers.ipynb #sheet-2
 def _sheet(file:Path, name:str, encoding:str)->Iterator[Row|Bad]:
     "Rows of the first sheet of an Excel file; columns without a name and empty rows are left out."
     try: from openpyxl import load_workbook
@@ -156,8 +168,9 @@ def _sheet(file:Path, name:str, encoding:str)->Iterator[Row|Bad]:
             total.add(sum(len(v) for v in values.values() if v))
             yield from _sheet_row(header, width, values, name, line)
     except UserError: raise
-    except Exception as e: raise UserError(
-        f"{name}: not a readable .xlsx file ({type(e).__name__}); open it and save it anew, or as CSV") from None
+    except Exception as e:
+        raise UserError(
+            f"{name}: not a readable .xlsx file ({type(e).__name__}); open it and save it anew, or as CSV") from None
 
 # %% ../../nbs/data/05_readers.ipynb #read
 _READERS = {".json": json_rows, ".jsonl": json_rows, ".csv": _table, ".txt": _text, ".parquet": _arrow,
@@ -175,13 +188,16 @@ def _copy_unpacked(file:Path, folder:str)->Path:
         while block := packed.read(2**20): plain.write(block)
     return copy
 
+# %% ../../nbs/data/05_readers.ipynb #misread
 def _misread(file:Path, name:str, encoding:str)->UserError:
     "What is wrong with a file that is not in its encoding, with the place where that is known."
     bad = (text for _, _, text in read_lines(file, name, encoding) if isinstance(text, Bad))
     try: found = next((b for b in bad if b.reason == "bad_text"), None)     # none in a line too long to look into
-    except UnicodeError: found = None                                       # of an encoding that knows no place, such as idna
+    # of an encoding that knows no place, such as idna
+    except UnicodeError: found = None
     return found.error() if found else UserError(f"{name}: a byte is not {encoding}; save the file as UTF-8")
 
+# %% ../../nbs/data/05_readers.ipynb #rows
 def _rows(file:Path, name:str, encoding:str, reader:Callable)->Iterator[Row|Bad]:
     "Rows of a file; low-level errors become sentences."
     try:
@@ -195,6 +211,7 @@ def _rows(file:Path, name:str, encoding:str, reader:Callable)->Iterator[Row|Bad]
     except (gzip.BadGzipFile, EOFError, zlib.error):
         raise UserError(f"{name}: the gzip file is damaged or cut off") from None
 
+# %% ../../nbs/data/05_readers.ipynb #read-file
 def read_file(
     file:Path,       # .json, .jsonl, .csv, .tsv, .txt (each perhaps .gz), .parquet, .arrow or .xlsx
     encoding:str="", # "": detected
@@ -224,15 +241,18 @@ def _hub_builder(source:Source):
     builder = load_dataset_builder(source.hub if local else f"hf://datasets/{source.hub}", name=source.subset,
         revision=source.revision, data_dir=source.folder)
     kind = type(builder).__module__.split(".")[-1]
-    if kind not in _TABLES: raise UserError(
-        f"dataset '{source.name}': {source.hub} holds no rows but files for '{kind}'; known are {', '.join(_TABLES)}")
+    if kind not in _TABLES:
+        raise UserError(
+            f"dataset '{source.name}': {source.hub} holds no rows but files for '{kind}'; "
+            f"known are {', '.join(_TABLES)}")
     own = f"{Path(source.hub).resolve()}/" if local else f"hf://datasets/{source.hub}@"
     for file in (f for files in (builder.config.data_files or {}).values() for f in files):
         where = str(Path(file).resolve()) if local else str(file)
-        if not where.startswith(own) or ".." in where.split("/"): raise UserError(
-            f"dataset '{source.name}': the card of {source.hub} names {file}, which is no file of it")
+        if not where.startswith(own) or ".." in where.split("/"):
+            raise UserError(f"dataset '{source.name}': the card of {source.hub} names {file}, which is no file of it")
     return builder
 
+# %% ../../nbs/data/05_readers.ipynb #hub-rows
 def _hub_rows(source:Source, streaming:bool=False)->Iterator[Row]:
     "Rows of a dataset repository on the hub, or of a local copy of one."
     try:
@@ -247,6 +267,7 @@ def _hub_rows(source:Source, streaming:bool=False)->Iterator[Row]:
                         "check the network, or download it and register it with file_name") from None
     return (Row(dict(row), source.hub, n, number=n) for n, row in enumerate(rows, 1))
 
+# %% ../../nbs/data/05_readers.ipynb #cloud-rows
 def _cloud_rows(source:Source)->Iterator[Row|Bad]:
     "Rows of a file that fsspec can fetch."
     import fsspec
@@ -267,8 +288,10 @@ def _builder(source:Source, cache:str):
     from datasets import DatasetBuilder
     file = source.script/f"{source.script.name}.py"
     if not file.is_file(): raise UserError(f"dataset '{source.name}': there is no loading script {file}")
-    if not file.resolve().is_relative_to(source.script.resolve()): raise UserError(
-        f"dataset '{source.name}': the loading script {file} is a link to another folder; put the script itself there")
+    if not file.resolve().is_relative_to(source.script.resolve()):
+        raise UserError(
+            f"dataset '{source.name}': the loading script {file} is a link to another "
+            "folder; put the script itself there")
     spec = importlib.util.spec_from_file_location(f"medllm_script_{source.script.name}", file)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)   # the builder looks itself up
     spec.loader.exec_module(module)
@@ -277,6 +300,7 @@ def _builder(source:Source, cache:str):
     if not builders: raise UserError(f"dataset '{source.name}': {file} defines no dataset builder")
     return builders[-1](cache_dir=cache, config_name=source.subset)
 
+# %% ../../nbs/data/05_readers.ipynb #script-rows
 def _script_rows(source:Source)->Iterator[Row]:
     "Rows as a loading script yields them."
     from datasets import DownloadManager
@@ -286,14 +310,17 @@ def _script_rows(source:Source)->Iterator[Row]:
             here = str(source.script)
             manager = DownloadManager(dataset_name=source.name, data_dir=here, base_path=here)
             splits = {str(g.name): g for g in builder._split_generators(manager)}
-            if source.split not in splits: raise UserError(
-                f"dataset '{source.name}': the script has no split '{source.split}'; it has {', '.join(splits)}")
+            if source.split not in splits:
+                raise UserError(
+                    f"dataset '{source.name}': the script has no split '{source.split}'; it has {', '.join(splits)}")
             rows = builder._generate_examples(**splits[source.split].gen_kwargs)
             yield from (Row(dict(row), source.name, n, number=n) for n, (_, row) in enumerate(rows, 1))
         except UserError: raise
-        except Exception as e: raise UserError(f"dataset '{source.name}': the loading script failed "
-            f"({type(e).__name__}); run it by itself to see why") from None
+        except Exception as e:
+            raise UserError(f"dataset '{source.name}': the loading script failed "
+                f"({type(e).__name__}); run it by itself to see why") from None
 
+# %% ../../nbs/data/05_readers.ipynb #read-rows
 def read_rows(
     source:Source,                # From the registry, or a path
     trust_remote_code:bool=False, # Run the loading script of a source that is one
@@ -303,7 +330,7 @@ def read_rows(
      "Raises `UserError` as `read_file` does, or when a hub or store is out of reach.")
     if source.hub: return _hub_rows(source, streaming)
     if source.cloud: return _cloud_rows(source)
-    if source.script and not trust_remote_code: raise UserError(
-        f"dataset '{source.name}' is a program ({source.script}); --trust_remote_code runs it")
+    if source.script and not trust_remote_code:
+        raise UserError(f"dataset '{source.name}' is a program ({source.script}); --trust_remote_code runs it")
     if source.script: return _script_rows(source)
     return itertools.chain.from_iterable(read_file(file, source.encoding) for file in source.files)

@@ -36,6 +36,7 @@ class Columns:
     text:str = "text"              # A document for pre-training
     answer:str = ""                # What a checkable answer must come to (reinforcement learning)
 
+# %% ../../nbs/data/01_registry.ipynb #tags
 @dataclass(frozen=True)
 class Tags:
     "Names of the keys and the roles inside a message."
@@ -100,15 +101,17 @@ def _named(kind:type, given:dict, what:str, start=None):
     "A `Columns` or `Tags`: the defaults, with what the registry says put over them."
     known = kind.__dataclass_fields__
     for key, value in given.items():
-        if key in _TEXT_ONLY: raise UserError(f"{what} '{key}': medllm trains on text only; take out the key "
-            "and the rows that need it")
-        if key not in known: raise UserError(
-            f"{what} '{key}' is unknown{nearest(key, known)}; known are {', '.join(known)}")
-        if value is not None and not isinstance(value, str): raise UserError(
-            f"{what} '{key}' must be a name, not {type(value).__name__}")
+        if key in _TEXT_ONLY:
+            raise UserError(f"{what} '{key}': medllm trains on text only; take out the key "
+                "and the rows that need it")
+        if key not in known:
+            raise UserError(f"{what} '{key}' is unknown{nearest(key, known)}; known are {', '.join(known)}")
+        if value is not None and not isinstance(value, str):
+            raise UserError(f"{what} '{key}' must be a name, not {type(value).__name__}")
     start = start or kind()
     return kind(**{k: given[k] or "" if k in given else getattr(start, k) for k in known})
 
+# %% ../../nbs/data/01_registry.ipynb #check-types
 def _check_types(name:str, entry:dict):
     "Raise `UserError` for values of a wrong type."
     for key, value in entry.items():
@@ -117,6 +120,7 @@ def _check_types(name:str, entry:dict):
     if entry.get("num_samples") is not None and entry["num_samples"] < 1:
         raise UserError(f"dataset '{name}': num_samples must be at least 1")
 
+# %% ../../nbs/data/01_registry.ipynb #check-keys
 def _check_keys(name:str, entry:dict):
     "Raise `UserError` for keys and values that mean nothing here."
     if not isinstance(entry, dict): raise UserError(f"dataset '{name}': must be an object with keys like file_name")
@@ -124,9 +128,9 @@ def _check_keys(name:str, entry:dict):
         if key in _NOT_HERE: raise UserError(f"dataset '{name}': {key}: {_NOT_HERE[key]}")
         if key not in KEYS: raise UserError(f"dataset '{name}': unknown key '{key}'{nearest(key, KEYS)}")
     _check_types(name, entry)
-    if (got := entry.get("formatting") or "alpaca") not in _FORMATTINGS: raise UserError(
-        f"dataset '{name}': unknown formatting '{got}'{nearest(got, _FORMATTINGS)}; "
-        f"known are {', '.join(_FORMATTINGS)}")
+    if (got := entry.get("formatting") or "alpaca") not in _FORMATTINGS:
+        raise UserError(f"dataset '{name}': unknown formatting '{got}'{nearest(got, _FORMATTINGS)}; "
+            f"known are {', '.join(_FORMATTINGS)}")
 
 # %% ../../nbs/data/01_registry.ipynb #files
 def _suffix(file:Path)->str:
@@ -138,28 +142,33 @@ def _leaves(file:Path, folder:Path)->bool:
     real = os.path.realpath(file)                             # `resolve` raises for a link to itself
     return not Path(real).is_relative_to(os.path.realpath(folder)) or os.path.islink(real)
 
+# %% ../../nbs/data/01_registry.ipynb #data-files
 def data_files(
     path:Path,             # A file, or a folder of files
     within:Path|None=None, # The folder that no link may leave; None: the path itself
 )->tuple[Path, ...]:       # In order of their names
     "The data files behind a path. Raises `UserError` for a folder with none, with several types, or with links to elsewhere."
     if not path.is_dir(): return (path,)
-    shown = lambda f: not any(part.startswith(".") for part in f.relative_to(path).parts)
-    named = sorted(f for f in path.rglob("*") if (_suffix(f) in _SUFFIXES or f.is_symlink() and f.is_dir()) and shown(f))
+    def shown(f): return not any(part.startswith(".") for part in f.relative_to(path).parts)
+    named = sorted(f for f in path.rglob("*") if (_suffix(f) in _SUFFIXES or f.is_symlink() and f.is_dir())
+        and shown(f))
     for f in named:
-        if f.is_symlink() and (not f.exists() or _leaves(f, within or path)): raise UserError(f"the data file {f} is a link "
-            f"that leaves the folder {within or path}, or leads nowhere; put the file itself there, or name its own path")
+        if f.is_symlink() and (not f.exists() or _leaves(f, within or path)):
+            raise UserError(f"the data file {f} is a link "
+                f"that leaves the folder {within or path}, or leads nowhere; put the file "
+                "itself there, or name its own path")
     found = [f for f in named if f.is_file()]
     kinds = sorted({_suffix(f) for f in found})
     if not found: raise UserError(f"the folder {path} has no data file ({', '.join(_SUFFIXES)})")
-    if len(kinds) > 1: raise UserError(
-        f"the folder {path} mixes {' and '.join(kinds)} files; a dataset folder must hold one type")
+    if len(kinds) > 1:
+        raise UserError(f"the folder {path} mixes {' and '.join(kinds)} files; a dataset folder must hold one type")
     return tuple(found)
 
+# %% ../../nbs/data/01_registry.ipynb #inside
 def _inside(folder:Path, name:str, file_name:str)->Path:
     "The dataset's file or folder, which must lie under the registry's folder."
-    if "://" in file_name: raise UserError(
-        f"dataset '{name}': file_name '{file_name}' is an address; use cloud_file_name")
+    if "://" in file_name:
+        raise UserError(f"dataset '{name}': file_name '{file_name}' is an address; use cloud_file_name")
     if "\0" in file_name or max(len(part.encode()) for part in file_name.split("/")) > 255:
         raise UserError(f"dataset '{name}': file_name is no name of a file")
     file = Path(os.path.realpath(folder/file_name))
@@ -176,21 +185,24 @@ def _address(name:str, address:str)->str:
     "An address of a store elsewhere, which `fsspec` opens."
     *caches, last = address.split("::")
     protocol, mark, path = last.partition("://")
-    if not mark or protocol not in _REMOTE or not path.strip("/") or any(c.removesuffix("://") not in _CACHES for c in caches):
+    if not mark or protocol not in _REMOTE or not path.strip("/") or any(c.removesuffix("://") not in _CACHES
+        for c in caches):
         raise UserError(f"dataset '{name}': cloud_file_name '{address}' is no address of a store elsewhere "
             f"({', '.join(_REMOTE)}); for a local file use file_name")
     return address
 
+# %% ../../nbs/data/01_registry.ipynb #hub-set
 def _hub_set(name:str, entry:dict)->str:
     "A dataset repository on the hub, which no local folder stands for."
     hub, folder, revision = entry["hf_hub_url"], entry.get("folder") or "", entry.get("revision") or "main"
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", hub): raise UserError(
-        f"dataset '{name}': hf_hub_url '{hub}' must be owner/name; for a local file use file_name")
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", hub):
+        raise UserError(f"dataset '{name}': hf_hub_url '{hub}' must be owner/name; for a local file use file_name")
     for key, value in (("folder", folder), ("revision", revision)):
-        if value.startswith(("/", "~")) or ".." in value.split("/") or re.search(r"[:\\\0]", value): raise UserError(
-            f"dataset '{name}': {key} '{value}' leaves the hub set; name a {key} inside it")
+        if value.startswith(("/", "~")) or ".." in value.split("/") or re.search(r"[:\\\0]", value):
+            raise UserError(f"dataset '{name}': {key} '{value}' leaves the hub set; name a {key} inside it")
     return hub
 
+# %% ../../nbs/data/01_registry.ipynb #place
 def _place(name:str, entry:dict, folder:Path)->dict:
     "Where the rows are: hub before script before cloud before file, as LLaMA-Factory has it."
     if entry.get("hf_hub_url"): return {"hub": _hub_set(name, entry)}
@@ -226,6 +238,7 @@ def registry_folder(
     if dataset_dir == "data": return bundled("samples")
     raise UserError(f"no dataset_info.json in {dataset_dir}: say where it is with --dataset_dir")
 
+# %% ../../nbs/data/01_registry.ipynb #unique-keys
 def unique_keys(
     pairs:list, # Keys and values of a JSON object, in order
 )->dict:
@@ -234,6 +247,7 @@ def unique_keys(
     if len(out) != len(pairs): raise ValueError("the same key twice in one object")
     return out
 
+# %% ../../nbs/data/01_registry.ipynb #read-registry
 def read_registry(
     dataset_dir:str = "data", # Folder with dataset_info.json
 )->dict[str, dict]:           # Name to entry
@@ -242,10 +256,11 @@ def read_registry(
     try: entries = parse_json(read_bounded(file).removeprefix(codecs.BOM_UTF8))
     except OSError as e: raise UserError(f"{file} cannot be read: {e.strerror}") from None
     except ValueError as e: raise UserError(f"{file} cannot be read: {e}; mend it there") from None
-    if not isinstance(entries, dict): raise UserError(
-        f"{file} must hold an object: names of datasets and what they are")
+    if not isinstance(entries, dict):
+        raise UserError(f"{file} must hold an object: names of datasets and what they are")
     return entries
 
+# %% ../../nbs/data/01_registry.ipynb #load-registry
 def load_registry(
     dataset_dir:str = "data", # Folder with dataset_info.json
 )->dict[str, Source]:         # Name to source
@@ -268,6 +283,7 @@ def missing_files(
     lost = [f for f in source.files if not f.is_file()]
     return lost + ([source.script] if source.script and not source.script.is_dir() else [])
 
+# %% ../../nbs/data/01_registry.ipynb #check-file
 def check_file(
     source:Source, # A dataset
 ):
@@ -275,11 +291,13 @@ def check_file(
     for lost in missing_files(source): raise UserError(f"dataset '{source.name}': the file {lost} does not exist")
     for kind, promised in (("sha256", source.file_sha256), ("sha1", source.file_sha1)):
         if not promised: continue
-        if len(source.files) != 1: raise UserError(
-            f"dataset '{source.name}': file_{kind} needs one local file, here are {len(source.files)}")
-        if (got := sha256(source.files[0], kind)) != promised.lower(): raise UserError(
-            f"dataset '{source.name}': {source.files[0]} has {kind.upper()} {got}, the registry says {promised}")
+        if len(source.files) != 1:
+            raise UserError(f"dataset '{source.name}': file_{kind} needs one local file, here are {len(source.files)}")
+        if (got := sha256(source.files[0], kind)) != promised.lower():
+            raise UserError(
+                f"dataset '{source.name}': {source.files[0]} has {kind.upper()} {got}, the registry says {promised}")
 
+# %% ../../nbs/data/01_registry.ipynb #find-sources
 def find_sources(
     dataset:str|Iterable[str], # Names of registered datasets, or paths, separated by commas
     dataset_dir:str = "data",  # Folder with dataset_info.json
@@ -291,8 +309,9 @@ def find_sources(
     for name in filter(None, (n.strip() for n in words)):
         if folder is None: folder, entries = registry_folder(dataset_dir), read_registry(dataset_dir)
         source = parse_entry(name, entries[name], folder) if name in entries else _from_path(name)
-        if source is None: raise UserError(f"unknown dataset '{name}'{nearest(name, entries)}; "
-            f"registered in {folder/'dataset_info.json'}: {', '.join(entries)}")
+        if source is None:
+            raise UserError(f"unknown dataset '{name}'{nearest(name, entries)}; "
+                f"registered in {folder/'dataset_info.json'}: {', '.join(entries)}")
         check_file(source)
         found.append(source)
     if not found: raise UserError("no dataset given: name one with --dataset")
@@ -310,10 +329,12 @@ def with_columns(
     "The source with its columns named. Raises `UserError` for a word that names none."
     named = dict(re.split("[=:]", f"{word}=", maxsplit=2)[:2] for word in columns.replace(",", " ").split())
     for key, name in named.items():
-        if key not in source.columns.__dataclass_fields__ or not name: raise UserError(
-            f"--columns {columns}: '{key}' is no column{nearest(key, source.columns.__dataclass_fields__)}; "
-            "write column=name, as prompt=question")
+        if key not in source.columns.__dataclass_fields__ or not name:
+            raise UserError(
+                f"--columns {columns}: '{key}' is no column{nearest(key, source.columns.__dataclass_fields__)}; "
+                "write column=name, as prompt=question")
     if not named and not source.formatting and not {source.columns.prompt, "messages", "conversations"} & first.keys():
         named = {key: name for key, usual in (("prompt", _ASKING), ("response", _ANSWERING)) for name in reversed(usual)
             if name in first and getattr(source.columns, key) not in first}
-    return replace(source, columns=replace(source.columns, **named), mapped=source.mapped | named.keys()) if named else source
+    return replace(source, columns=replace(source.columns, **named),
+        mapped=source.mapped | named.keys()) if named else source

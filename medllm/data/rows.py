@@ -86,6 +86,7 @@ def pick(self:TokenRows,
     "Chosen rows, over the same arrays."
     return TokenRows.of(self.parts, {name: column[order] for name, column in self.table.items()})
 
+# %% ../../nbs/data/12_rows.ipynb #join
 @patch(cls_method=True)
 def join(cls:TokenRows,
     several:Sequence[TokenRows], # Datasets
@@ -138,7 +139,8 @@ class RowWriter:
         new = {"part": np.zeros(len(ids)), "start": self.start + ends - lengths, "length": lengths,
             "trained": counts[ends] - counts[ends - lengths],
             **{name: np.array([getattr(m, name) for m in marks], _COLUMNS[name]) for name in _MARKED},
-            "note_length": np.array(sizes := [len(n) for n in notes]), "note_start": self.noted + np.cumsum([0, *sizes[:-1]])}
+            "note_length": np.array(sizes := [len(n) for n in notes]),
+            "note_start": self.noted + np.cumsum([0, *sizes[:-1]])}
         for name, kind in _COLUMNS.items(): self.columns[name].append(new[name].astype(kind))
         for file, array in zip(self.files, whole): file.write(array.tobytes()) if self.folder else file.append(array)
         self.start, self.noted = self.start + int(ends[-1]), self.noted + sum(sizes)
@@ -161,8 +163,8 @@ def open_rows(
 )->TokenRows:
     "The rows of a folder, mapped into memory."
     with np.load(folder/"table") as table: table = dict(table)
-    flat = lambda name, kind: (
-        np.memmap(folder/name, kind, "r") if (folder/name).stat().st_size else np.zeros(0, kind))
+    def flat(name, kind):
+        return (np.memmap(folder/name, kind, "r") if (folder/name).stat().st_size else np.zeros(0, kind))
     return TokenRows.of([tuple(flat(name, kind) for name, kind in _FLAT.items())], table)
 
 # %% ../../nbs/data/12_rows.ipynb #shorten
@@ -179,6 +181,7 @@ def _shorten(example:Example, over:int, length:int)->tuple[Example|None, str]:
     text = question[:keep//2].rstrip() + _MARK + question[len(question) - (keep - keep//2):].lstrip()
     return replace(example, turns=(example.turns[0]._replace(text=text), *example.turns[1:])), "prompt"
 
+# %% ../../nbs/data/12_rows.ipynb #conversations
 def conversations(
     example:Example, # Any kind
 )->list[Example]:    # Itself, or for a pair one that ends with the better and one that ends with the worse answer
@@ -186,6 +189,7 @@ def conversations(
     if example.worse is None: return [example]
     return [replace(example, worse=None), replace(example, turns=(*example.turns[:-1], example.worse), worse=None)]
 
+# %% ../../nbs/data/12_rows.ipynb #fit
 def fit(
     example:Example,   # One that is too long
     rows:list,         # Its rows, pairs of ids and trained positions
@@ -231,6 +235,7 @@ def line_of(
     unit, _, number = file_and_at(where)[1].partition(" ")
     return int(number or 0)*(-1 if unit == "row" else 1)
 
+# %% ../../nbs/data/12_rows.ipynb #mark-of
 def mark_of(
     example:Example, # Any
 )->Mark:
@@ -239,6 +244,7 @@ def mark_of(
     return Mark(question, _number(example.group) if example.group else question,
         -1 if example.liked is None else int(example.liked), example.gold, line_of(example.where))
 
+# %% ../../nbs/data/12_rows.ipynb #batches
 def _batches(examples:Iterable[Example], size:int)->Iterator[list[Example]]:
     "Stretches of about `size` examples; the examples of one row stay together."
     batch = []
@@ -249,6 +255,7 @@ def _batches(examples:Iterable[Example], size:int)->Iterator[list[Example]]:
         batch.append(example)
     if batch: yield batch
 
+# %% ../../nbs/data/12_rows.ipynb #settle
 def _settle(account:Account, fates:list[tuple[str, str, str]]):
     "Write down (place, what was cut, why it was rejected) of examples; the best fate among a row's is the row's."
     for where, several in groupby(fates, key=lambda fate: fate[0]):
@@ -258,6 +265,7 @@ def _settle(account:Account, fates:list[tuple[str, str, str]]):
         if reason: account.reject(where, reason)
         else: account.truncated[cut] += 1
 
+# %% ../../nbs/data/12_rows.ipynb #encoded
 def _encoded(some:list[Example], renderer:Renderer, skip:bool)->list[tuple]:
     "Examples with their rows; None for one that the template refuses, if that is allowed."
     each = [conversations(example) for example in some]
@@ -268,6 +276,7 @@ def _encoded(some:list[Example], renderer:Renderer, skip:bool)->list[tuple]:
             pair for one in some for pair in _encoded([one], renderer, skip)]
     return [(example, [next(rows) for _ in several]) for example, several in zip(some, each)]
 
+# %% ../../nbs/data/12_rows.ipynb #rows-of
 def _rows_of(example:Example, rows:list, renderer:Renderer, cutoff_len:int, overlong:str)->tuple[list, str, str]:
     "Rows of an example that fit, what was cut, and why it was rejected."
     cut = ""

@@ -27,6 +27,7 @@ class Mark(NamedTuple):
     message:int # Which message, from 0; -1 for the tool definitions
     kind:str    # "said", "thought", "call" or "tools"
 
+# %% ../../nbs/data/10_skeleton.ipynb #shape-2
 @dataclass(frozen=True, slots=True)
 class Shape:
     "A conversation with marks in the place of its texts."
@@ -35,6 +36,7 @@ class Shape:
     marks:tuple[Mark, ...] # What each mark stands for, by its number
     train:tuple[bool, ...] # Whether each message is to be trained, if it is an answer
 
+# %% ../../nbs/data/10_skeleton.ipynb #mark-text
 def mark_text(
     number:int, # From 0
 )->str:         # Text that no user writes
@@ -60,16 +62,17 @@ class _Marker:
             return value if kind == "tools" and value in _WORDS else self(value, message, kind)
         if isinstance(value, list): return [self.inside(v, message, kind, names) for v in value]
         if not isinstance(value, dict): return value
-        own = lambda key: names or key not in _SCHEMA
+        def own(key): return names or key not in _SCHEMA
         return {self(k, message, kind) if own(k) else k: self.inside(
             v, message, kind, kind == "call" or (k == "properties" and not names)) for k, v in value.items()}
 
+# %% ../../nbs/data/10_skeleton.ipynb #parsed
 def _parsed(text:str, kind:type, what:str):
     "A JSON text of this type."
     try: value = json.loads(text)
     except ValueError as e: raise UserError(f"{what} are no JSON: {e}") from None
-    if not isinstance(value, kind): raise UserError(
-        f"{what} must be a JSON {'object' if kind is dict else 'list'}, not {type(value).__name__}")
+    if not isinstance(value, kind):
+        raise UserError(f"{what} must be a JSON {'object' if kind is dict else 'list'}, not {type(value).__name__}")
     return value
 
 # %% ../../nbs/data/10_skeleton.ipynb #shape-of
@@ -81,16 +84,17 @@ def shape_of(
      "Raises `UserError` for broken JSON or a strange role.")
     mark, messages = _Marker(), []
     for i, turn in enumerate(turns):
-        if turn.role not in _ROLES: raise UserError(
-            f"a message has the role '{turn.role}'; known are {', '.join(_ROLES)}")
+        if turn.role not in _ROLES:
+            raise UserError(f"a message has the role '{turn.role}'; known are {', '.join(_ROLES)}")
         message = {"role": turn.role, "content": mark(turn.text, i, "said") if turn.text else ""}
         if turn.thought: message["reasoning_content"] = mark(turn.thought, i, "thought")
-        if turn.calls: message["tool_calls"] = [{"type": "function", "function": {"name": mark(c.name, i, "call"),
-            "arguments": mark.inside(_parsed(c.arguments, dict, "arguments of a tool call"), i, "call")}}
-            for c in turn.calls]
+        if turn.calls:
+            message["tool_calls"] = [{"type": "function", "function": {"name": mark(c.name, i, "call"),
+                "arguments": mark.inside(_parsed(c.arguments, dict, "arguments of a tool call"), i, "call")}}
+                for c in turn.calls]
         messages.append(message)
     defined = _parsed(tools, list, "tool definitions") if tools else []
-    wrap = lambda t: t if isinstance(t, dict) and "function" in t else {"type": "function", "function": t}
+    def wrap(t): return t if isinstance(t, dict) and "function" in t else {"type": "function", "function": t}
     tools = mark.inside([wrap(t) for t in defined], -1, "tools", names=False) or None
     return Shape(messages, tools, tuple(mark.marks), tuple(t.train for t in turns)), mark.texts
 
@@ -104,6 +108,7 @@ class Piece(NamedTuple):
     trim:bool = False # Whether the template trims this content
     escape:int = 0    # How many times this content is written as a JSON string
 
+# %% ../../nbs/data/10_skeleton.ipynb #rendered
 _TAB = r"(\x0b|\\+u000b)"
 _MARKED = re.compile(f"{_TAB}?\ue000{_TAB}(\\d+)\ue001{_TAB}?")
 _OTHER = "; choose another with --template"
@@ -140,6 +145,7 @@ def _check(r:_Rendered):
     if len(said) != len(set(said)) or order != sorted(order):
         raise UserError(f"the chat template repeats or reorders the messages{_OTHER}")
 
+# %% ../../nbs/data/10_skeleton.ipynb #begin
 _LONGEST_HEADER = 10_000   # between the question and the answer [characters]
 
 def _begin(r:_Rendered, message:int, first:int, before:int, control:re.Pattern)->int:
@@ -148,8 +154,8 @@ def _begin(r:_Rendered, message:int, first:int, before:int, control:re.Pattern)-
     if r.full.startswith(prompt) and len(prompt) <= first: return len(prompt)
     header = prompt.removeprefix(r.render(r.shape.messages[:message], False))
     if header == prompt: return first
-    if len(header) > _LONGEST_HEADER: raise UserError(
-        f"the chat template writes {len(header):,} characters before an answer{_OTHER}")
+    if len(header) > _LONGEST_HEADER:
+        raise UserError(f"the chat template writes {len(header):,} characters before an answer{_OTHER}")
     cuts = {len(header), *(at for t in control.finditer(header) for at in t.span()), *(
         m.end() for m in re.finditer("\n", header))} - {0}
     for cut in sorted(cuts, reverse=True):
@@ -170,6 +176,7 @@ def _end(r:_Rendered, last:int, limit:int, control:re.Pattern, end:str, bos:str)
     raise UserError(
         f"the chat template ends an answer with no control token, so the model would never learn to stop{_OTHER}")
 
+# %% ../../nbs/data/10_skeleton.ipynb #ranges
 def _ranges(r:_Rendered, control:re.Pattern, end:str, bos:str)->tuple[list[tuple[int, int]], str]:
     "Trained ranges of the text, and a token to be put behind all."
     out, closing, thoughtless = [], "", set(r.lost("thought"))
@@ -186,18 +193,21 @@ def _ranges(r:_Rendered, control:re.Pattern, end:str, bos:str)->tuple[list[tuple
 # %% ../../nbs/data/10_skeleton.ipynb #inline
 def _inline(shape:Shape)->Shape:
     "The same shape with thoughts inside the texts."
-    put = lambda m: {"role": m["role"], "content": f"<think>\n{m['reasoning_content']}\n</think>\n\n{m['content']}",
-        **({"tool_calls": m["tool_calls"]} if "tool_calls" in m else {})}
+    def put(m):
+        return {"role": m["role"], "content": f"<think>\n{m['reasoning_content']}\n</think>\n\n{m['content']}",
+            **({"tool_calls": m["tool_calls"]} if "tool_calls" in m else {})}
     return replace(shape, messages=[put(m) if "reasoning_content" in m else m for m in shape.messages])
 
+# %% ../../nbs/data/10_skeleton.ipynb #rendered-2
 def _rendered(render:Callable, shape:Shape)->_Rendered:
     "The shape rendered, with thoughts in the way that the template keeps them."
     r = _Rendered(render, shape)
     last = len(shape.messages) - 1
     if last not in r.lost("thought"): return r
     r = _Rendered(render, _inline(shape))
-    if last in r.lost("thought"): raise UserError(
-        f"the chat template leaves out the thought of the last answer; drop thoughts{_OTHER.replace(';', ', or')}")
+    if last in r.lost("thought"):
+        raise UserError(
+            f"the chat template leaves out the thought of the last answer; drop thoughts{_OTHER.replace(';', ', or')}")
     return r
 
 # %% ../../nbs/data/10_skeleton.ipynb #skeleton
@@ -216,9 +226,10 @@ def skeleton(
     trained, closing = _ranges(r, control, end, bos)
     return (*_cut(r, control, trained), *([Piece("control", closing, -1, True)] if closing else []))
 
+# %% ../../nbs/data/10_skeleton.ipynb #cut
 def _cut(r:_Rendered, control:re.Pattern, trained:list)->Iterable[Piece]:
     "Cut the rendered text at every mark, control token and border of a trained range."
-    inside = lambda at: any(begin <= at < end for begin, end in trained)
+    def inside(at): return any(begin <= at < end for begin, end in trained)
     borders, at = sorted({at for pair in trained for at in pair}), 0
     for mark in [*r.found, None]:
         stop = mark.start() if mark else len(r.full)
@@ -228,6 +239,7 @@ def _cut(r:_Rendered, control:re.Pattern, trained:list)->Iterable[Piece]:
             escape=mark[2].count("\\").bit_length())
         at = mark.end()
 
+# %% ../../nbs/data/10_skeleton.ipynb #cut-markup
 def _cut_markup(full:str, at:int, stop:int, control:re.Pattern, borders:list, inside:Callable)->Iterable[Piece]:
     "The pieces of a stretch without content."
     while at < stop:

@@ -184,6 +184,7 @@ def _old(name:str, user:str, header:str, sep:str="", default:str="", bos:str="{b
     slots = dict(prefix=bos, system="{content}" + sep, between=sep + bos, answer="{content}{eos}") | more
     return Template(name + "@2023", user=user, header=header, default_system=default, **slots)
 
+# %% ../../nbs/data/09_templates.ipynb #old-llama2
 def _old_llama2(name:str, system:str)->Template:
     return Template(name + "@2023", user="{bos}[INST] {content} [/INST] ", default_system=system,
         user_with_system="{bos}[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{content} [/INST] ", answer="{content}{eos}")
@@ -245,6 +246,7 @@ def token_id(
     i = tokenizer.convert_tokens_to_ids(token)
     return i if i is not None and tokenizer.convert_ids_to_tokens(i) == token else None
 
+# %% ../../nbs/data/09_templates.ipynb #control-tokens
 def control_tokens(
     tokenizer,             # A fast transformers tokenizer
     template:str = "auto", # Name of the template in use
@@ -271,6 +273,7 @@ def lacking(
     end = ["an EOS token"] if "{eos}" in template.answer and tokenizer.eos_token is None else []
     return [t for t in template.control if token_id(tokenizer, t) is None] + end
 
+# %% ../../nbs/data/09_templates.ipynb #chat-jinja
 def chat_jinja(
     tokenizer,  # A transformers tokenizer
     name:str,   # Name from the table, or "auto" for the tokenizer's own
@@ -280,14 +283,15 @@ def chat_jinja(
     check_template_name(name)
     if name == "auto" and tokenizer.chat_template:
         try: return tokenizer.get_chat_template()
-        except ValueError: raise UserError("the tokenizer has several chat templates and none is the default; choose one with "
-            f"--template: {', '.join(n for n in TEMPLATES if not n.endswith('@2023'))}") from None
+        except ValueError:
+            raise UserError("the tokenizer has several chat templates and none is the default; choose one with "
+                f"--template: {', '.join(n for n in TEMPLATES if not n.endswith('@2023'))}") from None
     lacks = lacking(TEMPLATES[name], tokenizer) if name != "auto" else []
     if name != "auto" and not lacks: return TEMPLATES[name].jinja
     fitting = ", ".join(n for n, t in TEMPLATES.items() if not n.endswith("@2023") and not lacking(t, tokenizer))
-    if lacks: raise UserError(
-        f"template '{name}' needs {', '.join(lacks)}, which the tokenizer lacks; "
-        f"choose one that fits it: {fitting}")
+    if lacks:
+        raise UserError(f"template '{name}' needs {', '.join(lacks)}, which the tokenizer lacks; "
+            f"choose one that fits it: {fitting}")
     raise UserError("the tokenizer has no chat template of its own; "
                     f"choose one with --template (these fit it: {fitting})")
 
@@ -295,6 +299,7 @@ def chat_jinja(
 @cache
 def _ours()->frozenset: return frozenset(t.jinja for t in TEMPLATES.values())
 
+# %% ../../nbs/data/09_templates.ipynb #write-messages
 def write_messages(
     tokenizer,          # Whose BOS, EOS … are written
     jinja:str,          # The template, from `chat_jinja`
@@ -304,8 +309,9 @@ def write_messages(
     **more,             # Passed to the template
 )->str:
     "What a template writes. Raises `ValueError` or one of Jinja's and Python's errors when it cannot."
-    if jinja in _ours(): return tokenizer.apply_chat_template(
-        messages, tools=tools, chat_template=jinja, tokenize=False, add_generation_prompt=generate, **more)
-    thought = lambda m: {"thinking": m["reasoning_content"], **m} if "reasoning_content" in m else m
+    if jinja in _ours():
+        return tokenizer.apply_chat_template(
+            messages, tools=tools, chat_template=jinja, tokenize=False, add_generation_prompt=generate, **more)
+    def thought(m): return {"thinking": m["reasoning_content"], **m} if "reasoning_content" in m else m
     return write_bounded(jinja, {"messages": [thought(m) for m in messages], "tools": tools, "documents": None,
         "add_generation_prompt": generate} | dict(tokenizer.special_tokens_map) | more)

@@ -30,6 +30,7 @@ def _parts(node, key:str)->list[dict]:
     if node is None: return []
     return [p for child in node[key] for p in _parts(child, key)] if node["type"] == "Sequence" else [node]
 
+# %% ../../nbs/data/11_tokens.ipynb #without-prefix
 def _without_prefix(spec:dict)->tuple[dict, bool]:
     "The same tokenizer without a blank in front, and whether that blank also follows a control token."
     steps = ("pre_tokenizer", "normalizer")
@@ -46,6 +47,7 @@ def _without_prefix(spec:dict)->tuple[dict, bool]:
         spec["added_tokens"] = [t | {"content": mark*t["normalized"] + t["content"]} for t in spec["added_tokens"]]
     return spec, after
 
+# %% ../../nbs/data/11_tokens.ipynb #numbers
 def _numbers(copy:Tokenizer, spec:dict, words:dict)->np.ndarray|None:
     "The tokenizer's own ids of a copy's ids; None where they are the same."
     own = {copy.token_to_id(t["content"]): i for t, i in zip(spec["added_tokens"], words.values())}
@@ -105,14 +107,17 @@ def arrays(self:PlainText,
     if not self.is_control[flat].any(): return parts
     return [self._split(t, place) if self.is_control[ids].any() else ids for t, ids in zip(texts, parts)]
 
+# %% ../../nbs/data/11_tokens.ipynb #ids
 @patch
 def _ids(self:PlainText, texts:Sequence[str], place:str)->tuple[np.ndarray, list[int]]:
     "Ids of all texts behind each other, and where each text's end."
-    with foreign(*_TOKENIZER, quote=False): rows = [
-        e.ids for e in self.by_place[place].encode_batch_fast(texts, add_special_tokens=False)]
+    with foreign(*_TOKENIZER, quote=False):
+        rows = [
+            e.ids for e in self.by_place[place].encode_batch_fast(texts, add_special_tokens=False)]
     flat, numbers = np.fromiter(chain.from_iterable(rows), np.int32), self.numbers[place]
     return (flat if numbers is None else numbers[flat]), np.cumsum([len(ids) for ids in rows]).tolist()
 
+# %% ../../nbs/data/11_tokens.ipynb #split
 @patch
 def _split(self:PlainText, text:str, place:str)->np.ndarray:
     "Ids of a text that the vocabulary reads as control tokens: each of these is cut in the middle."
@@ -120,7 +125,8 @@ def _split(self:PlainText, text:str, place:str)->np.ndarray:
     hit = [spans[i] for i in np.flatnonzero(self.is_control[self._ids([text], place)[0]])]
     for begin, end in hit:
         if end - begin > 1: continue
-        raise UserError(f"the tokenizer reads the character U+{ord(text[begin]):04X} as one of its control tokens, which "
+        raise UserError(
+            f"the tokenizer reads the character U+{ord(text[begin]):04X} as one of its control tokens, which "
             "no text may hold; give the tokenizer another token for unknown characters, or use another tokenizer")
     cuts = [0, *((begin + end)//2 for begin, end in hit), len(text)]
     head, *rest = (text[a:b] for a, b in zip(cuts, cuts[1:]))
@@ -155,9 +161,9 @@ class Renderer:
         "What the template writes."
         more = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
         try: return write_messages(self.tokenizer, self.jinja, messages, tools, generate, **more)
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as e: raise UserError(
-            f"the chat template cannot write {', '.join(m['role'] for m in messages)}: "
-            f"{str(e).removesuffix('; choose another with --template')}; choose another with --template") from None
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as e:
+            raise UserError(f"the chat template cannot write {', '.join(m['role'] for m in messages)}: "
+                f"{str(e).removesuffix('; choose another with --template')}; choose another with --template") from None
 
     def _written(self)->str:
         "The template, and what it writes of a conversation: some put the names of roles into their tokens."
@@ -185,7 +191,7 @@ _PROBE = "A\r\nb\n\n\nc  d"
 def _stop_ids(self:Renderer)->list[int]:
     "Ids that end an answer: the template's own and the tokenizer's EOS."
     ask, answer = Turn("user", "?"), Turn("assistant", "!")
-    last = lambda pieces: [p.text for p in pieces if p.kind == "control" and p.trained][-1]
+    def last(pieces): return [p.text for p in pieces if p.kind == "control" and p.trained][-1]
     self._end = last(self.pieces(shape_of([ask, answer])[0]))
     self.trained_stops = {self.plain.control[self._end]}
     try:
@@ -196,6 +202,7 @@ def _stop_ids(self:Renderer)->list[int]:
     ids = self.trained_stops | {self.tokenizer.eos_token_id}
     return sorted(i for i in ids if i is not None)
 
+# %% ../../nbs/data/11_tokens.ipynb #stop-also
 @patch
 def stop_also(self:Renderer,
     ids:int|Sequence[int]|None, # As a model's generation settings have them
@@ -211,20 +218,25 @@ def _misfits(self:Renderer, template:str)->list[str]:
     "What does not fit, with the mend."
     eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
     named, out = self.tokenizer.eos_token, []
-    if eos is not None and eos not in self.trained_stops: out.append(
-        f"template {template}: answers end in {self._end}, and the tokenizer's EOS {named} is never trained; "
-        f"a model saved here stops at both, elsewhere set eos_token to {self._end}")
-    if eos is not None and eos == pad: out.append(
-        f"the pad token is EOS ({named}): programs that hide pads from the loss hide the end of answers too; "
-        "nothing is hidden here, but give the tokenizer a pad token of its own")
-    if words := len(self.plain.words): out.append(
-        f"{words} word{'s'*(words > 1)} that {'were' if words > 1 else 'was'} added to the tokenizer "
-        f"{'are' if words > 1 else 'is'} used in texts; its {len(self.plain.control)} control tokens never are")
-    if self._rewrites(): out.append(
-        f"template {template}: it rewrites what people say (line breaks or blanks); here texts stay as they are, so "
-        "ids can differ from those of other programs")
+    if eos is not None and eos not in self.trained_stops:
+        out.append(
+            f"template {template}: answers end in {self._end}, and the tokenizer's EOS {named} is never trained; "
+            f"a model saved here stops at both, elsewhere set eos_token to {self._end}")
+    if eos is not None and eos == pad:
+        out.append(
+            f"the pad token is EOS ({named}): programs that hide pads from the loss hide the end of answers too; "
+            "nothing is hidden here, but give the tokenizer a pad token of its own")
+    if words := len(self.plain.words):
+        out.append(f"{words} word{'s'*(words > 1)} that {'were' if words > 1 else 'was'} added to the tokenizer "
+            f"{'are' if words > 1 else 'is'} used in texts; its {len(self.plain.control)} control tokens never are")
+    if self._rewrites():
+        out.append(
+            f"template {template}: it rewrites what people say (line breaks or blanks); "
+            "here texts stay as they are, so "
+            "ids can differ from those of other programs")
     return out
 
+# %% ../../nbs/data/11_tokens.ipynb #rewrites
 @patch
 def _rewrites(self:Renderer)->bool:
     "Whether the template changes texts in a way that marks do not show."
@@ -233,6 +245,7 @@ def _rewrites(self:Renderer)->bool:
     ours = "".join(_content(p, texts[p.mark]) if p.kind == "content" else p.text for p in self.pieces(shape))
     return not ours.startswith(self._text([{"role": t.role, "content": t.text} for t in turns], None, False))
 
+# %% ../../nbs/data/11_tokens.ipynb #tell
 @patch
 def _tell(self:Renderer):
     "Say once what does not fit."
@@ -248,6 +261,7 @@ class Step(NamedTuple):
     ids:np.ndarray|None   # Ids, when they are ready
     parts:tuple = ()      # Texts and `Piece`s of contents otherwise
 
+# %% ../../nbs/data/11_tokens.ipynb #runs-2
 def _runs(pieces:Iterable[Piece], control:dict)->Iterable[list]:
     "Pieces joined to runs [place, trained, parts or ids]; a run ends at a control token or a border of training."
     run, place = None, "start"
@@ -264,6 +278,7 @@ def _runs(pieces:Iterable[Piece], control:dict)->Iterable[list]:
             run, place = [place, piece.trained, [part]], "joined"
     if run: yield run
 
+# %% ../../nbs/data/11_tokens.ipynb #planned
 @patch
 def _planned(self:Renderer, pieces:Iterable[Piece])->tuple[Step, ...]:
     "The plan of a skeleton."
@@ -296,6 +311,7 @@ def _plan(self:Renderer, example:Example)->tuple[tuple[Step, ...], list[str]]:
         self._plans[key] = self._planned(self.pieces(shape))
     return self._plans[key], texts
 
+# %% ../../nbs/data/11_tokens.ipynb #content
 def _filled(parts:tuple, texts:list[str])->str:
     "The text of a run with its contents put in."
     return "".join([p if type(p) is str else _content(p, texts[p.mark]) for p in parts])
@@ -334,6 +350,7 @@ def encode(self:Renderer,
     ends = np.cumsum(sizes)[np.cumsum([len(plan) for plan in plans]) - 1].tolist()
     return [(flat[begin:end], trained[begin:end]) for begin, end in zip([0, *ends], ends)]
 
+# %% ../../nbs/data/11_tokens.ipynb #row
 @patch
 def _row(self:Renderer, example:Example, waiting:dict)->Sequence[Step]:
     "The plan of one example; the texts of its runs go to those that wait for the tokenizer."
@@ -345,11 +362,12 @@ def _row(self:Renderer, example:Example, waiting:dict)->Sequence[Step]:
         if step[0]: waiting[step[0]].append(_filled(step[3], texts))
     return plan
 
+# %% ../../nbs/data/11_tokens.ipynb #document
 @patch
 def _document(self:Renderer, example:Example)->tuple[list[Step], list[str]]:
     "The plan of a plain text."
-    if self.tokenizer.eos_token_id is None: raise UserError(
-        "the tokenizer has no EOS token to put behind a document; set eos_token")
+    if self.tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no EOS token to put behind a document; set eos_token")
     before, ready = begin_ids(self.tokenizer), lambda ids: [Step("", True, np.array(ids, np.int32))] if ids else []
     text = Step("start", True, None, (Piece("content", "", 0, True),))
     return [*ready(before), text, *ready([self.tokenizer.eos_token_id])], [example.turns[0].text]

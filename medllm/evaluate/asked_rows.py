@@ -34,6 +34,7 @@ class Made(Sequence):
     def __len__(self): return self.size
     def __getitem__(self, n:int)->TrainedRow|None: return self.make(n)
 
+# %% ../../nbs/evaluate/19_asked_rows.ipynb #trained
 def _trained(id:str, row, source, chat:ChatModel)->TrainedRow:
     "A row as training would have it. Raises `Rejected`."
     if isinstance(row, Bad): raise Rejected(row.reason)
@@ -46,6 +47,7 @@ def _trained(id:str, row, source, chat:ChatModel)->TrainedRow:
     if len(ids) > chat.longest: raise Rejected("longer_than_model")
     return TrainedRow(id, ids, trained)
 
+# %% ../../nbs/evaluate/19_asked_rows.ipynb #dataset-made
 def dataset_made(
     dataset:str,     # Names in dataset_info.json, or files
     task:Task,       # dataset_dir; option columns
@@ -73,6 +75,7 @@ def _planted(file:str)->tuple[list[Canary], str]:
     if not some: raise UserError(f"{file} holds no canary: name the {FILE} of a run that planted some")
     return some + controls(some), "pt" if "text" in rows[0] else "sft"
 
+# %% ../../nbs/evaluate/19_asked_rows.ipynb #ask-sides
 def ask_sides(
     chat:ChatModel,      # The model
     sides:dict[str, Sequence], # trained, held_out: rows
@@ -85,6 +88,7 @@ def ask_sides(
         items += more
     return items, facts
 
+# %% ../../nbs/evaluate/19_asked_rows.ipynb #measure-memorisation
 @measures("memorisation")
 def measure_memorisation(
     chat:ChatModel, # Who is asked
@@ -92,8 +96,10 @@ def measure_memorisation(
 )->Result:
     "What can be drawn out of a model. Raises `UserError` when no row can be asked for, and for an option that is not known."
     for name in task.options:
-        if name not in _OPTIONS: raise UserError(
-            f"'{name}' is no option of a memorisation task{nearest(name, _OPTIONS)}; known are {', '.join(_OPTIONS)}")
+        if name not in _OPTIONS:
+            raise UserError(
+                f"'{name}' is no option of a memorisation task{nearest(name, _OPTIONS)}; "
+                f"known are {', '.join(_OPTIONS)}")
     skipped, sides, hashes = Counter(), {}, []
     for side, dataset in (("trained", task.dataset), ("held_out", task.options.get("held_out"))):
         if not dataset: continue
@@ -101,11 +107,12 @@ def measure_memorisation(
         hashes.append(sha256)
     items, asked = ask_sides(chat, sides, task)
     lost = ", ".join(f"{n} {why}" for why, n in skipped.items()) or "all are short"
-    if not any(i["side"] == "trained" for i in items): raise UserError(
-        f"dataset '{task.dataset}': no answer is long enough to be asked for, and none has personal data ({lost})")
+    if not any(i["side"] == "trained" for i in items):
+        raise UserError(
+            f"dataset '{task.dataset}': no answer is long enough to be asked for, and none has personal data ({lost})")
     if file := task.options.get("canaries"):
         some, stage = _planted(file)
         items += canary_items(chat, some, stage, seed=task.seed, batch=task.batch)
     return Result(task.name, "memorisation", model_facts(chat) | {"dataset": Path(task.dataset).name,
-        "dataset_sha256": " ".join(hashes), "skipped": dict(skipped), "seed": task.seed, "batch": task.batch, "asked": asked,
-        "scorer": SCORER, "prompt_sha256": ""}, items)
+        "dataset_sha256": " ".join(hashes), "skipped": dict(skipped), "seed": task.seed, "batch": task.batch,
+        "asked": asked, "scorer": SCORER, "prompt_sha256": ""}, items)

@@ -28,6 +28,7 @@ def _short(dataset:str)->str:
     "A name for files: that of a path's file."
     return re.sub(r"[^\w.-]+", "_", Path(dataset).name.split(".")[0] if "/" in dataset else dataset)
 
+# %% ../../nbs/evaluate/21_benchmarks.ipynb #read-tasks
 def read_tasks(
     dataset:str,      # Multiple-choice sets: names in dataset_info.json or files, comma list
     tasks:dict,       # Name -> kind, dataset, limit …, options
@@ -40,21 +41,24 @@ def read_tasks(
         if not isinstance(own, dict): raise UserError(f"task '{name}' must hold options (name: value), not {own!r}")
         kind = str(own.get("kind", "choice"))
         start = common.options if kind == "choice" else {}
-        found.append(replace(common, **({"name": _short(str(name)), "dataset": str(name) if kind == "choice" else ""} | {
-            k: v for k, v in own.items() if k in _OWN} | {"options": start | {k: v for k, v in own.items() if k not in _OWN}})))
+        found.append(replace(common, **({"name": _short(str(name)), "dataset": str(name) if kind == "choice" else ""}
+            | {
+            k: v for k, v in own.items() if k in _OWN} | {"options": start
+            | {k: v for k, v in own.items() if k not in _OWN}})))
     names = [task.name for task in found]
     for name in names:
         if names.count(name) > 1: raise UserError(f"two tasks are called '{name}': name them under tasks")
     if not found: raise UserError("nothing to evaluate: name a dataset")
     return found
 
+# %% ../../nbs/evaluate/21_benchmarks.ipynb #check-tasks
 def check_tasks(
     tasks:Sequence[Task], # From `read_tasks`
 ):
     "Raise `UserError` for what cannot work, without loading a model."
     for task in tasks:
-        if kind_function(task.kind, "measure") is None: raise UserError(
-            f"task '{task.name}': kind {task.kind} cannot be measured")
+        if kind_function(task.kind, "measure") is None:
+            raise UserError(f"task '{task.name}': kind {task.kind} cannot be measured")
         if task.kind == "choice": asking(task.options)
         if task.dataset and task.kind != "harness": find_sources(task.dataset, task.dataset_dir)
 
@@ -88,6 +92,7 @@ def measure_all(
         _free()
     return found
 
+# %% ../../nbs/evaluate/21_benchmarks.ipynb #headline
 def _free():
     import torch
     if torch.cuda.is_available(): torch.cuda.empty_cache()
@@ -98,10 +103,11 @@ def headline(
     "The first figure of a summary, in words."
     name, first = next(((k, v) for k, v in figures.items() if isinstance(v, dict) and "method" in v), ("", None))
     if first is None: return f"{figures.get('n', 0)} items"
-    text = lambda key: shown(first[key], first.get("unit", ""))
+    def text(key): return shown(first[key], first.get("unit", ""))
     interval = f" ({text('low')} to {text('high')})" if first.get("low") is not None else ""
     return f"{name.replace('_', ' ')} {text('value')}{interval}, {figures['n']} items"
 
+# %% ../../nbs/evaluate/21_benchmarks.ipynb #compare-all
 _MODEL = ("weights", "adapter", "quantization_bit", "dtype", "template_sha256", "system_sha256")
 
 def compare_all(
@@ -111,8 +117,9 @@ def compare_all(
 )->dict[str, dict]:          # Comparisons with corrected p-values, and the mark of "not worse"
     "The two models on every task that can be compared; a comparison with parts is its parts, each by itself."
     both = [name for name in tuned if name in base and kind_function(tuned[name].kind, "compare")]
-    one = lambda name: bool(tuned[name].facts.get("weights")) and all(
-        base[name].facts.get(k) == tuned[name].facts.get(k) for k in _MODEL)
+    def one(name):
+        return bool(tuned[name].facts.get("weights")) and all(
+            base[name].facts.get(k) == tuned[name].facts.get(k) for k in _MODEL)
     found = {name: compare(base[name], tuned[name]) for name in both}
     parts = {f"{name}: {part}" if part else name: c | ({"same_model": True} if one(name) else {})
         for name, whole in found.items() for part, c in (whole.get("parts") or {"": whole}).items()}
@@ -144,6 +151,7 @@ def _numbers(s:dict)->dict:
     return {k: v["value"] for k, v in figures.items()} | {
         f"{k}_{end}": v[end] for k, v in figures.items() for end in ("low", "high") if v[end] is not None}
 
+# %% ../../nbs/evaluate/21_benchmarks.ipynb #metrics-of
 def metrics_of(
     found:dict, # From `evaluate_models`
 )->dict:        # Numbers by name
@@ -152,6 +160,6 @@ def metrics_of(
     for name, s in found["base"].items(): out[name] = out.get(name, {}) | {"base_model": _numbers(s)}
     for name, c in found["comparisons"].items():
         out[name] = out.get(name, {}) | {"measure": c.get("measure", ""), "base": c["base"]["value"],
-            "difference": c["difference"]["value"], "p": c["p"], "p_corrected": c["p_corrected"], "verdict": c["verdict"],
-            "margin": c["margin"], "not_worse": c["said"]}
+            "difference": c["difference"]["value"], "p": c["p"], "p_corrected": c["p_corrected"],
+            "verdict": c["verdict"], "margin": c["margin"], "not_worse": c["said"]}
     return out

@@ -34,6 +34,7 @@ def reliability_table(
     return [{"low": float(low), "high": float(high), "items": len(part), "confidence": float(confidence[part].mean()),
         "accuracy": float(right[part].mean())} for part, (low, high) in zip(parts, ends) if len(part)]
 
+# %% ../../nbs/evaluate/07_calibration.ipynb #calibration-error
 def calibration_error(
     table:Sequence[dict], # From `reliability_table`
 )->float|None:            # 0 is perfect; None without items
@@ -49,6 +50,7 @@ def brier(
     "Brier score of one item."
     return float(sum((p - (k == gold))**2 for k, p in enumerate(probs)))
 
+# %% ../../nbs/evaluate/07_calibration.ipynb #log-loss
 def log_loss(
     scores:Sequence[float], # (K,) [nat]
     gold:int,               # Place of the right option
@@ -66,7 +68,7 @@ def fit_temperature(
     "The temperature with the least log-loss, between 0.05 and 20. Raises `UserError` without items."
     from scipy.optimize import minimize_scalar
     if not len(scores): raise UserError("a temperature needs items to be fitted on")
-    total = lambda log_t: sum(log_loss(s, g, np.exp(log_t)) for s, g in zip(scores, gold))
+    def total(log_t): return sum(log_loss(s, g, np.exp(log_t)) for s, g in zip(scores, gold))
     return float(np.exp(minimize_scalar(total, bounds=(np.log(0.05), np.log(20)), method="bounded").x))
 
 # %% ../../nbs/evaluate/07_calibration.ipynb #plot
@@ -84,8 +86,8 @@ def plot_reliability(
         middle = [(row["high"] + row["low"])/2 for row in table]
         bars = axes.bar(middle, [row["accuracy"] for row in table], wide, color="#14532d", alpha=0.6, edgecolor="white")
         axes.bar_label(bars, [str(row["items"]) for row in table], fontsize=7)
-        axes.plot([row["confidence"] for row in table], [row["accuracy"] for row in table], "o", color="#c2410c", markersize=4,
-            label="mean of a bin")
+        axes.plot([row["confidence"] for row in table], [row["accuracy"] for row in table], "o", color="#c2410c",
+            markersize=4, label="mean of a bin")
     axes.set(xlim=(0, 1), ylim=(0, 1.06), xlabel="confidence", ylabel="accuracy", title=title)
     axes.legend(loc="upper left", fontsize=8)
     if path: image.savefig(path, dpi=100)

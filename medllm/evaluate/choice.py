@@ -22,8 +22,8 @@ from .items import load_items
 from .options import MCQItem
 from .order import order_figures, order_picks
 from .result import Result, Task, figure, measures, plots, summarises
-from medllm.evaluate.likelihood import (LAYOUTS, NORMS, SCORERS, LogProbs, ModelScores, option_scores, picked, probabilities,
-    prompt_hash)
+from .likelihood import (LAYOUTS, NORMS, SCORERS, LogProbs, ModelScores, option_scores, picked,
+    probabilities, prompt_hash)
 from .statistics import mean, share
 from ..models.chat import ChatModel
 from ..models.loading import model_location
@@ -41,24 +41,29 @@ class Asking:
     ids:str|None = None          # File with the ids of an official test set
 
     def __post_init__(self):
-        known = {"scorer": (*SCORERS, "generate"), "layout": LAYOUTS, "norm": tuple(NORMS), "orders": ("own", "cyclic", "all")}
+        known = {"scorer": (*SCORERS, "generate"), "layout": LAYOUTS, "norm": tuple(NORMS),
+            "orders": ("own", "cyclic", "all")}
         for name, words in known.items():
-            if (got := getattr(self, name)) not in words: raise UserError(
-                f"{name} {got}: must be one of {', '.join(words)}{nearest(got, words)}")
-        if self.scorer == "text" and self.orders != "own": raise UserError(
-            f"orders {self.orders} asks for listed options; scorer text does not list them, letter does")
-        if self.scorer == "generate" and (self.orders, self.layout) != ("own", "chat"): raise UserError(
-            "scorer generate asks in the chat layout and the items' own order; orders and layout are for letter")
+            if (got := getattr(self, name)) not in words:
+                raise UserError(f"{name} {got}: must be one of {', '.join(words)}{nearest(got, words)}")
+        if self.scorer == "text" and self.orders != "own":
+            raise UserError(
+                f"orders {self.orders} asks for listed options; scorer text does not list them, letter does")
+        if self.scorer == "generate" and (self.orders, self.layout) != ("own", "chat"):
+            raise UserError(
+                "scorer generate asks in the chat layout and the items' own order; orders and layout are for letter")
         if self.first_answer not in (None, 0, 1): raise UserError(f"first_answer {self.first_answer}: must be 0 or 1")
 
+# %% ../../nbs/evaluate/10_choice.ipynb #asking
 def asking(
     options:dict, # Of a task
 )->Asking:
     "The options of a task. Raises `UserError` for one that is not known."
     names = [f.name for f in fields(Asking)]
     for name in options:
-        if name not in names: raise UserError(f"'{name}' is no option of a multiple-choice task{nearest(name, names)}; "
-            f"known are {', '.join(names)}")
+        if name not in names:
+            raise UserError(f"'{name}' is no option of a multiple-choice task{nearest(name, names)}; "
+                f"known are {', '.join(names)}")
     return Asking(**options)
 
 # %% ../../nbs/evaluate/10_choice.ipynb #lines
@@ -67,6 +72,7 @@ def _line(item:MCQItem, pick:frozenset, **more)->dict:
     return {"id": item.id, "group": item.group, "lang": item.lang, "source": item.source, "labels": list(item.labels),
         "gold": sorted(item.gold), "pick": sorted(pick), "right": pick == item.gold, "lettered": item.lettered} | more
 
+# %% ../../nbs/evaluate/10_choice.ipynb #score-lines
 def score_lines(
     items:Sequence[MCQItem], # Questions
     logprobs:LogProbs,       # A model, or a table of numbers
@@ -87,6 +93,7 @@ def score_lines(
         for line, picks in zip(lines, order_picks(items, logprobs, how.orders == "all")): line["orders"] = picks
     return lines
 
+# %% ../../nbs/evaluate/10_choice.ipynb #read-lines
 def read_lines(
     items:Sequence[MCQItem], # Questions
     answers:Sequence,        # `Said` for each; None where it was not asked
@@ -113,19 +120,24 @@ def macro_f1(
 )->dict:                  # A figure; no interval
     "Mean F1 over the answers that are right somewhere."
     labels = sorted({line["gold"][0] for line in lines})
-    return figure(sum(_f1(lines, label) for label in labels)/len(labels), method=f"mean over {', '.join(labels)}", unit="share")
+    return figure(sum(_f1(lines, label) for label in labels)/len(labels), method=f"mean over {', '.join(labels)}",
+        unit="share")
 
+# %% ../../nbs/evaluate/10_choice.ipynb #several
 def _baselines(lines:Sequence[dict])->dict:
     "Always the most frequent answer, and chance."
     (label, n), = Counter(line["gold"][0] for line in lines).most_common(1)
     return {"majority_baseline": figure(n/len(lines), method=f"always {label}", unit="share"),
-        "chance": figure(sum(1/len(line["labels"]) for line in lines)/len(lines), method="mean of 1/options", unit="share")}
+        "chance": figure(sum(1/len(line["labels"]) for line in lines)/len(lines), method="mean of 1/options",
+        unit="share")}
 
 def _several(lines:Sequence[dict])->dict:
     "Items with several right answers: the whole set, and its overlap."
     overlap = [2*len({*line["pick"]} & {*line["gold"]})/(len(line["pick"]) + len(line["gold"])) for line in lines]
-    return {"several_answers_exact": share([line["right"] for line in lines]), "several_answers_f1": mean(overlap, unit="share")}
+    return {"several_answers_exact": share([line["right"] for line in lines]),
+        "several_answers_f1": mean(overlap, unit="share")}
 
+# %% ../../nbs/evaluate/10_choice.ipynb #calibration
 def _calibration(lines:Sequence[dict])->dict:
     "ECE, Brier, log-loss and the table behind them."
     golds = [line["labels"].index(line["gold"][0]) for line in lines]
@@ -142,9 +154,11 @@ def _calibration(lines:Sequence[dict])->dict:
 def _by(lines:Sequence[dict], key:str)->dict:
     "Accuracy of each part of a set that has at least ten items; the others together."
     parts, counts = defaultdict(list), Counter(line.get(key) or "" for line in lines)
-    for line in lines: parts[name if counts[name := line.get(key) or ""] >= 10 and name else "(others)"].append(line["right"])
+    for line in lines:
+        parts[name if counts[name := line.get(key) or ""] >= 10 and name else "(others)"].append(line["right"])
     return {name: share(right) | {"n": len(right)} for name, right in sorted(parts.items())} if len(parts) > 1 else {}
 
+# %% ../../nbs/evaluate/10_choice.ipynb #choice-summary
 @summarises("choice")
 def choice_summary(
     lines:list[dict], # Items of a result
@@ -159,7 +173,8 @@ def choice_summary(
         out |= _baselines(single)
         if not any(x["lettered"] for x in single): out["macro_f1"] = macro_f1(single)
         if "unread" in single[0]: out["unread"] = share([x["unread"] for x in single])
-        if "norms" in single[0]: out |= {f"accuracy_{n}": share([[x["norms"][n]] == x["gold"] for x in single]) for n in NORMS}
+        if "norms" in single[0]:
+            out |= {f"accuracy_{n}": share([[x["norms"][n]] == x["gold"] for x in single]) for n in NORMS}
         if "scores" in single[0]: out |= _calibration(single)
         out |= order_figures([(x["gold"][0], x["orders"]) for x in single if "orders" in x])
         out["picks"] = dict(sorted(Counter("".join(x["pick"]) or "(unread)" for x in single).items()))
@@ -169,6 +184,7 @@ def choice_summary(
 # %% ../../nbs/evaluate/10_choice.ipynb #facts
 def _text_hash(text:str)->str: return hashlib.sha256(text.encode()).hexdigest()
 
+# %% ../../nbs/evaluate/10_choice.ipynb #model-facts
 def model_facts(
     chat:ChatModel, # The model that was asked
 )->dict:
@@ -184,14 +200,17 @@ def model_facts(
         "dtype": str(chat.model.dtype).removeprefix("torch."), "device": chat.device.type,
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "tokenizers", "numpy")}}
 
+# %% ../../nbs/evaluate/10_choice.ipynb #readable
 def _readable(items:Sequence[MCQItem], skipped:dict)->list[MCQItem]:
     "Items whose written answer can be read; the others are counted."
     kept = [item for item in items if len(item.options) <= READABLE]
-    if not kept: raise UserError(f"no question has {READABLE} options or fewer, which a written answer is read for: "
-        "use scorer letter or text")
+    if not kept:
+        raise UserError(f"no question has {READABLE} options or fewer, which a written answer is read for: "
+            "use scorer letter or text")
     if len(kept) < len(items): skipped[f"more than {READABLE} options to read an answer for"] = len(items) - len(kept)
     return kept
 
+# %% ../../nbs/evaluate/10_choice.ipynb #measure-choice
 @measures("choice")
 def measure_choice(
     chat:ChatModel, # The model
@@ -213,10 +232,12 @@ def measure_choice(
     if task.reveal:
         questions = {item.id: item for item in loaded.items}
         lines = [x | {"question": questions[x["id"]].question, "options": questions[x["id"]].texts} for x in lines]
-    facts = model_facts(chat) | loaded.facts | {"skipped": skipped, "scorer": how.scorer, "asking": vars(how), "seed": task.seed,
+    facts = model_facts(chat) | loaded.facts | {"skipped": skipped, "scorer": how.scorer, "asking": vars(how),
+        "seed": task.seed,
         "batch": task.batch, "asked_again": again, "prompt_sha256": prompt_hash(how.scorer, how.layout, how.norm)}
     return Result(task.name, "choice", facts, lines)
 
+# %% ../../nbs/evaluate/10_choice.ipynb #plot-choice
 @plots("choice")
 def plot_choice(
     result:Result, # Of likelihoods
@@ -225,4 +246,5 @@ def plot_choice(
     "The reliability diagram of a result."
     single = [x for x in result.items if len(x["gold"]) == 1 and "scores" in x]
     confidence = [max(probabilities(x["scores"])) for x in single]
-    return plot_reliability(reliability_table(confidence, [x["right"] for x in single]), path, result.name) if single else None
+    return plot_reliability(reliability_table(confidence, [x["right"] for x in single]), path,
+        result.name) if single else None

@@ -26,6 +26,7 @@ def groups_of(
     named = {group for group in groups if group}
     return groups if GROUPS <= len(named) < sum(map(bool, groups)) else None
 
+# %% ../../nbs/evaluate/09_compare.ipynb #compare-choice
 @compares("choice")
 def compare_choice(
     base:Result,  # Before
@@ -64,10 +65,11 @@ def corrected(
     "Comparisons with p-values that hold together."
     tested = [name for name, c in comparisons.items() if "p" in c]
     new = dict(zip(tested, holm([comparisons[name]["p"] for name in tested])))
-    words = lambda name, c: verdict_words(c["difference"]["value"], new[name], c.get("better", "higher"))
+    def words(name, c): return verdict_words(c["difference"]["value"], new[name], c.get("better", "higher"))
     return {name: c | ({"p_corrected": new[name], "verdict": words(name, c)} if name in new else {})
         for name, c in comparisons.items()}
 
+# %% ../../nbs/evaluate/09_compare.ipynb #comparison-rows
 def comparison_rows(
     comparisons:dict[str, dict], # From `corrected`
 )->list[dict]:
@@ -75,7 +77,7 @@ def comparison_rows(
     rows = []
     for name, c in comparisons.items():
         d, unit = c["difference"], c["difference"].get("unit", "")
-        points = lambda v: "–" if v is None else f"{v*100:+.1f}" if unit == "share" else f"{v:+.4g}"
+        def points(v): return "–" if v is None else f"{v*100:+.1f}" if unit == "share" else f"{v:+.4g}"
         rows.append({"set": name, "measure": measure_words(c.get("measure", "")), "items": c.get("n", ""),
             "base": shown(c["base"]["value"], unit), "tuned": shown(c["tuned"]["value"], unit),
             "difference": f"{points(d['value'])} ({points(d['low'])} to {points(d['high'])})",
@@ -93,8 +95,10 @@ def outcome(
 )->str:
     "A comparison in a word: better, not worse, worse, cannot tell, not distinguishable."
     if not c.get("asked"): return c["verdict"]
-    return {True: "better" if c["verdict"] == "better" else "not worse", False: "worse", None: "cannot tell"}[c["not_worse"]]
+    return {True: "better" if c["verdict"] == "better" else "not worse", False: "worse",
+        None: "cannot tell"}[c["not_worse"]]
 
+# %% ../../nbs/evaluate/09_compare.ipynb #plot-differences
 def plot_differences(
     comparisons:dict[str, dict], # From `corrected`, of shares
     path:str|Path|None = None,   # PNG to write

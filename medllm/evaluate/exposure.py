@@ -25,6 +25,7 @@ def rank_of(
     "How many are at least as probable as the secret, itself included."
     return 1 + sum(other >= found[0] for other in found[1:])
 
+# %% ../../nbs/evaluate/17_exposure.ipynb #exposure
 def exposure(
     found:Sequence[float], # Log-probabilities of the secret and of m others [nat]
     space:int = SPACE,     # |R|
@@ -48,6 +49,7 @@ def canary_example(
     if KINDS[stage] == "document": return Example((Turn("document", row["text"]),))
     return Example((Turn("user", row["instruction"]), Turn("assistant", row["output"])))
 
+# %% ../../nbs/evaluate/17_exposure.ipynb #canary-items
 def canary_items(
     chat:ChatModel,        # The model
     some:Sequence[Canary], # Planted ones, and controls
@@ -82,6 +84,7 @@ def with_memorised(
         p |= dict(zip((i["id"] for i in mine), holm([i["rank"]/(i["candidates"] + 1) for i in mine])))
     return [i | {"memorised": i["spelt"] or p[i["id"]] < LEVEL} for i in items]
 
+# %% ../../nbs/evaluate/17_exposure.ipynb #canary-figures
 def canary_figures(
     items:Sequence[dict], # From `canary_items`
 )->dict:                  # Figures by name; empty without canaries

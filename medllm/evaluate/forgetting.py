@@ -32,6 +32,7 @@ class Document(NamedTuple):
     about:str # Set
     text:str  # All of it
 
+# %% ../../nbs/evaluate/15_forgetting.ipynb #text-of
 def _text_of(row, source)->str:
     "The text of a row. Raises `Rejected`."
     row_data(row)
@@ -39,6 +40,7 @@ def _text_of(row, source)->str:
     if not turn.text: raise Rejected("empty_answer")
     return turn.text
 
+# %% ../../nbs/evaluate/15_forgetting.ipynb #read-documents
 def read_documents(
     task:Task, # dataset, dataset_dir, limit (of each set), seed; options general, columns
 )->tuple[list[Document], dict, str]: # Documents, reasons why rows were left out, hash of the files
@@ -99,6 +101,7 @@ def _bits_per_byte(items:Sequence[dict])->tuple[float, np.ndarray]:
 
 def _about(items:Sequence[dict])->list[str]: return list(dict.fromkeys(i["about"] for i in items))
 
+# %% ../../nbs/evaluate/15_forgetting.ipynb #forgetting-summary
 @summarises("forgetting")
 def forgetting_summary(
     items:list[dict], # about, nats, bytes, tokens
@@ -121,15 +124,17 @@ def _change(base:Sequence[dict], tuned:Sequence[dict])->dict:
     changes = [b["nats"]/a["nats"] - 1 for a, b in zip(base, tuned)]
     p = sign_p([c if abs(c) > ROUNDING else 0.0 for c in changes])
     return {"n": len(base), "base": drawn_figure(first, before), "tuned": drawn_figure(second, after),
-        "difference": drawn_figure(second - first, after - before), "test": "sign test, exact", "p": p, "better": "lower"}
+        "difference": drawn_figure(second - first, after - before), "test": "sign test, exact", "p": p,
+        "better": "lower"}
 
+# %% ../../nbs/evaluate/15_forgetting.ipynb #forgetting-change
 @compares("forgetting")
 def forgetting_change(
     base:Result,  # Of the model before
     tuned:Result, # Of the model after, on the same documents
 )->dict:          # base, tuned, difference: figures; p, verdict; parts
     "What fine-tuning made easier and harder to predict."
-    of = lambda r, about: [b for a, b in zip(base.items, r.items) if a["about"] == about]
+    def of(r, about): return [b for a, b in zip(base.items, r.items) if a["about"] == about]
     parts = {name: {"measure": name} | _change(of(base, about), of(tuned, about))
         for about in _about(base.items) for name in [f"bits_per_byte_{about}"]}
     for part, p in zip(parts.values(), holm([part["p"] for part in parts.values()])):
@@ -146,8 +151,10 @@ def measure_forgetting(
     "Bits per byte on held-out text. Raises `UserError` for a set without text."
     documents, skipped, sha256 = read_documents(task)
     found = document_nats(chat, [d.text for d in documents], task.batch)
-    items = [{"id": d.id, "about": d.about, "nats": nats, "bytes": len(d.text.encode("utf-8", "surrogatepass")), "tokens": tokens}
+    items = [{"id": d.id, "about": d.about, "nats": nats, "bytes": len(d.text.encode("utf-8", "surrogatepass")),
+        "tokens": tokens}
         for d, (nats, tokens) in zip(documents, found)]
-    return Result(task.name, "forgetting", model_facts(chat) | {"dataset": Path(task.dataset).name, "dataset_sha256": sha256,
-        "skipped": skipped, "seed": task.seed, "batch": task.batch, "scorer": "bits per byte, windows overlap by a quarter",
-        "prompt_sha256": ""}, items)
+    return Result(task.name, "forgetting", model_facts(chat)
+        | {"dataset": Path(task.dataset).name, "dataset_sha256": sha256,
+        "skipped": skipped, "seed": task.seed, "batch": task.batch,
+        "scorer": "bits per byte, windows overlap by a quarter", "prompt_sha256": ""}, items)

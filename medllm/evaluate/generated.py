@@ -18,7 +18,8 @@ from ..models.sampling import Sampling
 
 # %% ../../nbs/evaluate/05_generated.ipynb #asked
 ORDERS = {
-    "en": {"one": "Answer with the letter of the right option.", "several": "Answer with the letters of all right options.",
+    "en": {"one": "Answer with the letter of the right option.",
+    "several": "Answer with the letters of all right options.",
         "words": "Answer with one word: {}."},
     "zh": {"one": "请回答正确选项的字母。", "several": "请回答所有正确选项的字母。", "words": "请只回答一个词：{}。"}}
 
@@ -45,6 +46,7 @@ def _word(answer:str, labels:Sequence[str])->frozenset:
     found = {m[1].lower() for text in places if (m := re.match(rf"\W*({any_of})\b{_unless}", text, re.IGNORECASE))}
     return frozenset(label for label in labels if label.lower() in found) if len(found) == 1 else frozenset()
 
+# %% ../../nbs/evaluate/05_generated.ipynb #read-answer
 def read_answer(
     item:MCQItem, # The question
     answer:str,   # What a model wrote

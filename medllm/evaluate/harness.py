@@ -25,12 +25,15 @@ def harness_lines(
     lines = []
     for s in sorted(samples, key=lambda s: s["doc_id"]):
         scores = [float(response[0]) for response in s["filtered_resps"] if isinstance(response, (list, tuple))]
-        if "acc" not in s or len(scores) < 2: raise UserError(
-            "kind harness takes multiple-choice tasks only, those with the metric acc and a likelihood for each choice")
+        if "acc" not in s or len(scores) < 2:
+            raise UserError(
+                "kind harness takes multiple-choice tasks only, those with the metric acc and "
+                "a likelihood for each choice")
         lines.append({"id": str(s["doc_id"]), "scores": scores, "pick": max(range(len(scores)), key=scores.__getitem__),
             "right": bool(s["acc"])})
     return lines
 
+# %% ../../nbs/evaluate/11_harness.ipynb #harness-summary
 @summarises("harness")
 def harness_summary(
     lines:list[dict], # From `harness_lines`
@@ -50,19 +53,24 @@ def _library():
         from lm_eval.evaluator import simple_evaluate
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
-    except ImportError as e: raise UserError(
-        f"kind harness needs lm-evaluation-harness (no module {e.name}): pip install 'medllm[lm_eval]'") from None
+    except ImportError as e:
+        raise UserError(
+            f"kind harness needs lm-evaluation-harness (no module {e.name}): pip install 'medllm[lm_eval]'") from None
     return simple_evaluate, HFLM, TaskManager
 
+# %% ../../nbs/evaluate/11_harness.ipynb #own-options
 def _own_options(task:Task)->dict:
     "The options of a task. Raises `UserError` for one that is unknown, and for a limit."
     for name in task.options:
-        if name not in _OPTIONS: raise UserError(f"task '{task.name}': '{name}' is no option of kind harness"
-            f"{nearest(name, _OPTIONS)}; known are {', '.join(_OPTIONS)}")
-    if task.limit: raise UserError(f"task '{task.name}': kind harness takes no limit, which would be the first rows of a set "
-        "that may be sorted; set its limit to 0")
+        if name not in _OPTIONS:
+            raise UserError(f"task '{task.name}': '{name}' is no option of kind harness"
+                f"{nearest(name, _OPTIONS)}; known are {', '.join(_OPTIONS)}")
+    if task.limit:
+        raise UserError(f"task '{task.name}': kind harness takes no limit, which would be the first rows of a set "
+            "that may be sorted; set its limit to 0")
     return {"task": task.name, "include_path": None, "num_fewshot": 0, "chat": False} | task.options
 
+# %% ../../nbs/evaluate/11_harness.ipynb #measure-harness
 @measures("harness")
 def measure_harness(
     chat:ChatModel, # The model
@@ -72,12 +80,14 @@ def measure_harness(
     how = _own_options(task)
     simple_evaluate, HFLM, TaskManager = _library()
     name, manager = how["task"], TaskManager(include_path=how["include_path"])
-    if name not in manager.all_tasks: raise UserError(
-        f"task '{task.name}': lm-evaluation-harness has no task {name}{nearest(name, manager.all_tasks)}")
+    if name not in manager.all_tasks:
+        raise UserError(
+            f"task '{task.name}': lm-evaluation-harness has no task {name}{nearest(name, manager.all_tasks)}")
     model = HFLM(pretrained=chat.model, tokenizer=chat.tokenizer, batch_size=task.batch or 8)
-    found = simple_evaluate(model=model, tasks=[name], task_manager=manager, num_fewshot=how["num_fewshot"], log_samples=True,
-        bootstrap_iters=0, apply_chat_template=bool(how["chat"]))
-    if list(found["samples"]) != [name]: raise UserError(f"task '{task.name}': {name} is a group; name its parts one by one")
+    found = simple_evaluate(model=model, tasks=[name], task_manager=manager, num_fewshot=how["num_fewshot"],
+        log_samples=True, bootstrap_iters=0, apply_chat_template=bool(how["chat"]))
+    if list(found["samples"]) != [name]:
+        raise UserError(f"task '{task.name}': {name} is a group; name its parts one by one")
     prompts = json.dumps([s["arguments"] for s in found["samples"][name]], default=str)
     sha = hashlib.sha256(prompts.encode()).hexdigest()
     facts = {"dataset": name, "dataset_sha256": {"prompts": sha}, "private": False, "scorer": "harness", "asking": how,

@@ -39,6 +39,7 @@ class Schema(NamedTuple):
     usual:int|None = None # Where it counts from, when its numbers do not tell
     parts:Callable|None = None # row -> question, options as written, answer as written
 
+# %% ../../nbs/evaluate/03_items.ipynb #columns
 def _columns(question:str, names:Sequence[str], answer:str)->Callable:
     "A reader of rows with a column for each option, and the number of the right one."
     def read(row:dict, base:int):
@@ -60,6 +61,7 @@ def _answer(low:dict, value):
             except Skip: pass
     return given[0]
 
+# %% ../../nbs/evaluate/03_items.ipynb #letter-parts
 def _letter_parts(row:dict)->tuple:
     "Question and Answer, options in columns A, B, C …"
     low = {key.lower(): value for key, value in row.items() if len(key) > 1}
@@ -68,6 +70,7 @@ def _letter_parts(row:dict)->tuple:
 
 _choices = re.compile(r"\s*\n\s*Answer Choices:\s*(?=\(A\))", re.IGNORECASE)
 
+# %% ../../nbs/evaluate/03_items.ipynb #cell-parts
 def _cell_parts(row:dict)->tuple:
     "Question, options in a cell or behind the question, answer."
     low = {key.lower(): value for key, value in row.items()}
@@ -76,13 +79,15 @@ def _cell_parts(row:dict)->tuple:
     value = low.get("options") or low.get("option") or low.get("choices") or listed
     return stem, value, _answer(low, value)
 
+# %% ../../nbs/evaluate/03_items.ipynb #reader
 def _reader(parts:Callable)->Callable:
     "A reader of rows whose answers are letters, texts or, with a base, numbers."
     def read(row:dict, base:int|None):
         question, value, answer = parts(row)
         options, labels = option_list(value), [label for label, _ in labelled(value)]
         several = answer if isinstance(answer, list) else [answer]
-        if base is None or not several or not all(as_place(a) is not None and str(a).strip() not in labels for a in several):
+        if base is None or not several or not all(as_place(a) is not None
+            and str(a).strip() not in labels for a in several):
             return question, options, gold_labels(answer, options)
         return question, options, frozenset().union(*(label_at(a, labels, options, base) for a in several))
     return read
@@ -95,11 +100,14 @@ def _pubmedqa(row:dict, base:int|None):
     options = tuple((word, word) for word in _YES)
     return row.get("QUESTION") or row.get("question"), options, gold_labels(row["final_decision"], options)
 
-_set = lambda text: frozenset(text.split())
+def _set(text): return frozenset(text.split())
+
+# %% ../../nbs/evaluate/03_items.ipynb #schema-of
 SCHEMAS = (
-    Schema("medmcqa", _set("question opa opb opc opd cop"), _columns("question", ("opa", "opb", "opc", "opd"), "cop"), "cop"),
-    Schema("careqa", _set("question op1 op2 op3 op4 cop"), _columns("question", ("op1", "op2", "op3", "op4"), "cop"), "cop"),
-    Schema("medqa-hub", _set("sent1 ending0 ending1 label"),
+    Schema("medmcqa", _set("question opa opb opc opd cop"), _columns("question", ("opa", "opb", "opc", "opd"), "cop"),
+    "cop"),
+    Schema("careqa", _set("question op1 op2 op3 op4 cop"), _columns("question", ("op1", "op2", "op3", "op4"), "cop"),
+    "cop"), Schema("medqa-hub", _set("sent1 ending0 ending1 label"),
         _columns("sent1", [f"ending{i}" for i in range(10)], "label"), "label", 0),
     Schema("pubmedqa", _set("final_decision"), _pubmedqa),
     Schema("mmlu", _set("question choices answer"), _reader(_cell_parts), usual=0, parts=_cell_parts),
@@ -126,9 +134,11 @@ def _numbers(row:dict, schema:Schema)->list[tuple[int, int, bool]]:
         pairs = labelled(value)
     except (Skip, KeyError, TypeError, ValueError): return []
     labels, texts = [label for label, _ in pairs], {str(text).strip() for _, text in pairs}
-    several = [str(a).strip() for a in (answer if isinstance(answer, list) else [answer]) if as_place(a) not in (None, -1)]
+    several = [str(a).strip() for a in (answer if isinstance(answer, list) else [answer])
+        if as_place(a) not in (None, -1)]
     return [(as_place(a), len(labels), a in texts) for a in several if a not in labels]
 
+# %% ../../nbs/evaluate/03_items.ipynb #count-base
 def count_base(
     rows:Sequence[dict], # All rows of a set
     schema:Schema,       # Their format
@@ -142,7 +152,8 @@ def count_base(
     if first != last: return 0 if first else 1
     if schema.usual is not None and not last: return schema.usual
     some = ", ".join(map(str, sorted({n for n, *_ in found})[:10])) or "none"
-    raise UserError(f"the answers in {schema.index or 'answer'} ({some}) do not tell whether they count from 0 or from 1: "
+    raise UserError(
+        f"the answers in {schema.index or 'answer'} ({some}) do not tell whether they count from 0 or from 1: "
         "say it with first_answer: 0 or first_answer: 1 of the task, under tasks in a file for medllm run evaluate -f")
 
 # %% ../../nbs/evaluate/03_items.ipynb #about
@@ -160,6 +171,7 @@ def _about(row:dict, text:str)->dict:
     return {"id": _given(row, "id", "pubid", "question_id"), "context": passage, "group": _given(row, *_GROUPS),
         "lang": _given(row, "lang", "language") or language_of(text), "source": _given(row, "source")}
 
+# %% ../../nbs/evaluate/03_items.ipynb #read-items
 def read_items(
     rows:Iterable[dict],  # Of one set
     first_answer:int|None = None, # 0 or 1: what a number counts from; None: seen from the whole set
@@ -205,6 +217,7 @@ def _records(file:Path, encoding:str)->Iterator[list[str]]:
     with io.TextIOWrapper(open_bytes(file), encoding=encoding or find_encoding(file), newline="") as f:
         yield from filter(None, csv.reader(f, delimiter=delimiter))
 
+# %% ../../nbs/evaluate/03_items.ipynb #subject
 def _nameless(file:Path, encoding:str)->bool:
     "Whether a table begins with a question, its options and the letter of the right one."
     if not {".csv", ".tsv"} & set(file.suffixes): return False
@@ -220,6 +233,7 @@ def _subject(file:str)->str:
     name = re.sub(r"-\d+-of-\d+$", "", Path(file).name.split(".")[0])
     return Path(file).parent.name if re.fullmatch(_split, name) else re.sub(rf"[_-]{_split}$", "", name)
 
+# %% ../../nbs/evaluate/03_items.ipynb #rows
 def _rows(source:Source)->Iterator[tuple[str, dict|Bad]]:
     "File and columns of each row; of a table without names, question, A, B … and answer."
     if not source.files or not all(_nameless(file, source.encoding) for file in source.files):
@@ -236,6 +250,7 @@ class Loaded(NamedTuple):
     skipped:dict[str, int] # Reason -> rows
     facts:dict             # dataset, dataset_sha256, rows, private
 
+# %% ../../nbs/evaluate/03_items.ipynb #official
 def _official(ids:str|None, source)->set[str]|None:
     "Ids of an official test set."
     beside = [f.parent/"test_ground_truth.json" for f in source.files if f.name == "ori_pqal.json"]
@@ -244,6 +259,7 @@ def _official(ids:str|None, source)->set[str]|None:
     if not file.exists(): raise UserError(f"the file of ids {ids} does not exist")
     return {str(row.data.get("id", "")) for row in read_file(file) if not isinstance(row, Bad)}
 
+# %% ../../nbs/evaluate/03_items.ipynb #load-items-2
 def load_items(
     dataset:str,              # Name in dataset_info.json, a file or a folder
     dataset_dir:str = "data", # Folder with dataset_info.json
@@ -263,8 +279,9 @@ def load_items(
     items, skipped = read_items(kept, first_answer)
     more = {"rows that cannot be read": len(found) - len(rows), "not in the official test": len(rows) - len(kept)}
     skipped |= {reason: n for reason, n in more.items() if n}
-    if not items: raise UserError(f"dataset '{dataset}' gives no multiple-choice item "
-        f"({', '.join(f'{n} {reason}' for reason, n in skipped.items()) or 'it is empty'})")
+    if not items:
+        raise UserError(f"dataset '{dataset}' gives no multiple-choice item "
+            f"({', '.join(f'{n} {reason}' for reason, n in skipped.items()) or 'it is empty'})")
     drawn = stratified(items, limit, seed)
     if len(drawn) < len(items): skipped["not drawn"] = len(items) - len(drawn)
     return Loaded(drawn, skipped, {"dataset": source.name, "dataset_sha256": source_files(source), "rows": len(found),

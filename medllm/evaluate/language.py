@@ -16,8 +16,10 @@ _BY_SCRIPT = {"han": "zh", "kana": "ja", "hangul": "ko", "devanagari": "hi", "cy
 
 _SMALL = {code: frozenset(words.split()) for code, words in {
     "en": "the of and is in to with what which are for by be that from an not does has was on at this following likely",
-    "es": "el la los las de del que en es un una con por para se al lo como cuál cual son más su y entre siguiente señale",
-    "fr": "le la les des du de est une un et dans que qui par sur pour au aux avec sont ne pas quelle quel ou en il l d qu parmi",
+    "es": "el la los las de del que en es un una con por para se al lo como cuál cual son "
+        "más su y entre siguiente señale",
+    "fr": "le la les des du de est une un et dans que qui par sur pour au aux avec sont ne pas "
+        "quelle quel ou en il l d qu parmi",
     "de": "der das und ist von bei mit den dem nicht ein eine einer welche welcher im zu auf des wird sind für oder",
     "it": "il la di che è un una per con del della dei nel non sono gli le da quale e si al alla delle",
     "pt": "os de que em é um uma da dos das com não para por são na qual ao mais entre",
@@ -35,6 +37,7 @@ def _european(text:str)->str:
     best = max(score, key=score.get)                    # the first of equals
     return best if score[best] >= max(2, score["en"] + 1) else "en"
 
+# %% ../../nbs/evaluate/00_language.ipynb #language-of
 def language_of(
     text:str, # Any text
 )->str:       # Code: zh, ja, ko, ar, fa, ur, hi, ru, he, bn, ta, th, el, es, fr, de, it, pt, nl; en for everything else

@@ -32,6 +32,7 @@ class Asked(NamedTuple):
     continuations:tuple[str, ...]
     several:bool = False # Any number of them may be right: those above an even share are picked
 
+# %% ../../nbs/evaluate/04_likelihood.ipynb #question-text
 def question_text(
     item:MCQItem,        # A question
     listed:bool = True,  # With its options, a line each
@@ -43,18 +44,21 @@ def question_text(
     if listed and item.lettered: lines += [f"{label}. {text}" for label, text in item.options]
     return "\n".join([*lines, answer])
 
+# %% ../../nbs/evaluate/04_likelihood.ipynb #letter-asked
 def letter_asked(
     item:MCQItem, # A question
 )->Asked:
     "The question with its options listed; each label may follow."
     return Asked(question_text(item), item.labels, len(item.gold) > 1)
 
+# %% ../../nbs/evaluate/04_likelihood.ipynb #text-asked
 def text_asked(
     item:MCQItem, # A question
 )->Asked:
     "The question alone; the text of each option may follow."
     return Asked(question_text(item, listed=False), tuple(text for _, text in item.options), len(item.gold) > 1)
 
+# %% ../../nbs/evaluate/04_likelihood.ipynb #prompt-hash
 SCORERS = {"letter": letter_asked, "text": text_asked}
 
 def prompt_hash(
@@ -72,6 +76,7 @@ class Scored(NamedTuple):
     tokens:int      # How many there are
     cut:bool = False # The prompt was longer than the model and lost its beginning
 
+# %% ../../nbs/evaluate/04_likelihood.ipynb #option-scores
 LogProbs = Callable[[Sequence[Asked]], list[list[Scored]]]
 
 NORMS = {"sum": lambda s, text: s.logprob, "char": lambda s, text: s.logprob/max(len(text), 1),
@@ -86,12 +91,14 @@ def option_scores(
     if norm not in NORMS: raise UserError(f"norm {norm}: unknown{nearest(norm, NORMS)}; known are {', '.join(NORMS)}")
     return [NORMS[norm](s, text) for s, text in zip(found, asked.continuations)]
 
+# %% ../../nbs/evaluate/04_likelihood.ipynb #picked
 def picked(
     scores:Sequence[float], # Of the options
 )->int:                     # Place; among equals the first
     "The option with the highest score."
     return int(np.argmax(scores))
 
+# %% ../../nbs/evaluate/04_likelihood.ipynb #probabilities
 def probabilities(
     scores:Sequence[float], # Of the options [nat]
     temperature:float = 1.0,# Divides them
@@ -110,6 +117,7 @@ class Row(NamedTuple):
     continuations:list[list[int]]
     cut:bool
 
+# %% ../../nbs/evaluate/04_likelihood.ipynb #chat-row
 def chat_row(
     chat:ChatModel, # Its template
     asked:Asked,    # Prompt and continuations
@@ -119,6 +127,7 @@ def chat_row(
     place = "after_control" if renderer.plain.is_control[context[-1]] else "joined"
     return _fitting(chat, context, renderer.plain(list(asked.continuations), place), head=16)
 
+# %% ../../nbs/evaluate/04_likelihood.ipynb #plain-row
 def plain_row(
     chat:ChatModel, # Its tokenizer
     asked:Asked,    # Prompt and continuations
@@ -128,6 +137,7 @@ def plain_row(
     context, *both = plain([prompt, *(f"{prompt} {c}" for c in asked.continuations)], "start")
     return _fitting(chat, before + context, [ids[len(context):] for ids in both], head=0)
 
+# %% ../../nbs/evaluate/04_likelihood.ipynb #fitting
 def _fitting(chat:ChatModel, context:list[int], continuations:list, head:int)->Row:
     "A row that the model has positions for; the first `head` tokens stay."
     if not all(map(len, continuations)): raise UserError("an option has no token of its own behind the prompt")
@@ -150,6 +160,7 @@ def _logprobs(logits:torch.Tensor, ids:torch.Tensor)->torch.Tensor:
     "Log-probability of each id, in float64."
     return torch.log_softmax(logits.float(), -1).gather(-1, ids[..., None])[..., 0].double()
 
+# %% ../../nbs/evaluate/04_likelihood.ipynb #batch-logprobs
 def batch_logprobs(
     model,              # A causal language model
     rows:Sequence[Row], # A batch
@@ -169,8 +180,8 @@ def batch_logprobs(
         out.past_key_values.batch_select_indices(owner)
         at = seen.sum(1)[owner, None] + torch.arange(more.shape[1] - 1, device=device)
         mask = torch.cat([seen[owner], there[:, :-1]], 1)
-        behind = model(input_ids=more[:, :-1], attention_mask=mask, position_ids=at, past_key_values=out.past_key_values,
-            use_cache=True).logits
+        behind = model(input_ids=more[:, :-1], attention_mask=mask, position_ids=at,
+            past_key_values=out.past_key_values, use_cache=True).logits
         total = total + (_logprobs(behind, more[:, 1:])*there[:, 1:]).sum(1)
     if total.isnan().any(): raise NotFinite
     ends = np.cumsum([len(row.continuations) for row in rows])
@@ -179,6 +190,7 @@ def batch_logprobs(
 # %% ../../nbs/evaluate/04_likelihood.ipynb #model-scores
 MARGIN = {torch.float32: 1e-3, torch.float64: 1e-6} # between the first two options [nat]; other dtypes 0.1
 
+# %% ../../nbs/evaluate/04_likelihood.ipynb #model-scores-2
 class ModelScores:
     "A model that gives the log-probabilities of continuations."
     def __init__(self,
@@ -225,6 +237,6 @@ class ModelScores:
         "Numbers of rows, longest first."
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i].context))
         if not order: return []
-        size = lambda row: len(row.context) + max(map(len, row.continuations))
+        def size(row): return len(row.context) + max(map(len, row.continuations))
         each = self.batch or max(1, min(64, rows_that_fit(self.chat.model, size(rows[order[0]]))//8))
         return [order[i:i + each] for i in range(0, len(order), each)]

@@ -18,7 +18,8 @@ import numpy as np
 from ..audit.personal import find_personal
 from .exposure import canary_figures, rank_of
 from .result import Result, compares, figure, summarises
-from .spelling import (Place, Stretch, chosen, continued, decoded, holds, likelihoods, place_of, run_of, spells)
+from medllm.evaluate.spelling import (Place, Stretch, chosen, continued, decoded, holds, likelihoods, place_of, run_of,
+    spells)
 from .statistics import holm, mcnemar, mean, paired, paired_share, share, sign_p, verdict_words
 from ..models.chat import ChatModel
 
@@ -29,6 +30,7 @@ class TrainedRow(NamedTuple):
     ids:np.ndarray     # (T,) token ids
     trained:np.ndarray # (T,) which of them counted in the loss
 
+# %% ../../nbs/evaluate/18_memorisation.ipynb #drawn
 def drawn(
     rows:Sequence, # N `TrainedRow`s or None, made when they are asked for
     seed:int = 0,  # Of the order
@@ -37,6 +39,7 @@ def drawn(
     for n in np.random.default_rng((seed, len(rows))).permutation(len(rows)):
         if (row := rows[int(n)]) is not None: yield row
 
+# %% ../../nbs/evaluate/18_memorisation.ipynb #answer-of
 def answer_of(
     trained:np.ndarray, # (T,), of a row
 )->tuple[int, int]:     # First token and the one behind the last; (0, 0) when there is none
@@ -57,6 +60,7 @@ def stretch_of(
     prefix = min(PREFIX, (end - begin)//2)
     return Stretch(row.ids, begin, min(begin + prefix + LENGTH, end)), prefix
 
+# %% ../../nbs/evaluate/18_memorisation.ipynb #row-item
 def row_item(
     row:TrainedRow,   # What was asked for
     right:np.ndarray, # From `chosen`, of its stretch
@@ -65,14 +69,17 @@ def row_item(
     "How far a model goes on with a row."
     begin, end = answer_of(row.trained)
     wanted, run = len(right) - prefix, run_of(right[prefix:])
-    alone = None if row.trained[:begin].all() else run_of(right) >= min(end - begin, LENGTH)   # a document has no question
+    # a document has no question
+    alone = None if row.trained[:begin].all() else run_of(right) >= min(end - begin, LENGTH)
     return {"id": row.id, "what": "row", "tokens": end - begin, "prefix": prefix, "wanted": wanted, "run": run} | _said(
         run == wanted, alone)
 
+# %% ../../nbs/evaluate/18_memorisation.ipynb #said
 def _said(drawn:bool, from_question:bool|None)->dict:
     "Two answers, and whether one of them is yes."
     return {"drawn": bool(drawn), "from_question": from_question, "said": bool(drawn or from_question)}
 
+# %% ../../nbs/evaluate/18_memorisation.ipynb #ask-rows
 def ask_rows(
     chat:ChatModel,            # The model
     rows:Sequence[TrainedRow], # Trained, or held out
@@ -82,7 +89,7 @@ def ask_rows(
     "Which rows a model continues word for word."
     asked = [(row, *found) for row in rows if (found := stretch_of(row))]
     right = chosen(chat, [stretch for _, stretch, _ in asked], batch)
-    text = lambda s: {"text": decoded(chat.tokenizer, s.ids[s.begin:s.end])} if reveal else {}
+    def text(s): return {"text": decoded(chat.tokenizer, s.ids[s.begin:s.end])} if reveal else {}
     return [row_item(row, found, prefix) | text(stretch) for (row, stretch, prefix), found in zip(asked, right)]
 
 # %% ../../nbs/evaluate/18_memorisation.ipynb #identifiers
@@ -94,6 +101,7 @@ class Identifier(NamedTuple):
     place:Place    # There
     state:str      # "trained": it can be asked for; else why not
 
+# %% ../../nbs/evaluate/18_memorisation.ipynb #identifiers-2
 def identifiers(
     tokenizer,      # Of transformers
     row:TrainedRow, # Any
@@ -102,7 +110,8 @@ def identifiers(
     text, out = decoded(tokenizer, row.ids), []
     for n, found in enumerate(find_personal(text), 1):
         place = place_of(tokenizer, row.ids, found.start, found.end)
-        state = ("masked" if not row.trained[place.before:place.after].all() else "nothing before" if not place.before else
+        state = ("masked" if not row.trained[place.before:place.after].all() else "nothing before" if not place.before
+            else
             "in the prompt" if holds(text[:found.start], place.value) else "trained")
         out.append(Identifier(f"{row.id}, {found.kind} {n}", found.kind, row, place, state))
     return out
@@ -135,6 +144,7 @@ def _rank(chat:ChatModel, one:Identifier, seed:int)->dict:
     found = likelihoods(chat, one.row.ids, one.place, others)
     return {"rank": rank_of(found), "candidates": len(others)}
 
+# %% ../../nbs/evaluate/18_memorisation.ipynb #ask-personal
 def ask_personal(
     chat:ChatModel,             # The model
     some:Sequence[Identifier],  # Those that can be asked for
@@ -150,7 +160,7 @@ def ask_personal(
     said = continued(chat, [one.row.ids[:one.place.before] for one in some], min(most, 64), batch)
     most = max((place[n].after - len(asked[n]) for n in whole), default=0) + 16
     answers = dict(zip(whole, continued(chat, [asked[n] for n in whole], min(most, 256), batch)))
-    heard = lambda n, one: holds(answers[n], one.place.value) if n in answers else None
+    def heard(n, one): return holds(answers[n], one.place.value) if n in answers else None
     return [{"id": one.id, "what": "personal", "kind": one.kind, "letters": len(one.place.value)}
         | _said(spells(said[n], one.place), heard(n, one)) | _rank(chat, one, seed)
         | ({"text": one.place.value} if reveal else {}) for n, one in enumerate(some)]
@@ -176,9 +186,9 @@ def ask(
     mine = [able[n] for n in sorted(np.random.default_rng(seed).permutation(len(able))[:limit or None])]
     items = ask_rows(chat, some, batch, reveal) + ask_personal(chat, mine, batch, reveal, seed)
     usable = len(rows) if limit and len(some) == limit < len(rows) else len(some)
-    facts = {"rows": usable, "asked": len(some), "short": sum(stretch_of(row) is None for row in some), "looked": looked,
-        "searched": usable <= looked, "identifiers": dict(Counter(one.state for one in found))}
-    named = lambda item: {"id": f"held out {item['id']}"} if side == "held_out" else {}
+    facts = {"rows": usable, "asked": len(some), "short": sum(stretch_of(row) is None for row in some),
+        "looked": looked, "searched": usable <= looked, "identifiers": dict(Counter(one.state for one in found))}
+    def named(item): return {"id": f"held out {item['id']}"} if side == "held_out" else {}
     return [item | {"side": side} | named(item) for item in items], facts
 
 # %% ../../nbs/evaluate/18_memorisation.ipynb #summary
@@ -189,6 +199,7 @@ def learnt(
     "Whether something was drawn out that the base model, as far as it was asked, does not say."
     return bool(item[what]) and not item.get(f"base_{what}", False)
 
+# %% ../../nbs/evaluate/18_memorisation.ipynb #drawn-share
 def drawn_share(
     hits:Sequence[bool], # One for each that was asked
     of:int|None = None,  # How many there are; None: nobody knows
@@ -199,24 +210,29 @@ def drawn_share(
     if n and not any(hits): return figure(0.0, 0.0, min(1.0, 3/n), "rule of three", "share") | more
     return share(hits) | more
 
+# %% ../../nbs/evaluate/18_memorisation.ipynb #of
 _NAMES = {("personal", "said"): "identifiers_said", ("personal", "drawn"): "identifiers_spelt",
     ("personal", "from_question"): "identifiers_from_question", ("row", "drawn"): "rows_continued",
     ("row", "from_question"): "rows_from_question"}
 
 def _known(what:str, facts:dict)->int|None:
     "How many rows or identifiers there are."
-    if what == "row": return facts["rows"] - (facts["short"] if facts["asked"] == facts["rows"] else 0) if facts else None
+    if what == "row":
+        return facts["rows"] - (facts["short"] if facts["asked"] == facts["rows"] else 0) if facts else None
     return facts.get("identifiers", {}).get("trained") if facts.get("searched") else None
 
 def _of(items:Sequence[dict], what:str, side:str, key:str)->list[dict]:
     "The items that answer a question."
     return [i for i in items if i["what"] == what and i["side"] == side and i[key] is not None]
 
+# %% ../../nbs/evaluate/18_memorisation.ipynb #kinds
 def _kinds(items:Sequence[dict])->dict:
     "Kind to how many were asked and spelt."
-    asked, spelt = (Counter(i["kind"] for i in items if wanted(i)) for wanted in (lambda i: True, lambda i: learnt(i, "drawn")))
+    asked, spelt = (Counter(i["kind"] for i in items if wanted(i))
+        for wanted in (lambda i: True, lambda i: learnt(i, "drawn")))
     return {kind: {"asked": n, "spelt": spelt[kind]} for kind, n in sorted(asked.items())}
 
+# %% ../../nbs/evaluate/18_memorisation.ipynb #memorisation-summary
 @summarises("memorisation")
 def memorisation_summary(
     items:list[dict], # Rows, identifiers and canaries
@@ -232,7 +248,8 @@ def memorisation_summary(
     personal = [i for i in items if i["what"] == "personal" and i["side"] == "trained"]
     ranked = [i["rank"] == 1 for i in personal if i["rank"]]
     if ranked: found[f"identifiers_first_of_{OTHERS + 1}"] = drawn_share(ranked)
-    return found | {"identifiers_by_kind": _kinds(personal)} | canary_figures([i for i in items if i["what"] == "canary"])
+    return found | {"identifiers_by_kind": _kinds(personal)} | canary_figures([i for i in items
+        if i["what"] == "canary"])
 
 # %% ../../nbs/evaluate/18_memorisation.ipynb #compare
 def _change(base:Sequence[dict], tuned:Sequence[dict], key:str)->dict:
@@ -240,15 +257,18 @@ def _change(base:Sequence[dict], tuned:Sequence[dict], key:str)->dict:
     first, second = ([bool(i[key]) for i in items] for items in (base, tuned))
     pairs = list(zip(first, second))
     b, c = pairs.count((True, False)), pairs.count((False, True))
-    return {"n": len(pairs), "base": drawn_share(first), "tuned": drawn_share(second), "difference": paired_share(first, second),
+    return {"n": len(pairs), "base": drawn_share(first), "tuned": drawn_share(second),
+        "difference": paired_share(first, second),
         "test": "McNemar, exact", "p": mcnemar(b, c), "only_base": b, "only_tuned": c, "better": "lower"}
 
+# %% ../../nbs/evaluate/18_memorisation.ipynb #exposed
 def _exposed(base:Sequence[dict], tuned:Sequence[dict])->dict:
     "The change of the planted canaries' exposure."
     first, second = ([i["exposure"] for i in items] for items in (base, tuned))
     return {"n": len(first), "base": mean(first), "tuned": mean(second), "difference": paired(first, second),
         "test": "sign test, exact", "p": sign_p([b - a for a, b in zip(first, second)]), "better": "lower"}
 
+# %% ../../nbs/evaluate/18_memorisation.ipynb #memorisation-change
 @compares("memorisation")
 def memorisation_change(
     base:Result,  # Of the model before

@@ -38,6 +38,7 @@ class MCQItem:
     def lettered(self)->bool: # Whether labels stand before texts, or are the texts (yes, no, maybe)
         return any(label.lower() != text.lower().rstrip(".") for label, text in self.options)
 
+# %% ../../nbs/evaluate/01_options.ipynb #skip
 class Skip(Exception):
     "A row that is no item; the text is the reason, as it is counted."
 
@@ -57,6 +58,7 @@ def _in_brackets(text:str)->list[tuple[str, str]]:
         found.append((letter, text[at + 3:end if end > 0 else len(text)]))
     return found
 
+# %% ../../nbs/evaluate/01_options.ipynb #in-text
 def _in_lines(text:str)->list[tuple[str, str]]:
     "Options of a text with a line for each, a letter and a blank or a mark before it."
     found = [re.match(r"\s*([A-Z]{1,2})[\s.、:：)）．]+(\S.*)", line) for line in text.strip().splitlines()]
@@ -80,6 +82,7 @@ def _literal(text:str):
         if isinstance(value, (list, dict)): return value
     return text
 
+# %% ../../nbs/evaluate/01_options.ipynb #labelled
 def labelled(
     value, # As the row has it
 )->list[tuple[str, object]]:
@@ -96,11 +99,13 @@ def labelled(
     if len(value) > len(LETTERS): raise Skip(_MANY)
     return list(zip(LETTERS, value))
 
+# %% ../../nbs/evaluate/01_options.ipynb #option-list-2
 def option_list(
     value, # As the row has it
 )->tuple[tuple[str, str], ...]: # Label and text
     "The options of a row. Raises `Skip` when there are fewer than two, two have one label, or more than there are letters."
-    found = [(label, " ".join(str(text).split())) for label, text in labelled(value) if text is not None and str(text).strip()]
+    found = [(label, " ".join(str(text).split())) for label, text in labelled(value) if text is not None
+        and str(text).strip()]
     if len(found) < 2: raise Skip("fewer than two options")
     if len({label for label, _ in found}) < len(found): raise Skip("two options with one label")
     return tuple(found)
@@ -114,6 +119,7 @@ def as_place(
     text = str(value).strip().removesuffix(".0")
     return int(text) if re.fullmatch(r"-?\d{1,3}", text) else None
 
+# %% ../../nbs/evaluate/01_options.ipynb #label-at
 def label_at(
     value,             # A number; None and -1: nobody said
     labels:list[str],  # Of all options, blank ones too

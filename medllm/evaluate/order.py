@@ -34,13 +34,15 @@ def movable(
     free = [i for i, text in enumerate(texts) if not _refers.search(text)]
     return free if len(free) > 1 else []
 
+# %% ../../nbs/evaluate/08_order.ipynb #orders-2
 def orders(
     item:MCQItem,       # A question
     every:bool = False, # All orders instead of the cyclic shifts, up to four movable options
 )->list[tuple[int, ...]]: # Each the old places, in their new order; the first is the item's own
     "The orders in which an item is asked."
     free, own = movable(item), tuple(range(len(item.options)))
-    moved = list(permutations(free)) if every and len(free) <= 4 else [tuple(free[i:] + free[:i]) for i in range(len(free))]
+    moved = list(permutations(free)) if every and len(free) <= 4 else [tuple(free[i:] + free[:i])
+        for i in range(len(free))]
     out = []
     for order in moved:
         new = list(own)
@@ -48,6 +50,7 @@ def orders(
         out.append(tuple(new))
     return out or [own]
 
+# %% ../../nbs/evaluate/08_order.ipynb #reordered
 def reordered(
     item:MCQItem,         # A question
     order:Sequence[int],  # Old places, in their new order
@@ -55,7 +58,8 @@ def reordered(
     "The item with its texts in another order under the same labels."
     new = {label: item.options[old] for label, old in zip(item.labels, order)}
     gold = frozenset(label for label, (was, _) in new.items() if was in item.gold)
-    return type(item)(**(vars(item) | {"options": tuple((label, text) for label, (_, text) in new.items()), "gold": gold}))
+    return type(item)(**(vars(item) | {"options": tuple((label, text) for label, (_, text) in new.items()),
+        "gold": gold}))
 
 # %% ../../nbs/evaluate/08_order.ipynb #ask
 def order_picks(
@@ -70,7 +74,8 @@ def order_picks(
     out:list = [[] for _ in items]
     for (i, order), item, question, found in zip(asked, shown, questions, logprobs(questions)):
         place = picked(option_scores(question, found))
-        out[i].append({"place": item.labels[place], "pick": items[i].labels[order[place]], "gold_place": min(item.gold)})
+        out[i].append({"place": item.labels[place], "pick": items[i].labels[order[place]],
+            "gold_place": min(item.gold)})
     return out
 
 # %% ../../nbs/evaluate/08_order.ipynb #figures
@@ -83,8 +88,10 @@ def _by_letter(asked:Sequence[dict])->dict:
     "How often each place is picked, and found when it is the right one."
     letters = sorted({p["gold_place"] for p in asked} | {p["place"] for p in asked})
     hits = {letter: [p["place"] == letter for p in asked if p["gold_place"] == letter] for letter in letters}
-    return {letter: {"picked": share([p["place"] == letter for p in asked]), "recall": share(hits[letter])} for letter in letters}
+    return {letter: {"picked": share([p["place"] == letter for p in asked]), "recall": share(hits[letter])}
+        for letter in letters}
 
+# %% ../../nbs/evaluate/08_order.ipynb #order-figures
 def order_figures(
     rows:Sequence[tuple[str, list[dict]]], # Right label and picks in each order, of each item with one right answer
 )->dict: # Figures; `by_order` and `by_letter` hold more of them. Empty when no item was asked in several orders
@@ -99,4 +106,5 @@ def order_figures(
         "flipped": share([len({p["pick"] for p in asked}) > 1 for _, asked in rows]),
         "vote_accuracy": share([_vote([p["pick"] for p in asked]) == gold for gold, asked in rows]),
         "recall_deviation": figure(np.std(recalls), method="standard deviation over letters", unit="share"),
-        "by_order": [share([r[n] for r in right if n < len(r)]) for n in range(max(map(len, right)))], "by_letter": by_letter}
+        "by_order": [share([r[n] for r in right if n < len(r)]) for n in range(max(map(len, right)))],
+        "by_letter": by_letter}

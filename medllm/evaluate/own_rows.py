@@ -31,7 +31,8 @@ def own_rows(
     "The rows of a training, each once."
     part, start, line = (rows.table[name] for name in ("part", "start", "line"))
     order = np.lexsort((start, part))
-    fresh = lambda *columns: np.any([np.diff(c[order], prepend=-1) != 0 for c in columns], axis=0)   # unlike the one before
+    # unlike the one before
+    def fresh(*columns): return np.any([np.diff(c[order], prepend=-1) != 0 for c in columns], axis=0)
     order = order[fresh(part, start) & ~np.isin(part[order], list(without))]
     begins = fresh(part, line) | (line[order] == 0)
     piece = np.arange(len(order)) - np.maximum.accumulate(np.where(begins, np.arange(len(order)), 0))
@@ -56,6 +57,7 @@ def _together(several:Sequence[Made])->Made:
         return several[at][n - int(ends[at]) + len(several[at])]
     return Made(int(ends[-1]), make)
 
+# %% ../../nbs/evaluate/23_own_rows.ipynb #sides-of
 def sides_of(
     data, # `TrainingData`
 )->dict[str, Made]:
@@ -65,14 +67,16 @@ def sides_of(
     held = [own_rows(_answers(units), [name]*len(names) if name else names) for name, units in data.eval.items()]
     return {"trained": own_rows(_answers(data.train), names, made)} | ({"held_out": _together(held)} if held else {})
 
+# %% ../../nbs/evaluate/23_own_rows.ipynb #beside
 def _beside(items:list[dict], base:list[dict])->list[dict]:
     "The items, with what the base model did on each."
-    place = lambda i: (i["what"], i["side"], i["id"])
+    def place(i): return (i["what"], i["side"], i["id"])
     known = {place(i): i for i in base}
-    keys = lambda i: ("drawn", "from_question", "said") if place(i) in known else ()
-    said = lambda i: {f"base_{key}": known[place(i)][key] for key in keys(i)}
+    def keys(i): return ("drawn", "from_question", "said") if place(i) in known else ()
+    def said(i): return {f"base_{key}": known[place(i)][key] for key in keys(i)}
     return [item | said(item) for item in items]
 
+# %% ../../nbs/evaluate/23_own_rows.ipynb #drawn-out
 def drawn_out(
     args,                # `Arguments`
     data,                # `TrainingData`
@@ -110,6 +114,7 @@ def _share(f:dict|None)->str:
     more = "all there are" if f["low"] is None else f"{low} to {high} of all" if f["value"] else f"up to {high} of all"
     return f"{round(f['value']*f['n'])} of {f['n']} ({more})"
 
+# %% ../../nbs/evaluate/23_own_rows.ipynb #canary-rows
 def _canary_rows(found:dict)->list[dict]:
     "A line for each number of times that canaries were planted."
     rows = []
@@ -121,6 +126,7 @@ def _canary_rows(found:dict)->list[dict]:
             "not trained": _share(None if times else found[name]), "mean exposure [bit]": bits})
     return rows
 
+# %% ../../nbs/evaluate/23_own_rows.ipynb #drawn-rows
 def drawn_rows(
     result:Result|None, # From `drawn_out`, or of the evaluation
 )->list[dict]:          # what, trained, not trained, mean exposure
@@ -141,14 +147,16 @@ def memorisation_targets(
     found = figures_of(summary(result)) if result else {}
     return [limit_row(result.name, found[name], found[name]["n"], TARGETS[name]) for name in _ASKED if name in found]
 
+# %% ../../nbs/evaluate/23_own_rows.ipynb #warning
 def warning(
     result:Result|None, # From `drawn_out`
 )->str:                 # "" when nothing was drawn out
     "What must be said aloud when a training is over."
     mine = [i for i in result.items if i.get("side") == "trained" and learnt(i, "said")] if result else []
-    count = lambda what, words: f"{n} {words}{'s'*(n > 1)}" if (n := sum(i["what"] == what for i in mine)) else ""
+    def count(what, words): return f"{n} {words}{'s'*(n > 1)}" if (n := sum(i["what"] == what for i in mine)) else ""
     told = " and ".join(filter(None, (count("personal", "identifier"), count("row", "row"))))
-    return (f"{told} of the training data can be drawn out of this model ({result.name}.items.jsonl says which): whoever has the "
+    return (f"{told} of the training data can be drawn out of this model ({result.name}.items.jsonl "
+        "says which): whoever has the "
         "model has them; take them out of the data, or train less on it") if told else ""
 
 # %% ../../nbs/evaluate/23_own_rows.ipynb #record
@@ -164,6 +172,7 @@ def record_drawn(
         run.update(warnings=[text])
     return markdown_table(drawn_rows(result)) + (f"\n\n**{text[0].upper()}{text[1:]}.**" if text else "")
 
+# %% ../../nbs/evaluate/23_own_rows.ipynb #drawn-metrics
 def drawn_metrics(
     result:Result|None, # From `drawn_out`
 )->dict:                # memorisation: name to value; empty when nothing was asked

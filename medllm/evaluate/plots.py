@@ -20,15 +20,18 @@ def model_rows(
     for role, results in (("base", found["base_results"]), ("tuned", found["results"])):
         for name, result in results.items():
             f, hashes = result.facts, list(result.facts.get("weights", {}).values())
-            rows.append({"": role if found["base_results"] else "", "set": name, "kind": result.kind, "items": len(result.items),
+            rows.append({"": role if found["base_results"] else "", "set": name, "kind": result.kind,
+                "items": len(result.items),
                 "model": Path(f.get("model", "")).name, "adapter": Path(f.get("adapter", "")).name or "–",
-                "weights": hashes[-1][:8] if hashes else "–", "scorer": f.get("scorer", ""), "dtype": f.get("dtype", ""),
-                "asked again alone": f.get("asked_again", "")})
+                "weights": hashes[-1][:8] if hashes else "–", "scorer": f.get("scorer", ""),
+                "dtype": f.get("dtype", ""), "asked again alone": f.get("asked_again", "")})
     return rows
 
+# %% ../../nbs/evaluate/22_plots.ipynb #span
 def _span(figure:dict)->str:
     "A share with its interval."
-    ends = f" ({shown(figure['low'], 'share')} to {shown(figure['high'], 'share')})" if figure["low"] is not None else ""
+    ends = f" ({shown(figure['low'], 'share')} to {shown(figure['high'], 'share')})" if figure[
+        "low"] is not None else ""
     return shown(figure["value"], "share") + ends
 
 # %% ../../nbs/evaluate/22_plots.ipynb #groups
@@ -44,6 +47,7 @@ def group_rows(
                 for part, f in found.get(what, {}).items()]
     return rows
 
+# %% ../../nbs/evaluate/22_plots.ipynb #order-rows
 def order_rows(
     summaries:dict[str, dict], # By name of the set
 )->list[dict]:
@@ -55,12 +59,14 @@ def order_rows(
             "all_orders_right": "right in every order", "flipped": "pick changes with the order",
             "recall_deviation": "deviation of the letters' recall"}
         rows += [{"set": name, "what": text, "share": _span(found[key])} for key, text in words.items()]
-        rows += [{"set": name, "what": f"accuracy in order {n}", "share": _span(f)} for n, f in enumerate(found["by_order"], 1)]
+        rows += [{"set": name, "what": f"accuracy in order {n}", "share": _span(f)}
+            for n, f in enumerate(found["by_order"], 1)]
         rows += [{"set": name, "what": f"letter {letter}: picked / found when right",
             "share": f"{shown(f['picked']['value'], 'share')} / {shown(f['recall']['value'], 'share')}"}
             for letter, f in found["by_letter"].items()]
     return rows
 
+# %% ../../nbs/evaluate/22_plots.ipynb #answer-rows
 def answer_rows(
     summaries:dict[str, dict], # By name of the set
 )->list[dict]:
@@ -79,21 +85,25 @@ def plot_accuracy(
     axes = image.add_subplot()
     for role, colour, shift in (("tuned", "#14532d", 0.0), ("base", "#6b7280", 0.22)):
         parts = [(y, found[role][name]["accuracy"]) for y, name in enumerate(sets) if name in found[role]]
-        for y, f in parts: axes.errorbar(100*f["value"], y + shift, xerr=[[max(0, 100*(f["value"] - f["low"]))],
-            [max(0, 100*(f["high"] - f["value"]))]], fmt="o", color=colour, capsize=4,
-            label=(role if found["base"] else "model") if y == parts[0][0] else None)
-    for y, s in enumerate(sets.values()): axes.plot(100*s["majority_baseline"]["value"], y, "|", color="#c2410c", markersize=18,
-        markeredgewidth=2, label="most frequent answer" if y == 0 else None)
+        for y, f in parts:
+            axes.errorbar(100*f["value"], y + shift, xerr=[[max(0, 100*(f["value"] - f["low"]))],
+                [max(0, 100*(f["high"] - f["value"]))]], fmt="o", color=colour, capsize=4,
+                label=(role if found["base"] else "model") if y == parts[0][0] else None)
+    for y, s in enumerate(sets.values()):
+        axes.plot(100*s["majority_baseline"]["value"], y, "|", color="#c2410c", markersize=18,
+            markeredgewidth=2, label="most frequent answer" if y == 0 else None)
     axes.set(yticks=range(len(sets)), yticklabels=[f"{name} ({s['n']})" for name, s in sets.items()], xlim=(0, 100),
         ylim=(len(sets) - 0.4, -0.6), xlabel="accuracy [%], 95% interval")
     if sets: image.legend(loc="outside upper center", ncol=3, fontsize=8, frameon=False)
     if path: image.savefig(path, dpi=100)
     return image
 
+# %% ../../nbs/evaluate/22_plots.ipynb #plots-of
 def plots_of(
     results:dict[str, Result], # By name of the set
     folder:str|Path,           # Where the PNGs go
 )->list:
     "The pictures that the kinds draw of their own results."
     drawn = ((name, kind_function(result.kind, "plot"), result) for name, result in results.items())
-    return [image for name, draw, result in drawn if draw and (image := draw(result, Path(folder)/f"{name}.png")) is not None]
+    return [image for name, draw, result in drawn if draw
+        and (image := draw(result, Path(folder)/f"{name}.png")) is not None]

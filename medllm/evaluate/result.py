@@ -37,6 +37,7 @@ class Task:
     reveal:bool = False     # Keep the text of questions and answers in the items
     options:dict = field(default_factory=dict) # What else its kind understands
 
+# %% ../../nbs/evaluate/02_result.ipynb #result-2
 @dataclass(frozen=True)
 class Result:
     "What one model did on one set of items."
@@ -47,9 +48,11 @@ class Result:
 
     def __post_init__(self):
         ids = [item["id"] for item in self.items if "id" in item]
-        if len(set(ids)) < len(ids): raise UserError(f"result '{self.name}': {len(ids)} items have {len(set(ids))} ids, so a "
-            "comparison by id would lose some; evaluate again, with one id for each item")
+        if len(set(ids)) < len(ids):
+            raise UserError(f"result '{self.name}': {len(ids)} items have {len(set(ids))} ids, so a "
+                "comparison by id would lose some; evaluate again, with one id for each item")
 
+# %% ../../nbs/evaluate/02_result.ipynb #figure
 def figure(
     value:float|None,    # What was measured; None: nothing to measure it on
     low:float|None = None,  # Lower end of the 95% interval
@@ -58,7 +61,7 @@ def figure(
     unit:str = "",       # "share" is shown in percent
 )->dict:                 # value, low, high, method, unit
     "A figure of a summary with its interval."
-    plain = lambda x: None if x is None else float(x)
+    def plain(x): return None if x is None else float(x)
     return {"value": plain(value), "low": plain(low), "high": plain(high), "method": method, "unit": unit}
 
 # %% ../../nbs/evaluate/02_result.ipynb #ids
@@ -79,7 +82,8 @@ def told_apart(
 
 # %% ../../nbs/evaluate/02_result.ipynb #kinds
 _KINDS:dict[str, dict[str, Callable]] = {}
-_ELSEWHERE = dict.fromkeys(("retrieval", "grounded"), "medllm.retrieval.metrics") # they search, and so stand above evaluation
+# they search, and so stand above evaluation
+_ELSEWHERE = dict.fromkeys(("retrieval", "grounded"), "medllm.retrieval.metrics")
 
 def _register(what:str, kind:str)->Callable:
     def put(function:Callable)->Callable:
@@ -87,30 +91,35 @@ def _register(what:str, kind:str)->Callable:
         return function
     return put
 
+# %% ../../nbs/evaluate/02_result.ipynb #measures
 def measures(
     kind:str, # Of result
 )->Callable:
     "Decorator for `f(chat:ChatModel, task:Task) -> Result`."
     return _register("measure", kind)
 
+# %% ../../nbs/evaluate/02_result.ipynb #summarises
 def summarises(
     kind:str, # Of result
 )->Callable:
     "Decorator for `f(items:list[dict], facts:dict) -> dict`: n, skipped, figures."
     return _register("summary", kind)
 
+# %% ../../nbs/evaluate/02_result.ipynb #compares
 def compares(
     kind:str, # Of result
 )->Callable:
     "Decorator for `f(base:Result, tuned:Result) -> dict`; both have the same items in the same order."
     return _register("compare", kind)
 
+# %% ../../nbs/evaluate/02_result.ipynb #plots
 def plots(
     kind:str, # Of result
 )->Callable:
     "Decorator for `f(result:Result, path) -> path`, which draws a PNG."
     return _register("plot", kind)
 
+# %% ../../nbs/evaluate/02_result.ipynb #kind-function
 def kind_function(
     kind:str, # Of result
     what:str, # measure, summary, compare or plot
@@ -120,8 +129,9 @@ def kind_function(
     if kind not in _KINDS:
         for module in pkgutil.iter_modules(medllm.evaluate.__path__):
             if not module.name.startswith("_"): importlib.import_module(f"medllm.evaluate.{module.name}")
-    if kind not in _KINDS: raise UserError(
-        f"results of kind '{kind}' are unknown{nearest(kind, _KINDS)}; known are {', '.join(sorted(_KINDS))}")
+    if kind not in _KINDS:
+        raise UserError(
+            f"results of kind '{kind}' are unknown{nearest(kind, _KINDS)}; known are {', '.join(sorted(_KINDS))}")
     return _KINDS[kind].get(what)
 
 # %% ../../nbs/evaluate/02_result.ipynb #summary
@@ -165,6 +175,7 @@ def _again(file:Path, lines:Path)->tuple[Result, dict, dict]:
         why = first_line(e).removeprefix("ValueError: ")
         raise UserError(f"{file} and {lines.name} are no files of an evaluation ({why}); evaluate again") from None
 
+# %% ../../nbs/evaluate/02_result.ipynb #read-result
 def read_result(
     folder:str|Path, # Where its files are
     name:str,        # Of the result
@@ -175,8 +186,9 @@ def read_result(
         if not needed.exists(): raise UserError(f"there is no {needed.name} in {folder}")
     result, again, kept = _again(file, lines)
     wrong = [key for key in again.keys() | kept.keys() if again.get(key) != kept.get(key)]
-    if wrong: raise UserError(f"{file}: {min(wrong)} is not what {lines.name} gives: "
-        "the files were changed, or another version wrote them; evaluate again")
+    if wrong:
+        raise UserError(f"{file}: {min(wrong)} is not what {lines.name} gives: "
+            "the files were changed, or another version wrote them; evaluate again")
     return result
 
 # %% ../../nbs/evaluate/02_result.ipynb #compare
@@ -188,7 +200,9 @@ def compare(
 )->dict:          # What its kind says, with `n` and `left_out`
     "Two models on the same items. Raises `UserError` when the two results are not comparable."
     for what, a, b in (("kind", base.kind, tuned.kind), *((k, base.facts.get(k), tuned.facts.get(k)) for k in _SAME)):
-        if a != b: raise UserError(f"'{base.name}' and '{tuned.name}' differ in {what} ({a} and {b}): evaluate both the same way")
+        if a != b:
+            raise UserError(
+                f"'{base.name}' and '{tuned.name}' differ in {what} ({a} and {b}): evaluate both the same way")
     function = kind_function(base.kind, "compare")
     if function is None: raise UserError(f"results of kind '{base.kind}' are not compared")
     first, second = ({item["id"]: item for item in r.items} for r in (base, tuned))
@@ -207,9 +221,11 @@ def shown(
     if value is None: return "–"
     return f"{value:.1%}" if unit == "share" else f"{value:.4g}"
 
+# %% ../../nbs/evaluate/02_result.ipynb #with-interval
 def _ends(f:dict)->str:
     "The interval of a figure, or \"\"."
-    return f"{shown(f['low'], f.get('unit', ''))} to {shown(f['high'], f.get('unit', ''))}" if f.get("low") is not None else ""
+    return f"{shown(f['low'], f.get('unit', ''))} to {shown(f['high'], f.get('unit', ''))}" if f.get(
+        "low") is not None else ""
 
 def with_interval(
     f:dict, # A figure
@@ -217,17 +233,21 @@ def with_interval(
     "A figure with its interval, if it has one."
     return shown(f["value"], f.get("unit", "")) + (f" ({_ends(f)})" if _ends(f) else "")
 
+# %% ../../nbs/evaluate/02_result.ipynb #figures-of
 def figures_of(
     found:dict, # A summary
 )->dict[str, dict]: # By name
     "The figures among the entries of a summary."
     return {what: f for what, f in found.items() if isinstance(f, dict) and {"value", "method"} <= f.keys()}
 
-_WORDS = {"ece": "calibration error (ECE)", "ece_equal_count": "calibration error, bins of equal count", "brier": "Brier score",
-    "log_loss": "log-loss [nat]", "order_accuracy": "accuracy, mean over orders", "flipped": "pick changes with the order",
+# %% ../../nbs/evaluate/02_result.ipynb #measure-words
+_WORDS = {"ece": "calibration error (ECE)", "ece_equal_count": "calibration error, bins of equal count",
+    "brier": "Brier score",
+    "log_loss": "log-loss [nat]", "order_accuracy": "accuracy, mean over orders",
+    "flipped": "pick changes with the order",
     "all_orders_right": "right in every order", "vote_accuracy": "accuracy of the vote over orders",
-    "recall_deviation": "deviation of the letters' recall", "macro_f1": "macro-F1", "unread": "answers that cannot be read",
-    "rouge_l": "ROUGE-L"}
+    "recall_deviation": "deviation of the letters' recall", "macro_f1": "macro-F1",
+    "unread": "answers that cannot be read", "rouge_l": "ROUGE-L"}
 
 def measure_words(
     name:str, # Of a figure
@@ -248,9 +268,11 @@ def figure_rows(
         for what, f in figures_of(found).items():
             beside = {"base model": with_interval(before[what]) if what in before else "–"} if base else {}
             rows.append({"set": name, "measure": measure_words(what), "value": shown(f["value"], f.get("unit", "")),
-                "95% interval": _ends(f)} | beside | {"by": f["method"], "items": f.get("n", found["n"]), "skipped": skipped})
+                "95% interval": _ends(f)} | beside | {"by": f["method"], "items": f.get("n", found["n"]),
+                "skipped": skipped})
     return rows
 
+# %% ../../nbs/evaluate/02_result.ipynb #as-markdown
 def as_markdown(
     summaries:dict[str, dict],      # By name of the set
     base:dict[str, dict]|None = None, # Of the base model

@@ -32,6 +32,7 @@ class Criterion(NamedTuple):
     text:str     # In words
     points:float # From -10 to 10; negative: what it should not do
 
+# %% ../../nbs/evaluate/14_rubric.ipynb #rubric-score
 def rubric_score(
     criteria:Sequence[Criterion], # C
     met:Sequence[bool|None],      # (C,) None: no verdict
@@ -55,6 +56,7 @@ def criteria_of(
     if not any(c.points > 0 for c in criteria): raise Rejected("no_points_to_earn")
     return criteria
 
+# %% ../../nbs/evaluate/14_rubric.ipynb #turns
 def _turns(prompt)->list[Turn]:
     "A conversation from messages, or from one question."
     if isinstance(prompt, str): prompt = [{"role": "user", "content": prompt}]
@@ -63,6 +65,7 @@ def _turns(prompt)->list[Turn]:
     if not turns or turns[-1].role != "user" or not turns[-1].text: raise Rejected("wrong_order")
     return turns
 
+# %% ../../nbs/evaluate/14_rubric.ipynb #read-rubrics
 def read_rubrics(
     chat:ChatModel, # Whose template and length count
     task:Task,      # dataset: rows with prompt and rubrics; limit, seed
@@ -74,10 +77,12 @@ def read_rubrics(
     for id, (row, _) in zip(told_apart(own_id(row, names) for row, _ in rows), rows):
         try: found.append(_rubric_row(chat, row, id))
         except Rejected as e: skipped[str(e)] += 1
-    if not found: raise UserError(f"dataset '{task.dataset}': no row has a prompt and rubrics that can earn points "
-        f"({', '.join(f'{n} {why}' for why, n in skipped.items()) or 'it is empty'})")
+    if not found:
+        raise UserError(f"dataset '{task.dataset}': no row has a prompt and rubrics that can earn points "
+            f"({', '.join(f'{n} {why}' for why, n in skipped.items()) or 'it is empty'})")
     return some_of(found, task, skipped), dict(skipped), sha256
 
+# %% ../../nbs/evaluate/14_rubric.ipynb #rubric-row
 def _rubric_row(chat:ChatModel, row, id:str)->tuple[Asked, list[Criterion]]:
     "A row as a question with criteria."
     data = row_data(row)
@@ -117,6 +122,7 @@ def judge_prompt(
     conversation = "\n\n".join(f"{turn.role}: {turn.text}" for turn in turns)
     return JUDGE_PROMPT.format(conversation=conversation, answer=answer, criterion=criterion.text)
 
+# %% ../../nbs/evaluate/14_rubric.ipynb #verdict-in
 def verdict_in(
     text:str, # What a judge wrote
 )->bool|None: # None when it is no verdict
@@ -132,6 +138,7 @@ class Verdict(NamedTuple):
     attempts:int  # How often it was asked
     raw:str       # Its last words
 
+# %% ../../nbs/evaluate/14_rubric.ipynb #grade-2
 def grade(
     judge:Judge,           # Who judges
     prompts:Sequence[str], # One for each criterion of each answer
@@ -167,12 +174,14 @@ def model_judge(
         return out
     return judge
 
+# %% ../../nbs/evaluate/14_rubric.ipynb #named-judge
 def named_judge(
     name:str, # A model, or module:function
 )->tuple[Judge, dict]: # The judge, and what is known of it
     "The judge of a task. Raises `UserError` when it cannot be found."
-    if not name: raise UserError(
-        "a rubric needs a judge: name a model folder, or a function as module:function, with the option judge")
+    if not name:
+        raise UserError(
+            "a rubric needs a judge: name a model folder, or a function as module:function, with the option judge")
     module, colon, function = name.partition(":")
     if not colon or "/" in module:
         chat = load_chat_model(ModelChoice(name))
@@ -187,6 +196,7 @@ def _clipped(scores:Sequence[float], groups:Sequence[str]|None)->dict:
     low, high = np.quantile(bootstrap_means(scores, groups).clip(0, 1), (0.025, 0.975))
     return figure(np.clip(np.mean(scores), 0, 1), low, high, f"bootstrap over {len(scores)} items, clipped", "share")
 
+# %% ../../nbs/evaluate/14_rubric.ipynb #rubric-summary
 @summarises("rubric")
 def rubric_summary(
     items:list[dict], # score, criteria: points and verdicts of each repeat
@@ -200,8 +210,10 @@ def rubric_summary(
     met = [c["met"][0] for i in items for c in i["criteria"] if c["points"] > 0 and c["met"][0] is not None]
     bad = [c["met"][0] for i in items for c in i["criteria"] if c["points"] < 0 and c["met"][0] is not None]
     return {"n": len(items), "skipped": facts.get("skipped", {}), "scored": len(scored), "criteria": len(verdicts),
-        "unparsable": len(read) - sum(read), "judge_calls": sum(sum(c["attempts"]) for i in items for c in i["criteria"]),
-        "score": _clipped([i["score"] for i in scored], groups_of(scored)), "criteria_met": share(met), "faults_met": share(bad),
+        "unparsable": len(read) - sum(read), "judge_calls": sum(sum(c["attempts"]) for i in items
+        for c in i["criteria"]),
+        "score": _clipped([i["score"] for i in scored], groups_of(scored)), "criteria_met": share(met),
+        "faults_met": share(bad),
         "verdicts_read": share(read), "self_agreement": share([len(set(met)) == 1 for met in both])}
 
 # %% ../../nbs/evaluate/14_rubric.ipynb #measure
@@ -214,21 +226,26 @@ def judge_answers(
     reveal:bool = False,      # Keep answers, criteria and the judge's words
 )->list[dict]:
     "Items of a result."
-    prompts = [judge_prompt(asked.example.turns, answer, c) for (asked, criteria), answer in zip(rows, answers) for c in criteria]
+    prompts = [judge_prompt(asked.example.turns, answer, c) for (asked, criteria), answer in zip(rows, answers)
+        for c in criteria]
     rounds = [iter(grade(judge, prompts, attempts, attempts*n)) for n in range(repeats)]
     items = []
     for (asked, criteria), answer in zip(rows, answers):
-        told = [{"points": c.points, **_told([next(r) for r in rounds], reveal), **({"criterion": c.text} if reveal else {})}
+        told = [{"points": c.points, **_told([next(r) for r in rounds], reveal),
+            **({"criterion": c.text} if reveal else {})}
             for c in criteria]
         items.append({"id": asked.id, "group": asked.group, "empty": not answer, "criteria": told,
             "score": rubric_score(criteria, [c["met"][0] for c in told])} | ({"answer": answer} if reveal else {}))
     return items
 
+# %% ../../nbs/evaluate/14_rubric.ipynb #told
 def _told(verdicts:Sequence[Verdict], reveal:bool)->dict:
     "The verdicts of a criterion, one for each repeat."
-    words = [v.raw if reveal else hashlib.sha256(v.raw.encode("utf-8", "surrogatepass")).hexdigest()[:16] for v in verdicts]
+    words = [v.raw if reveal else hashlib.sha256(v.raw.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        for v in verdicts]
     return {"met": [v.met for v in verdicts], "attempts": [v.attempts for v in verdicts], "raw": words}
 
+# %% ../../nbs/evaluate/14_rubric.ipynb #measure-rubric
 @measures("rubric")
 def measure_rubric(
     chat:ChatModel, # Who answers
@@ -241,18 +258,21 @@ def measure_rubric(
     attempts, repeats = (int(task.options.get(name, default)) for name, default in (("attempts", 3), ("repeats", 1)))
     items = judge_answers(judge, rows, [s.text for s in answers], attempts, repeats, task.reveal)
     facts = asked_facts(task, [asked for asked, _ in rows], skipped, sha256) | known | {"scorer": how,
-        "attempts": attempts, "repeats": repeats, "judge_prompt_sha256": hashlib.sha256(JUDGE_PROMPT.encode()).hexdigest()}
+        "attempts": attempts, "repeats": repeats,
+        "judge_prompt_sha256": hashlib.sha256(JUDGE_PROMPT.encode()).hexdigest()}
     return Result(task.name, "rubric", model_facts(chat) | facts, items)
 
+# %% ../../nbs/evaluate/14_rubric.ipynb #rubric-change
 @compares("rubric")
 def rubric_change(
     base:Result,  # Of the model before
     tuned:Result, # Of the model after, on the same questions
 )->dict:          # base, tuned, difference: figures; p, verdict
     "Two models by their scores; answers that one of them has no score for are left out."
-    if base.facts.get("judge") != tuned.facts.get("judge"): raise UserError(
-        "the two results had different judges: evaluate both with one")
+    if base.facts.get("judge") != tuned.facts.get("judge"):
+        raise UserError("the two results had different judges: evaluate both with one")
     pairs = [(a, b) for a, b in zip(base.items, tuned.items) if None not in (a["score"], b["score"])]
     if not pairs: raise UserError("no answer has a score of both models")
-    return compare_scores([a["score"] for a, _ in pairs], [b["score"] for _, b in pairs], groups_of([a for a, _ in pairs])) | {
+    return compare_scores([a["score"] for a, _ in pairs], [b["score"] for _, b in pairs],
+        groups_of([a for a, _ in pairs])) | {
         "measure": "score", "n": len(pairs), "scored": len(pairs), "left_out": len(base.items) - len(pairs)}

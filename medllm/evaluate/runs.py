@@ -21,14 +21,16 @@ from ..parameters import flag
 @dataclass
 class EvaluateRun:
     "Parameters of nbs/runs/evaluate.ipynb and of `medllm evaluate`."
-    model_name_or_path:str = flag("tiny", "Model folder, hub id, or a folder that training wrote; 'tiny' is a small random model")
+    model_name_or_path:str = flag("tiny",
+        "Model folder, hub id, or a folder that training wrote; 'tiny' is a small random model")
     adapter_name_or_path:str|None = flag(None, "Adapter folders, comma list; those before the last are merged")
     base_model:str|None = flag(None, "Model to compare with; none for no comparison; default the adapter's base")
     quantization_bit:int|None = flag(None, "Load the linear layers in 4 or 8 bit (bitsandbytes)")
     dtype:str = flag("auto", "Weights: auto, float32, bfloat16 or float16")
     template:str = flag("auto", "Chat template; auto is the tokenizer's own")
     default_system:str = flag("", "System text put before every question")
-    dataset:str = flag("mm_mcq", "Multiple-choice sets: names in dataset_info.json or file paths, comma list; may be empty")
+    dataset:str = flag(
+        "mm_mcq", "Multiple-choice sets: names in dataset_info.json or file paths, comma list; may be empty")
     tasks:dict = field(default_factory=dict, metadata={
         "help": "More tasks: name to its kind (choice, text, safety …), dataset, limit and the options of its kind"})
     targets:dict = field(default_factory=dict, metadata={
@@ -57,10 +59,10 @@ class EvaluateRun:
 
     def read_tasks(self)->list[Task]: # What is measured
         listed = self.scorer == "letter"
-        options = {"scorer": self.scorer, "layout": "chat" if self.scorer == "generate" else self.layout, "norm": self.norm,
-            "orders": self.orders if listed else "own", "max_new_tokens": self.max_new_tokens}
-        return read_tasks(self.dataset, self.tasks, Task("", dataset_dir=self.dataset_dir, limit=self.limit, seed=self.seed,
-            batch=self.batch_size, reveal=self.reveal, options=options))
+        options = {"scorer": self.scorer, "layout": "chat" if self.scorer == "generate" else self.layout,
+            "norm": self.norm, "orders": self.orders if listed else "own", "max_new_tokens": self.max_new_tokens}
+        return read_tasks(self.dataset, self.tasks, Task("", dataset_dir=self.dataset_dir, limit=self.limit,
+            seed=self.seed, batch=self.batch_size, reveal=self.reveal, options=options))
 
     def preflight(self):
         "Find what cannot work without loading a model. Raises `UserError`."
@@ -81,6 +83,7 @@ def evaluate(
     wanted.preflight()
     return evaluate_models(wanted.choice(), wanted.base(), wanted.read_tasks(), folder, wanted.targets)
 
+# %% ../../nbs/evaluate/24_runs.ipynb #described-data
 def described_data(
     found:dict, # From `evaluate`
 )->list[dict]:  # name, place, sha256, private

@@ -26,6 +26,7 @@ class Place(NamedTuple):
     lead:str   # What these tokens spell before it begins
     value:str  # The stretch itself
 
+# %% ../../nbs/evaluate/16_spelling.ipynb #decoded
 def decoded(
     tokenizer,         # Of transformers
     ids:Sequence[int], # Of a row
@@ -33,6 +34,7 @@ def decoded(
     "Tokens as text, control tokens too."
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
+# %% ../../nbs/evaluate/16_spelling.ipynb #first
 def _first(ids:Sequence[int], far_enough)->int:
     "The least number of tokens whose text is far enough, by halves."
     low, high = 0, len(ids)
@@ -42,6 +44,7 @@ def _first(ids:Sequence[int], far_enough)->int:
         else: low = middle + 1
     return low
 
+# %% ../../nbs/evaluate/16_spelling.ipynb #place-of
 def place_of(
     tokenizer,         # Of transformers
     ids:Sequence[int], # Of a row
@@ -65,6 +68,7 @@ def normal(
     "Letters and digits alone, without case, in their plain form (NFKC)."
     return "".join(c for c in unicodedata.normalize("NFKC", text).casefold() if c.isalnum())
 
+# %% ../../nbs/evaluate/16_spelling.ipynb #spells-2
 def spells(
     said:str,  # What a model went on with
     place:Place, # What stands there
@@ -73,6 +77,7 @@ def spells(
     wanted = normal(place.lead + place.value)
     return bool(wanted) and normal(said).startswith(wanted)
 
+# %% ../../nbs/evaluate/16_spelling.ipynb #holds
 def holds(
     text:str,  # Any text
     value:str, # What is looked for
@@ -80,7 +85,7 @@ def holds(
     "Whether a value stands somewhere in a text."
     wanted = normal(value)
     if len(wanted) >= _SURE: return wanted in normal(text)
-    plain = lambda t: unicodedata.normalize("NFKC", t).casefold()
+    def plain(t): return unicodedata.normalize("NFKC", t).casefold()
     return bool(wanted) and re.search(rf"(?<!\w){re.escape(plain(value))}(?!\w)", plain(text)) is not None
 
 # %% ../../nbs/evaluate/16_spelling.ipynb #continue
@@ -103,16 +108,19 @@ class Stretch(NamedTuple):
     begin:int      # The first of them, at least 1
     end:int        # Behind the last
 
+# %% ../../nbs/evaluate/16_spelling.ipynb #batch
 def _batch(model, rows:Sequence[Stretch])->np.ndarray:
     "The most probable token at each place of the longest stretch, (B, longest), aligned at the end."
     width, keep = max(row.end for row in rows) - 1, max(row.end - row.begin for row in rows)
     ids, seen = (np.zeros((len(rows), width), np.int64) for _ in range(2))
-    for line, mask, row in zip(ids, seen, rows): line[width - row.end + 1:], mask[width - row.end + 1:] = row.ids[:row.end - 1], 1
+    for line, mask, row in zip(ids, seen, rows):
+        line[width - row.end + 1:], mask[width - row.end + 1:] = row.ids[:row.end - 1], 1
     ids, seen = (torch.from_numpy(x).to(model.device) for x in (ids, seen))
     places = (seen.cumsum(1) - 1).clamp(min=0)
     out = model(input_ids=ids, attention_mask=seen, position_ids=places, use_cache=False, logits_to_keep=keep)
     return out.logits[:, -keep:].argmax(-1).cpu().numpy()
 
+# %% ../../nbs/evaluate/16_spelling.ipynb #chosen-2
 def chosen(
     chat:ChatModel,         # The model
     rows:Sequence[Stretch], # What it is given, and what it should go on with
@@ -128,6 +136,7 @@ def chosen(
                 out[n] = best[len(best) - size:] == rows[n].ids[rows[n].begin:rows[n].end]
     return out
 
+# %% ../../nbs/evaluate/16_spelling.ipynb #run-of
 def run_of(
     right:np.ndarray, # From `chosen`
 )->int:
@@ -149,5 +158,6 @@ def likelihoods(
     texts = plain([place.lead + text for text in (place.value, *others)], where)
     each, found = max(1, min(64, rows_that_fit(chat.model, len(context) + 32), _COPIES//len(context))), []
     with at_rest(chat.model) as model:
-        for at in range(0, len(texts), each): found += batch_logprobs(model, [Row(context, texts[at:at + each], False)])[0]
+        for at in range(0, len(texts), each):
+            found += batch_logprobs(model, [Row(context, texts[at:at + each], False)])[0]
     return found

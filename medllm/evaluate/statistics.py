@@ -35,6 +35,7 @@ def _sums(values:np.ndarray, groups:Sequence|None)->tuple[np.ndarray, np.ndarray
     _, at = np.unique(np.array(keys, dtype=object).astype(str), return_inverse=True)
     return np.bincount(at, values), np.bincount(at).astype(float)
 
+# %% ../../nbs/evaluate/06_statistics.ipynb #bootstrap-means
 def bootstrap_means(
     values:Sequence[float],      # (N,)
     groups:Sequence[str]|None = None, # (N,), drawn whole; None: each item by itself
@@ -49,6 +50,7 @@ def bootstrap_means(
         out.append(sums[drawn].sum(1)/sizes[drawn].sum(1))
     return np.concatenate(out)
 
+# %% ../../nbs/evaluate/06_statistics.ipynb #mean
 def mean(
     values:Sequence[float],      # (N,)
     groups:Sequence[str]|None = None, # (N,)
@@ -71,6 +73,7 @@ def mcnemar(
     from scipy.stats import binomtest
     return float(binomtest(b, b + c).pvalue) if b + c else 1.0
 
+# %% ../../nbs/evaluate/06_statistics.ipynb #paired
 def paired(
     base:Sequence[float],  # (N,), a score of each item
     tuned:Sequence[float], # (N,)
@@ -81,6 +84,7 @@ def paired(
     if len(base) != len(tuned): raise UserError(f"a comparison needs the same items, not {len(base)} and {len(tuned)}")
     return mean(np.asarray(tuned, float) - np.asarray(base, float), groups, unit)
 
+# %% ../../nbs/evaluate/06_statistics.ipynb #sign-p
 def sign_p(
     differences:Sequence[float], # (N,)
 )->float:
@@ -102,9 +106,10 @@ def tango(
         q = (max(linear*linear + 8*n*b*d*(1 - d), 0.0)**0.5 - linear)/(4*n)
         return (c - b - n*d)**2 - z*z*n*max(2*q + d*(1 - d), 0.0)
     seen, end = (c - b)/n, 1 - 1e-12
-    solve = lambda far: far if outside(far*end) <= 0 else brentq(outside, seen + far*1e-9, far*end, xtol=1e-12)
+    def solve(far): return far if outside(far*end) <= 0 else brentq(outside, seen + far*1e-9, far*end, xtol=1e-12)
     return (-1.0 if seen == -1 else solve(-1.0)), (1.0 if seen == 1 else solve(1.0))
 
+# %% ../../nbs/evaluate/06_statistics.ipynb #paired-share
 def paired_share(
     base:Sequence,  # (N,), right or not
     tuned:Sequence, # (N,)
@@ -132,6 +137,7 @@ def holm(
         out[i] = worst
     return out
 
+# %% ../../nbs/evaluate/06_statistics.ipynb #verdict-words
 LEVEL = 0.05
 
 def verdict_words(
@@ -163,6 +169,7 @@ def losses(
     low, high = difference["low"], difference["high"]
     return (-high, -low) if better == "higher" else (low, high)
 
+# %% ../../nbs/evaluate/06_statistics.ipynb #not-worse
 def not_worse(
     difference:dict,       # A figure: tuned minus base
     n:int,                 # Items that it is of
@@ -178,6 +185,7 @@ def not_worse(
     sure = not drawn or found == "better" or n >= LEAST and least < most
     return True if most < margin and sure else None
 
+# %% ../../nbs/evaluate/06_statistics.ipynb #items-needed
 def items_needed(
     difference:dict, # A figure: tuned minus base
     n:int,           # Items that it is of

@@ -50,6 +50,7 @@ def common(
         row = (row + met | row - met) & full
     return len(first) - row.bit_count()
 
+# %% ../../nbs/evaluate/12_text.ipynb #rouge-l
 def rouge_l(
     answer:str,    # What the model wrote
     reference:str, # What was expected
@@ -69,11 +70,12 @@ def scorer_of(
 ):                    # A metric of sacrebleu
     "What counts and scores. Raises `UserError` when sacrebleu is not there."
     try: from sacrebleu.metrics import BLEU, CHRF
-    except ImportError: raise UserError(
-        "BLEU and chrF need sacrebleu, which is not installed: pip install 'medllm[text]'") from None
+    except ImportError:
+        raise UserError("BLEU and chrF need sacrebleu, which is not installed: pip install 'medllm[text]'") from None
     if name == "chrf": return CHRF()
     return BLEU(tokenize=_TOKENIZERS.get(lang, "intl"), effective_order=short)
 
+# %% ../../nbs/evaluate/12_text.ipynb #counts-of
 def counts_of(
     name:str,      # "bleu" or "chrf"
     lang:str,      # Of the reference
@@ -83,6 +85,7 @@ def counts_of(
     "The counts of one answer: all that its part in a corpus score depends on."
     return list(map(int, scorer_of(name, lang)._extract_corpus_statistics([answer], [[reference]])[0]))
 
+# %% ../../nbs/evaluate/12_text.ipynb #score-of
 def score_of(
     name:str,          # "bleu" or "chrf"
     lang:str,          # Language of the answers
@@ -92,6 +95,7 @@ def score_of(
     short = name == "bleu" and not counts[-1]            # no 4-grams at all: the orders that there are count
     return float(scorer_of(name, lang, short)._compute_score_from_stats(list(map(int, counts))).score)
 
+# %% ../../nbs/evaluate/12_text.ipynb #signature
 def signature(
     name:str, # "bleu" or "chrf"
     lang:str, # Language of the answers
@@ -113,8 +117,8 @@ def text_item(
     lang, text = language_of(reference), said.text
     item = {"id": id, "group": group, "lang": lang, "rouge_l": rouge_l(text, reference)}
     item |= {name: counts_of(name, lang, text, reference) for name in ("bleu", "chrf")}
-    item |= {"words": len(words(text)), "reference_words": len(words(reference)), "tokens": len(said.tokens), "ended": said.ended,
-        "empty": not text, "looped": bool(repeated_share(hash_words([text]))[0] > LOOP),
+    item |= {"words": len(words(text)), "reference_words": len(words(reference)), "tokens": len(said.tokens),
+        "ended": said.ended, "empty": not text, "looped": bool(repeated_share(hash_words([text]))[0] > LOOP),
         "letters": int(script_counts(text).sum()), "wrong_language": wrong_language(text, scripts_of(lang)) >= 0}
     return item | ({"answer": text, "reference": reference} if reveal else {})
 
@@ -131,6 +135,7 @@ def item_draws(
     count = int(place.max()) + 1
     return np.random.default_rng(seed).multinomial(count, np.full(count, 1/count), draws)[:, place]
 
+# %% ../../nbs/evaluate/12_text.ipynb #drawn-figure
 def drawn_figure(
     value:float|None,     # Of all items
     of_draws:Sequence,    # Of each draw
@@ -144,10 +149,12 @@ def drawn_figure(
 def _corpus(name:str, lang:str, items:list[dict])->dict:
     "A corpus score of the items of a language."
     counts = np.array([i[name] for i in items])
-    return drawn_figure(score_of(name, lang, counts.sum(0)), [score_of(name, lang, c) for c in item_draws(items, 1000) @ counts])
+    return drawn_figure(score_of(name, lang, counts.sum(0)),
+        [score_of(name, lang, c) for c in item_draws(items, 1000) @ counts])
 
 LOOP_WORDS, LETTERS = 40, 20 # Shortest answers in which a loop, or another language, is seen at all
 
+# %% ../../nbs/evaluate/12_text.ipynb #text-summary
 @summarises("text")
 def text_summary(
     items:list[dict], # From `text_item`
@@ -161,7 +168,7 @@ def text_summary(
         for lang in langs: found[f"{name}_{lang}"] = _corpus(name, lang, [i for i in items if i["lang"] == lang])
     found["rouge_l"] = mean([100*i["rouge_l"] for i in items], groups_of(items))
     lengths = np.array([[i["words"], i["reference_words"]] for i in items], float).reshape(-1, 2)
-    ratio = lambda said, wanted: said/wanted if wanted else None
+    def ratio(said, wanted): return said/wanted if wanted else None
     found["length_ratio"] = drawn_figure(ratio(*lengths.sum(0)), [ratio(*s) for s in item_draws(items) @ lengths])
     found["empty"], found["cut_off"] = share([i["empty"] for i in items]), share([not i["ended"] for i in items])
     for name, size, least in (("looped", "words", LOOP_WORDS), ("wrong_language", "letters", LETTERS)):
@@ -173,7 +180,7 @@ def text_summary(
 def _corpus_change(name:str, lang:str, base:list[dict], tuned:list[dict])->dict:
     "A corpus score of two models on the same items."
     before, after = (np.array([i[name] for i in items]) for items in (base, tuned))
-    scores = lambda sums: np.array([score_of(name, lang, counts) for counts in sums])
+    def scores(sums): return np.array([score_of(name, lang, counts) for counts in sums])
     times = np.vstack([np.ones((1, len(base)), int), item_draws(base, 1000)])
     first, second = scores(times @ before), scores(times @ after)
     change = second - first
@@ -184,6 +191,7 @@ def _corpus_change(name:str, lang:str, base:list[dict], tuned:list[dict])->dict:
         "difference": drawn_figure(change[0], change[1:]), "test": "randomisation of pairs", "p": p,
         "verdict": verdict_words(change[0], p), "n": len(base)}
 
+# %% ../../nbs/evaluate/12_text.ipynb #text-change
 @compares("text")
 def text_change(
     base:Result,  # Of the model before
@@ -205,6 +213,7 @@ class Asked(NamedTuple):
     prompt:np.ndarray # (T,) token ids
     example:Example # `gold` is the reference
 
+# %% ../../nbs/evaluate/12_text.ipynb #dataset-rows
 def dataset_rows(
     dataset:str, # Names in dataset_info.json, or files
     task:Task,   # dataset_dir; option columns
@@ -219,6 +228,7 @@ def dataset_rows(
         found += [(row, source) for row in rows]
     return found, whole.hexdigest()
 
+# %% ../../nbs/evaluate/12_text.ipynb #some-of
 def some_of(
     found:list,      # N items
     task:Task,       # limit, seed
@@ -247,6 +257,7 @@ def row_data(
     if shown := media_in(row.data): raise Rejected(f"need a picture ({shown})")
     return row.data
 
+# %% ../../nbs/evaluate/12_text.ipynb #ask
 def _ask(row, source, chat:ChatModel)->Asked:
     "A row as a question. Raises `Rejected` with the reason."
     row_data(row)
@@ -256,6 +267,7 @@ def _ask(row, source, chat:ChatModel)->Asked:
     if len(prompt) >= chat.longest: raise Rejected("longer_than_model")
     return Asked(own_id(row), example.group or own_id(row), prompt, example)
 
+# %% ../../nbs/evaluate/12_text.ipynb #read-asked
 def read_asked(
     chat:ChatModel,  # Whose template and length count
     task:Task,       # dataset, dataset_dir, limit, seed; option columns
@@ -264,13 +276,16 @@ def read_asked(
     "Questions of a task. Raises `UserError` when there is none."
     rows, sha256 = dataset_rows(task.dataset, task)
     found, skipped = [], Counter()
-    for id, (row, source) in zip(told_apart(own_id(row) for row, _ in rows), rows):      # also of those that are left out
+    # also of those that are left out
+    for id, (row, source) in zip(told_apart(own_id(row) for row, _ in rows), rows):
         try: found.append(_ask(row, source, chat)._replace(id=id))
         except Rejected as e: skipped[str(e)] += 1
     if gold and (bare := sum(not a.example.gold for a in found)): skipped["no_reference"] = bare
     found = [a for a in found if a.example.gold or not gold]
-    if not found: raise UserError(f"dataset '{task.dataset}': no row has a question"
-        f"{' and an answer' if gold else ''} ({', '.join(f'{n} {why}' for why, n in skipped.items()) or 'it is empty'})")
+    if not found:
+        raise UserError(f"dataset '{task.dataset}': no row has a question"
+            f"{' and an answer' if gold else ''} "
+            f"({', '.join(f'{n} {why}' for why, n in skipped.items()) or 'it is empty'})")
     return some_of(found, task, skipped), dict(skipped), sha256
 
 # %% ../../nbs/evaluate/12_text.ipynb #facts
@@ -286,6 +301,7 @@ def asked_facts(
         "batch": task.batch,
         "prompt_sha256": hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest()}
 
+# %% ../../nbs/evaluate/12_text.ipynb #said-to
 def said_to(
     chat:ChatModel,       # Who answers
     asked:Sequence[Asked],# What
@@ -295,7 +311,8 @@ def said_to(
     how = Sampling(int(task.options.get("max_new_tokens", 256)), float(task.options.get("temperature", 0.0)))
     drawn = f"temperature {how.temperature:g}, seed {task.seed}" if how.temperature else "greedy"
     seeds = [task.seed + i for i in range(len(asked))]
-    return chat.answers([a.prompt for a in asked], how, seeds, task.batch), f"{drawn}, at most {how.max_new_tokens} tokens"
+    return chat.answers([a.prompt for a in asked], how, seeds,
+        task.batch), f"{drawn}, at most {how.max_new_tokens} tokens"
 
 # %% ../../nbs/evaluate/12_text.ipynb #measure
 _ANSWER = {"where!": str, "answer!": str, "tokens!": int, "ended!": bool, "header!": {"temperature!": NUMBER,
@@ -307,25 +324,31 @@ def _answers(file:str)->list[dict]:
         lines = list(json_lines(file, unique=False))
         said = [line for line in lines if not isinstance(line, dict) or line.get("answer") is not None]
         if why := misfit(said, [_ANSWER], "answer"): raise ValueError(why)
-    except (OSError, ValueError) as e: raise UserError(
-        f"predictions {file}: no file that medllm predict wrote ({getattr(e, 'strerror', None) or e}); predict again") from None
+    except (OSError, ValueError) as e:
+        raise UserError(
+            f"predictions {file}: no file that medllm predict wrote "
+            f"({getattr(e, 'strerror', None) or e}); predict again") from None
     return said
 
+# %% ../../nbs/evaluate/12_text.ipynb #predicted
 def _predicted(file:str, asked:Sequence[Asked])->tuple[list[Said], str, dict]:
     "Answers of a file that `medllm predict` wrote, found by file and line. Raises `UserError` when one is missing."
     said = _answers(file)
     rows = {r["where"]: r for r in said}
-    if len(rows) < len(said): raise UserError(f"{file} has answers to several files of one name; predict one dataset at a time")
-    place = lambda a: short_place(a.example.where)
+    if len(rows) < len(said):
+        raise UserError(f"{file} has answers to several files of one name; predict one dataset at a time")
+    def place(a): return short_place(a.example.where)
     lost = [a.id for a in asked if place(a) not in rows]
-    if lost: raise UserError(f"{file} has no answer to {len(lost)} of {len(asked)} questions, the first is {lost[0]}; "
-        "predict the same dataset again")
+    if lost:
+        raise UserError(f"{file} has no answer to {len(lost)} of {len(asked)} questions, the first is {lost[0]}; "
+            "predict the same dataset again")
     mine = [rows[place(a)] for a in asked]
     header = mine[0]["header"]
     facts = {k: header[k] for k in ("job", "model", "adapter")}
     return [Said(r["answer"], [0]*r["tokens"], r["ended"]) for r in mine], (
         f"temperature {header['temperature']:g}, at most {header['max_new_tokens']} tokens"), facts
 
+# %% ../../nbs/evaluate/12_text.ipynb #measure-text
 @measures("text")
 def measure_text(
     chat:ChatModel, # Who answers; with the option predictions only its template is used

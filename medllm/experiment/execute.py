@@ -51,6 +51,7 @@ def find_notebook(
 # %% ../../nbs/experiment/03_execute.ipynb #progress
 _LOGGED = dict.fromkeys("step loss progress tokens_per_second rows of seconds_left".split(), NUMBER)
 
+# %% ../../nbs/experiment/03_execute.ipynb #progress-2
 class Progress:
     "Says how far a run is, while the block lasts."
     def __init__(self, folder:Path, every:float=30.0):
@@ -72,7 +73,8 @@ class Progress:
 
     def _step(self, file:Path)->str:
         "The newest logged step of a history."
-        logged = [h for h in read_lines(file, shape=_LOGGED) if None not in (h.get("loss"), h.get("step")) or "rows" in h]
+        logged = [h for h in read_lines(file, shape=_LOGGED) if None not in (h.get("loss"), h.get("step"))
+            or "rows" in h]
         if not logged: return ""
         if "rows" in logged[-1]: return pace_line(logged[-1])
         h, share = logged[-1], logged[-1].get("progress") or 0
@@ -108,23 +110,26 @@ def read_source(
     try:
         read_notebook(notebook)                                  # bounds and kinds, before a library asks for more
         nb = nbformat.read(notebook, 4)
-    except Exception as e: raise UserError(f"{notebook} cannot be read as a notebook: {str(e) or type(e).__name__}") from None
+    except Exception as e:
+        raise UserError(f"{notebook} cannot be read as a notebook: {str(e) or type(e).__name__}") from None
     nb.setdefault("nbformat_minor", 0)                           # what the format was first; papermill asks for it
     try: known = declared(nb)
     except UserError as e: raise UserError(f"{notebook}: {e}") from None
     for name in names:
-        if name not in known: raise UserError(f"{notebook}: its parameters cell does not declare {name}{nearest(name, known)}")
+        if name not in known:
+            raise UserError(f"{notebook}: its parameters cell does not declare {name}{nearest(name, known)}")
     for cell in nb.cells:
         if cell.cell_type == "code": cell.outputs, cell.execution_count = [], None
     return nb
 
+# %% ../../nbs/experiment/03_execute.ipynb #write-source
 def _write_source(nb, folder:Path):
     "Write source.ipynb."
     write_bytes(folder/"source.ipynb", nbformat.writes(nbformat.from_dict(scrub_values(nb)[0])).encode())
 
 # %% ../../nbs/experiment/03_execute.ipynb #again
-_OF_AN_ATTEMPT = ("status", "reason", "started", "ended", "duration_s", "metrics", "verdict", "conclusion", "warnings", "cells",
-    "linear", "privacy", "effective", "weights")
+_OF_AN_ATTEMPT = ("status", "reason", "started", "ended", "duration_s", "metrics", "verdict", "conclusion", "warnings",
+    "cells", "linear", "privacy", "effective", "weights")
 
 def _go_on(folder:Path)->Run:
     "A record that is made ready for another attempt. Raises `UserError` when it is still running or completed."
@@ -139,6 +144,7 @@ def _go_on(folder:Path)->Run:
     run.state["attempts"] = attempts
     return run
 
+# %% ../../nbs/experiment/03_execute.ipynb #new
 def _new(folder:Path)->Run:
     "A record that does not exist yet. Raises `UserError` when it does."
     check_writable(folder, "the record's folder")
@@ -155,12 +161,15 @@ def _papermill(source:Path, run:Run, parameters:dict, **options):
     from medllm.records.engine import Ended, use_engine
     use_engine()
     logging.getLogger("papermill").setLevel(logging.CRITICAL)
-    whole = lambda path: str(path).replace("{", "{{").replace("}", "}}")      # papermill formats paths
-    try: execute_notebook(whole(source), whole(run.folder.resolve()/"record.ipynb"), parameters=parameters, engine_name="medllm",
-        kernel_name="python3", language="python", progress_bar=False, log_output=False, record=str(run.folder.resolve()),
-        **options)
+    def whole(path): return str(path).replace("{", "{{").replace("}", "}}")      # papermill formats paths
+    try:
+        execute_notebook(whole(source), whole(run.folder.resolve()/"record.ipynb"), parameters=parameters,
+            engine_name="medllm",
+            kernel_name="python3", language="python", progress_bar=False, log_output=False,
+            record=str(run.folder.resolve()), **options)
     except (DeadKernelError, PapermillExecutionError, Ended): pass            # run.json says it better
 
+# %% ../../nbs/experiment/03_execute.ipynb #limits
 def _limits(wanted, time_limit:float|None)->dict:
     "What the engine is told: the longest time [s], and how repeatable the run is to be."
     minutes, extra = getattr(wanted, "time_limit", None), getattr(wanted, "extra", {})
@@ -193,14 +202,17 @@ def execute(
             _write_source(source, folder)
             run.update(stage=stage, status="created", started=now(), parameters=asdict(wanted), **begun).beat()
             say(f"record: {folder}")
-            with Progress(folder): _papermill(folder/"source.ipynb", run, parameters | {"output_dir": str(folder)}, **options)
+            with Progress(folder):
+                _papermill(folder/"source.ipynb", run, parameters | {"output_dir": str(folder)}, **options)
         return _ended(run)
     except (KeyboardInterrupt, Interrupted) as error: return run.read().fail(error)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS): raise
-        raise Unwritable(f"{folder}: how the run ended could not be written ({error.strerror}): make room; medllm runs list "
+        raise Unwritable(
+            f"{folder}: how the run ended could not be written ({error.strerror}): make room; medllm runs list "
             "shows the run as lost, and medllm runs resume goes on with it") from None
 
+# %% ../../nbs/experiment/03_execute.ipynb #ended
 def _ended(run:Run)->Run:
     "A run whose notebook is not executed any more."
     ended = run.read().state.get("status") in ENDED

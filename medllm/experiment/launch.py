@@ -64,8 +64,9 @@ def consumed(
         place = model_location(name) if name == "tiny" or not find_path(name).is_dir() else find_path(name)
         if Path(place).is_dir(): place = Path(place).resolve()
         held = weights(place)
-        if not held and Path(place).is_dir(): raise UserError(
-            f"{place} holds no .safetensors file: the record could not name by a hash what the run starts from")
+        if not held and Path(place).is_dir():
+            raise UserError(
+                f"{place} holds no .safetensors file: the record could not name by a hash what the run starts from")
         found.append({"role": role, "name": name, "place": str(place), "weights": held})
     return found
 
@@ -84,6 +85,7 @@ def _last_error(log:Path, otherwise:str = "")->str:
         (line.removeprefix("error: ") for line in lines if line.startswith("error: ")),
         otherwise or f"training ended early; see {log}")
 
+# %% ../../nbs/experiment/01_launch.ipynb #launch-2
 def launch(
     flags:dict,    # Flag to value
     folder:Path,   # Where args.json, train.log and the results go
@@ -94,8 +96,8 @@ def launch(
     file = write_json(folder/"args.json", scrub_values(flags)[0])
     log, environment = folder/"train.log", os.environ | launch_environment(flags.get("profile")) | attached()
     with open(log, "w", encoding="utf-8") as out, listening(), polled():
-        child = subprocess.Popen(_command(file, processes), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
-            errors="replace", env=environment)
+        child = subprocess.Popen(_command(file, processes), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            encoding="utf-8", errors="replace", env=environment)
         safe = SafeLog(out, private)
         reader = threading.Thread(target=lambda: [safe.write(line) for line in child.stdout], daemon=True)
         reader.start()
@@ -113,9 +115,10 @@ def _note_contract(run:Run):
     file = run.folder/"contract.json"
     if not file.exists(): return
     parts = json.loads(file.read_text(encoding="utf-8"))
-    run.update(contract={"sha256": hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest(), "parts": parts},
-        profile=run.state.get("arguments", {}).get("profile", "fast"))
+    run.update(contract={"sha256": hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest(),
+        "parts": parts}, profile=run.state.get("arguments", {}).get("profile", "fast"))
 
+# %% ../../nbs/experiment/01_launch.ipynb #train-in-2
 def train_in(
     run:Run,           # The record
     args:Arguments,    # From `parse`
@@ -128,5 +131,6 @@ def train_in(
     run.update(consumed=consumed(args))
     try: metrics = train(args, data) if processes == 1 else launch(args.given, run.folder, processes, data.private)
     finally: _note_contract(run)
-    run.update(weights=weights(run.folder), provenance=run.state["provenance"] | {"determinism": metrics["determinism"]})
+    run.update(weights=weights(run.folder), provenance=run.state["provenance"]
+        | {"determinism": metrics["determinism"]})
     return metrics

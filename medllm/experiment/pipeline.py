@@ -42,15 +42,18 @@ def stage_key(
     for flag in led:
         for one in filter(None, str(run.flags().get(flag) or "").split(",")): places.append((flag, _contents(one)))
     flags = {k: v for k, v in run.flags().items() if k not in ("output_dir", "dataset_dir", *led)}
-    read = {k: str(v) for k, v in flags.items()} | {"tables": [sha256(f) for f in _named_files(args.reward.reward_funcs)]}
-    text = lambda v: str(sorted(v)) if isinstance(v, frozenset) else str(v)      # a set's order differs between processes
-    said = lambda s: {k: text(v) for k, v in vars(s).items() if k not in ("files", "script", "place")}
+    read = {k: str(v) for k, v in flags.items()} | {"tables": [sha256(f)
+        for f in _named_files(args.reward.reward_funcs)]}
+    # a set's order differs between processes
+    def text(v): return str(sorted(v)) if isinstance(v, frozenset) else str(v)
+    def said(s): return {k: text(v) for k, v in vars(s).items() if k not in ("files", "script", "place")}
     d = args.data
     sources = [(sorted(source_files(s).values()), said(s), "" if s.files else s.place)
         for named in (d.dataset, d.eval_dataset, d.replay_dataset) if named for s in find_sources(named, d.dataset_dir)]
     whole = {"stage": stage.stage, "flags": read, "places": places, "data": sources, "code": code}
     return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()
 
+# %% ../../nbs/experiment/04_pipeline.ipynb #named-files
 def _contents(name:str)->dict|str:
     "Hash of every file of a model that says what it is (weights, configuration, tokenizer, template); or the hub id."
     place = Path(model_location(name) if name == "tiny" or not find_path(name).is_dir() else find_path(name))
@@ -77,8 +80,10 @@ def _earlier(key:str, runs:str|Path)->Iterator[tuple[dict, Path, Path]]:
 def _is_noted(stage:dict, state:dict)->bool:
     "Whether a finished record is what was noted."
     if stage.get("status") not in RUNNING: return stage.get("status") == "completed"
-    return stage.get("attempt") == len(state.get("attempts") or [])            # whoever noted it was killed before its end
+    # whoever noted it was killed before its end
+    return stage.get("attempt") == len(state.get("attempts") or [])
 
+# %% ../../nbs/experiment/04_pipeline.ipynb #find-finished
 def find_finished(
     key:str,         # From `stage_key`
     runs:str|Path,   # Parent of all records
@@ -90,6 +95,7 @@ def find_finished(
         if state.get("weights") == weights(folder): return folder
     return None
 
+# %% ../../nbs/experiment/04_pipeline.ipynb #find-unfinished
 _GOES_ON = ("interrupted", "killed", "lost", "timed_out", "failed")
 
 def find_unfinished(
@@ -104,6 +110,7 @@ def find_unfinished(
         if status == "" and (noted == own or status_of(noted) not in RUNNING): return folder
     return None
 
+# %% ../../nbs/experiment/04_pipeline.ipynb #attempt-of
 def attempt_of(
     old:Path|None, # From `find_unfinished`
 )->int:
@@ -134,6 +141,7 @@ def _why(folder:Path, log:Path)->str:
         if line.startswith("error: ")]
     return lines[-1] if lines else f"see {log}"
 
+# %% ../../nbs/experiment/04_pipeline.ipynb #run-stage
 def run_stage(
     run:Run,        # The pipeline's record
     stage:Stage,    # What is to be run
@@ -147,10 +155,12 @@ def run_stage(
     log, file = run.folder/f"{stage.name}.log", write_json(run.folder/f"{stage.name}.json", given | {
         "output_dir": str(folder), "note": f"stage {stage.name} of {run.folder.resolve()}"})
     with open(log, "w", encoding="utf-8") as out, listening(), polled():
-        asked = ("-p", "extra", json.dumps(given["extra"])) if given.get("extra") else ()        # whoever runs this means them
+        # whoever runs this means them
+        asked = ("-p", "extra", json.dumps(given["extra"])) if given.get("extra") else ()
         command = _command("runs", "resume", old, *asked) if old else _command("run", stage.stage, "-f", file)
-        try: code = wait_for(subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, 
-            env=os.environ | RECORDED | attached()))
+        try:
+            code = wait_for(subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, 
+                env=os.environ | RECORDED | attached()))
         except Interrupted:
             note(run, stage.name, status=Run(folder).state.get("status", "interrupted"))
             raise
@@ -161,6 +171,7 @@ def run_stage(
     note(run, stage.name, status="completed")
     return folder
 
+# %% ../../nbs/experiment/04_pipeline.ipynb #run-stages
 def run_stages(
     run:Run,            # The pipeline's record
     wanted:PipelineRun, # Its parameters

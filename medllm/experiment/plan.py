@@ -30,6 +30,7 @@ def _sample_stages()->dict:
         "dpo": few | {"dataset": "mm_rm", "from": "sft", "learning_rate": 1e-4},
         "grpo": {"dataset": "mm_choice", "from": "sft", "max_steps": 40, "learning_rate": 2e-4}}
 
+# %% ../../nbs/experiment/02_plan.ipynb #pipeline-run
 @dataclass
 class PipelineRun:
     "Parameters of nbs/runs/pipeline.ipynb."
@@ -44,7 +45,8 @@ class PipelineRun:
     seed:int = flag(42, "Seed of every stage")
     profile:str = flag("fast", "How repeatable every stage is: fast, repeatable or exact")
     num_processes:int = flag(1, "Processes of every stage; more than one are started with accelerate launch")
-    time_limit:float|None = flag(None, "Longest time of the whole pipeline [min]; a checkpoint is taken when it is over")
+    time_limit:float|None = flag(None,
+        "Longest time of the whole pipeline [min]; a checkpoint is taken when it is over")
     extra:dict = field(default_factory=dict, metadata={"help": "Any other flag of medllm train, for every stage"})
     reuse:str = flag("same", "Finished stages of earlier calls taken over: same (code too), any (whatever the code) or "
         "none")
@@ -76,21 +78,26 @@ class Stage:
     others:dict     # Parameter -> name of the stage whose model it is (reward_model, ref_model)
     given:dict      # Its other parameters
 
+# %% ../../nbs/experiment/02_plan.ipynb #leaders
 LED_BY = ("reward_model", "ref_model")
 def _leaders(name:str, own:dict, kinds:dict)->dict:
     "The stages that lead one, by parameter; taken out of its own parameters."
     others = {flag: own.pop(flag) for flag in LED_BY if str(own.get(flag)) in kinds}
     for flag, other in others.items():
-        if (kinds[other] == "rm") != (flag == "reward_model"): raise UserError(f"stage '{name}': {flag}: {other} is "
-            f"{'a reward model' if kinds[other] == 'rm' else 'no reward model, but a policy'}")
+        if (kinds[other] == "rm") != (flag == "reward_model"):
+            raise UserError(f"stage '{name}': {flag}: {other} is "
+                f"{'a reward model' if kinds[other] == 'rm' else 'no reward model, but a policy'}")
     return others
 
+# %% ../../nbs/experiment/02_plan.ipynb #check-name
 def _check_name(name:str, own):
     "Raise `UserError` for a stage that cannot be called that, or is no set of parameters."
-    if not re.fullmatch(r"\w[\w.-]{0,63}", name): raise UserError(
-        f"stage '{name}': use letters, digits, dots, dashes only in its name")
-    if not isinstance(own, dict | None): raise UserError(f"stage '{name}' must hold parameters (name: value), not {own!r}")
+    if not re.fullmatch(r"\w[\w.-]{0,63}", name):
+        raise UserError(f"stage '{name}': use letters, digits, dots, dashes only in its name")
+    if not isinstance(own, dict | None):
+        raise UserError(f"stage '{name}' must hold parameters (name: value), not {own!r}")
 
+# %% ../../nbs/experiment/02_plan.ipynb #read-plan
 def read_plan(
     wanted:PipelineRun, # Parameters of the pipeline
 )->list[Stage]:
@@ -103,18 +110,20 @@ def read_plan(
         own = dict(own or {})
         stage = own.pop("stage", name)
         stage = {"rw": "rm"}.get(stage, stage)
-        if stage not in STAGE_RUNS: raise UserError(f"stage '{name}': unknown stage {stage}{nearest(stage, STAGE_RUNS)}; "
-            f"say which it is with stage: …, one of {', '.join(STAGE_RUNS)}")
+        if stage not in STAGE_RUNS:
+            raise UserError(f"stage '{name}': unknown stage {stage}{nearest(stage, STAGE_RUNS)}; "
+                f"say which it is with stage: …, one of {', '.join(STAGE_RUNS)}")
         parent = own.pop("from", before)
         parent = "" if parent in ("base", None) else str(parent)
         known, kinds = [s.name for s in plan], {s.name: s.stage for s in plan}
         own_model = [flag for flag in ("model_name_or_path", "adapter_name_or_path") if flag in own]
-        if parent and own_model: raise UserError(f"stage '{name}': {own_model[0]} and from: {parent} exclude each other; "
-            "from: base starts from the model itself")
-        if parent and parent not in known: raise UserError(
-            f"stage '{name}': from: {parent} is no stage before it{nearest(parent, known)}")
-        if parent and kinds[parent] == "rm" and stage != "rm": raise UserError(
-            f"stage '{name}': from: {parent} is a reward model, which gives no answers")
+        if parent and own_model:
+            raise UserError(f"stage '{name}': {own_model[0]} and from: {parent} exclude each other; "
+                "from: base starts from the model itself")
+        if parent and parent not in known:
+            raise UserError(f"stage '{name}': from: {parent} is no stage before it{nearest(parent, known)}")
+        if parent and kinds[parent] == "rm" and stage != "rm":
+            raise UserError(f"stage '{name}': from: {parent} is a reward model, which gives no answers")
         others = _leaders(name, own, kinds)
         plan.append(Stage(str(name), stage, parent, others, own))
         if stage != "rm": before = str(name)
@@ -131,7 +140,8 @@ def settings(
     given = {k: v for k, v in common.items() if v is not None} | wanted.extra | stage.given
     tiny = wanted.model_name_or_path == "tiny"
     given.setdefault("finetuning_type", "full" if tiny else "lora")
-    if tiny and given["finetuning_type"] == "full": given.setdefault("learning_rate", 1e-3)   # as for the tiny model alone
+    # as for the tiny model alone
+    if tiny and given["finetuning_type"] == "full": given.setdefault("learning_rate", 1e-3)
     if stage.parent:
         whole = "model_name_or_path" if given["finetuning_type"] != "lora" else "adapter_name_or_path"
         given[whole] = ",".join(chain_of(made[stage.parent])) if stage.parent in made else given.get(whole)
@@ -139,6 +149,7 @@ def settings(
     try: return run_parameters(STAGE_RUNS[stage.stage], {k: v for k, v in given.items() if v is not None})
     except UserError as e: raise UserError(f"stage '{stage.name}': {e}") from None
 
+# %% ../../nbs/experiment/02_plan.ipynb #check-plan
 _COMMON = ("model_name_or_path", "quantization_bit", "dataset_dir", "template", "cutoff_len", "finetuning_type", "seed",
     "profile", "num_processes", "runs_dir", "reveal")
 
@@ -151,9 +162,11 @@ def check_plan(
     for stage in read_plan(wanted):
         run = STAGE_RUNS[stage.stage](**settings(wanted, stage, {}))
         kinds[stage.name] = run.finetuning_type == "lora"
-        if stage.parent and kinds[stage.parent] != kinds[stage.name]: raise UserError(
-            f"stage '{stage.name}': finetuning_type {run.finetuning_type} cannot go on from stage '{stage.parent}', which "
-            f"{'writes an adapter' if kinds[stage.parent] else 'writes a whole model'}; give both the same")
+        if stage.parent and kinds[stage.parent] != kinds[stage.name]:
+            raise UserError(
+                f"stage '{stage.name}': finetuning_type {run.finetuning_type} cannot go on from "
+                f"stage '{stage.parent}', which "
+                f"{'writes an adapter' if kinds[stage.parent] else 'writes a whole model'}; give both the same")
         promised = {flag: "made by an earlier stage" for flag in stage.others}
         try:
             args = parse(run.flags() | promised)

@@ -50,19 +50,24 @@ def _from_the_start(extra:dict)->dict:
     "Flags without the checkpoint that an earlier attempt went on from."
     return {k: v for k, v in extra.items() if k not in ("resume_from_checkpoint", "allow", "overwrite_output_dir")}
 
+# %% ../../nbs/experiment/05_rerun.ipynb #own-rows
 def _own_rows(values:dict)->dict:
     "Parameters, within each other, without a place where rows lie that somebody has tokenised: they are read from the data."
     return {k: _own_rows(v) if isinstance(v, dict) else v for k, v in values.items() if k != "tokenized_path"}
 
+# %% ../../nbs/experiment/05_rerun.ipynb #state
 def _state(folder:Path)->dict:
     "run.json of a record that can be executed again."
     state = read_state(folder)
     if not state.get("stage") or not isinstance(state.get("parameters"), dict):
         raise UserError(f"{folder}/run.json does not say what was run: it is torn, or not a record's")
-    if state["stage"] not in RUNS: raise UserError(
-        f"{folder} is a {state['stage']}: the same medllm {state['stage']} command goes on with it, or runs it again")
+    if state["stage"] not in RUNS:
+        raise UserError(
+            f"{folder} is a {state['stage']}: the same medllm {state['stage']} command goes "
+            "on with it, or runs it again")
     return state
 
+# %% ../../nbs/experiment/05_rerun.ipynb #as-many-threads
 @contextlib.contextmanager
 def _as_many_threads(state:dict):
     "Within the block new processes compute with as many threads as the record's run: another number gives other digits."
@@ -70,6 +75,7 @@ def _as_many_threads(state:dict):
     known = isinstance(told, int) and 0 < told <= 1024
     with patch.dict(os.environ, {"OMP_NUM_THREADS": str(told)} if known else {}): yield
 
+# %% ../../nbs/experiment/05_rerun.ipynb #rerun-2
 def rerun(
     folder:str|Path,   # Of a record
     given:dict = {},   # Parameters to change
@@ -80,14 +86,17 @@ def rerun(
     "Run a record again, into a new one. Raises `UserError` for what is missing or changed, and for code that is not ours."
     folder, state = Path(folder), _state(Path(folder))
     for text in broken(folder).values(): say(visible(f"{folder.name}: {text}", lines=False))
-    if bad := missing_inputs(state, given): raise UserError(
-        f"{'; '.join(bad)}; bring it back, or name another with -p dataset, -p dataset_dir or -p model_name_or_path")
+    if bad := missing_inputs(state, given):
+        raise UserError(
+            f"{'; '.join(bad)}; bring it back, or name another with -p dataset, -p dataset_dir or -p model_name_or_path")
     for text in _suspects(state): say(visible(text, lines=False))
-    kept = {k: v for k, v in _own_rows(state["parameters"]).items() if k not in ("output_dir", "runs_dir", "tag", "output")}
+    kept = {k: v for k, v in _own_rows(state["parameters"]).items()
+        if k not in ("output_dir", "runs_dir", "tag", "output")}
     if kept.get("extra"): kept["extra"] = _from_the_start(kept["extra"])
     if state["stage"] == "pipeline": kept["reuse"] = "none"       # what is taken over is not run again
     with trusted(folder, state, given, trust) as notebook, _as_many_threads(state):
-        return execute(notebook, kept | given | {"runs_dir": str(runs), "tag": tag}, parent={"rerun": str(folder.resolve())})
+        return execute(notebook, kept | given | {"runs_dir": str(runs), "tag": tag},
+            parent={"rerun": str(folder.resolve())})
 
 # %% ../../nbs/experiment/05_rerun.ipynb #likeness
 @dataclass
@@ -100,6 +109,7 @@ class Likeness:
 
     def __bool__(self): return self.verdict != "different"
 
+# %% ../../nbs/experiment/05_rerun.ipynb #losses
 _TIMES = ("runtime", "per_second", "memory")
 
 def _losses(folder:Path)->dict:
@@ -108,6 +118,7 @@ def _losses(folder:Path)->dict:
     logged = read_lines(folder/"history.jsonl", shape=numbers)
     return {(h["step"], k): h[k] for h in logged for k in ("loss", "eval_loss") if k in h}
 
+# %% ../../nbs/experiment/05_rerun.ipynb #likeness-2
 def likeness(
     a:str|Path,             # A record
     b:str|Path,             # Another one
@@ -120,29 +131,36 @@ def likeness(
         first = next(iter(s["weights"].items()))
         return Likeness("exact", f"the weights have the same hashes ({first[0]} {first[1][:12]}…)", 0., 0.)
     if not x or not y: return _by_metrics(s, t)
-    if x.keys() != y.keys(): return Likeness("different", f"{len(x.keys() ^ y.keys())} losses were logged by one run only")
+    if x.keys() != y.keys():
+        return Likeness("different", f"{len(x.keys() ^ y.keys())} losses were logged by one run only")
     gaps = {at: y[at] - x[at] for at in x}
     at, mean = max(gaps, key=lambda k: abs(gaps[k])), sum(gaps.values())/len(gaps)
     figures = f"largest difference {gaps[at]:+.3g} in {at[1]} at step {at[0]}, mean {mean:+.3g}, over {len(gaps)} losses"
     alike = abs(gaps[at]) <= tolerance and abs(mean) <= tolerance/4
     return Likeness("within tolerance" if alike else "different", figures, abs(gaps[at]), mean)
 
+# %% ../../nbs/experiment/05_rerun.ipynb #hashed
 def _hashed(weights:dict)->bool:
     "Whether weights were hashed; of very large ones only the size was noted, which proves nothing."
     return all(re.fullmatch("[0-9a-f]{64}", digest) for digest in weights.values())
 
+# %% ../../nbs/experiment/05_rerun.ipynb #by-stages
 def _by_stages(s:dict, t:dict, tolerance:float)->Likeness:
     "Pipelines are as alike as the stages that are the least alike."
     a, b = ({x["name"]: x.get("folder", "") for x in state.get("stages") or []} for state in (s, t))
     if not a or a.keys() != b.keys(): return Likeness("different", "other stages were run")
-    if taken := [n for n in a if a[n] == b[n]]: return Likeness("different", f"stage {taken[0]} was taken over, not run again")
+    if taken := [n for n in a if a[n] == b[n]]:
+        return Likeness("different", f"stage {taken[0]} was taken over, not run again")
     each = {n: likeness(a[n], b[n], tolerance) for n in a}
     worst = max(each.values(), key=lambda found: ("exact", "within tolerance", "different").index(found.verdict))
-    return Likeness(worst.verdict, "; ".join(f"{n}: {found.sentence}" for n, found in each.items()), worst.largest, worst.mean)
+    return Likeness(worst.verdict, "; ".join(f"{n}: {found.sentence}" for n, found in each.items()), worst.largest,
+        worst.mean)
 
+# %% ../../nbs/experiment/05_rerun.ipynb #by-metrics
 def _by_metrics(s:dict, t:dict)->Likeness:
     "Runs that trained nothing."
-    plain = lambda state: {k: v for k, v in (state.get("metrics") or {}).items() if not k.endswith(_TIMES) and k != "seconds"}
+    def plain(state):
+        return {k: v for k, v in (state.get("metrics") or {}).items() if not k.endswith(_TIMES) and k != "seconds"}
     other = sorted(k for k in plain(s) | plain(t) if plain(s).get(k) != plain(t).get(k))
     if plain(s) and not other: return Likeness("exact", "the metrics are the same")
     return Likeness("different", f"metrics differ: {', '.join(other) or 'there are none'}")
@@ -170,6 +188,7 @@ def newest_checkpoint(
     numbered = [f for f in folder.glob("checkpoint-*") if f.name[11:].isdigit() and (f/"trainer_state.json").exists()]
     return max(numbered, key=lambda f: int(f.name[11:]), default=None)
 
+# %% ../../nbs/experiment/05_rerun.ipynb #resume-2
 def resume(
     folder:str|Path,  # Of a record
     given:dict = {},  # Parameters to change: what the contract allows
@@ -179,19 +198,23 @@ def resume(
     folder, state = Path(folder).resolve(), _state(Path(folder))
     status = status_of(folder, state)
     if status in RUNNING: raise UserError(f"{folder} is still running")
-    if status in ("completed", "rejected"): raise UserError(
-        f"{folder} is {status}: there is nothing to go on with; medllm runs rerun runs it again")
-    if bad := missing_inputs(state, given): raise UserError(f"{'; '.join(bad)}; a run goes on only with what it began with")
+    if status in ("completed", "rejected"):
+        raise UserError(f"{folder} is {status}: there is nothing to go on with; medllm runs rerun runs it again")
+    if bad := missing_inputs(state, given):
+        raise UserError(f"{'; '.join(bad)}; a run goes on only with what it began with")
     with trusted(folder, state, given, trust, writes=True) as notebook, _as_many_threads(state):
         return execute(notebook, _going_on(folder, state, given, status), resume=folder)
 
+# %% ../../nbs/experiment/05_rerun.ipynb #going-on
 def _going_on(folder:Path, state:dict, given:dict, status:str)->dict:
     "The parameters of a run that goes on; from where is said."
     given = run_parameters(RUNS[state["stage"]], given)
     kept, trains = _own_rows(state["parameters"]) | given | {"output_dir": str(folder)}, state["stage"] in STAGE_RUNS
     found = newest_checkpoint(folder) if trains else None
-    say(f"{status}: goes on from {found.name}" if found else f"{status}: there is no whole checkpoint, so it begins again"
+    say(f"{status}: goes on from {found.name}" if found
+        else f"{status}: there is no whole checkpoint, so it begins again"
         if trains else f"{status}: runs again in its folder, and does nothing twice that stands there")
-    if trains: kept["extra"] = _from_the_start(_own_rows(state["parameters"]).get("extra") or {}) | given.get("extra", {}) | (
-        {"resume_from_checkpoint": str(found)} if found else {"overwrite_output_dir": True})
+    if trains:
+        kept["extra"] = _from_the_start(_own_rows(state["parameters"]).get("extra") or {}) | given.get("extra", {}) | (
+            {"resume_from_checkpoint": str(found)} if found else {"overwrite_output_dir": True})
     return kept

@@ -50,30 +50,32 @@ class Sweep:
         if self.best: return self.best == "lowest"
         return not any(word in self.metric for word in ("accuracy", "reward", "margin", "per_second"))
 
+# %% ../../nbs/experiment/06_sweep.ipynb #check-file
 _KEYS = ("parameters", "grid", "each", "metric", "best")
 
 def _check_file(given:dict, file:str):
     "Raise `UserError` for a file that is no grid."
     for key in given:
-        if key not in _KEYS: raise UserError(
-            f"{file}: unknown key '{key}'{nearest(str(key), _KEYS)}; a sweep has {', '.join(_KEYS)}")
+        if key not in _KEYS:
+            raise UserError(f"{file}: unknown key '{key}'{nearest(str(key), _KEYS)}; a sweep has {', '.join(_KEYS)}")
     for key, kind in (("parameters", dict), ("grid", dict), ("each", list)):
-        if not isinstance(given.get(key) or kind(), kind): raise UserError(
-            f"{file}: {key} must be {'a list of parameters' if kind is list else 'names and values'}")
+        if not isinstance(given.get(key) or kind(), kind):
+            raise UserError(f"{file}: {key} must be {'a list of parameters' if kind is list else 'names and values'}")
     for name, values in (given.get("grid") or {}).items():
-        if not isinstance(values, list) or not values: raise UserError(
-            f"{file}: grid {name} must be a list of values: [1, 2]")
-    if any(not isinstance(one, dict) for one in given.get("each") or []): raise UserError(
-        f"{file}: each must be a list of parameters")
+        if not isinstance(values, list) or not values:
+            raise UserError(f"{file}: grid {name} must be a list of values: [1, 2]")
+    if any(not isinstance(one, dict) for one in given.get("each") or []):
+        raise UserError(f"{file}: each must be a list of parameters")
     if given.get("best") not in (None, "lowest", "highest"): raise UserError(f"{file}: best must be lowest or highest")
 
+# %% ../../nbs/experiment/06_sweep.ipynb #read-sweep
 def read_sweep(
     stage:str, # pt, sft, rm, dpo, kto, ppo or grpo
     file:str,  # YAML
 )->Sweep:
     "The points of a grid file, each of them checked. Raises `UserError` for an unknown key, parameter or stage."
-    if stage not in STAGE_RUNS: raise UserError(
-        f"unknown stage '{stage}'{nearest(stage, STAGE_RUNS)}; known are {', '.join(STAGE_RUNS)}")
+    if stage not in STAGE_RUNS:
+        raise UserError(f"unknown stage '{stage}'{nearest(stage, STAGE_RUNS)}; known are {', '.join(STAGE_RUNS)}")
     given = read_yaml(file)
     _check_file(given, file)
     grid, each = given.get("grid") or {}, given.get("each") or [{}]
@@ -81,8 +83,10 @@ def read_sweep(
     if points == [{}]: raise UserError(f"{file}: there is nothing to sweep over; name values under grid or each")
     common = given.get("parameters") or {}
     for name in ("output_dir", "runs_dir", "tag"):
-        if name in {*common, *grid, *(key for one in each for key in one)}: raise UserError(
-            f"{file}: {name} is not for a grid: each point gets a record of its own, under --runs and with --tag of the command")
+        if name in {*common, *grid, *(key for one in each for key in one)}:
+            raise UserError(
+                f"{file}: {name} is not for a grid: each point gets a record of its own, under --runs "
+                "and with --tag of the command")
     found = Sweep(stage, common, points, given.get("metric") or "", given.get("best") or "")
     for n, point in enumerate(points, 1):
         if n > 1 and point in points[:n - 1]: raise UserError(f"{file}: point {n} is there twice: {point}")
@@ -105,6 +109,7 @@ def run_point(
         return 2
     return int(run.state.get("status") != "completed")
 
+# %% ../../nbs/experiment/06_sweep.ipynb #point-2
 @dataclass
 class Point:
     "A point on its way."
@@ -116,6 +121,7 @@ class Point:
 
     def status(self)->str: return status_of(self.folder) if (self.folder/"run.json").exists() else "rejected"
 
+# %% ../../nbs/experiment/06_sweep.ipynb #begin
 def _begin(run:Run, wanted:Sweep, name:str, sets:dict, runs:str)->Point|None:
     "Take a finished point over, or get an unfinished or a new one ready; None for one that needs nothing."
     given = run_parameters(STAGE_RUNS[wanted.stage], wanted.given(sets) | {"runs_dir": runs, "tag": name})
@@ -126,7 +132,8 @@ def _begin(run:Run, wanted:Sweep, name:str, sets:dict, runs:str)->Point|None:
         return None
     old = find_unfinished(key, runs, run.folder)
     folder, attempt = old or new_folder(wanted.stage, runs, name).resolve(), attempt_of(old)
-    note(run, name, **told, folder=str(folder), status="created", attempt=attempt, **({"resumed": True} if attempt else {}))
+    note(run, name, **told, folder=str(folder), status="created", attempt=attempt,
+        **({"resumed": True} if attempt else {}))
     file = write_json(run.folder/f"{name}.json", {"stage": wanted.stage, "given": given, "folder": str(folder),
         "resume": bool(attempt), "sweep": str(run.folder.resolve())})
     return Point(name, sets, folder, file, run.folder/f"{name}.log")
@@ -137,14 +144,17 @@ _PROGRAM = "import sys; from medllm.experiment.sweep import run_point; sys.exit(
 def _started(point:Point, jobs:int)->subprocess.Popen:
     "The process of a point; a session of its own, so that the keyboard stops it through us."
     threads = str(max(1, (os.cpu_count() or 1)//jobs))
-    with open(point.log, "a", encoding="utf-8") as out: return subprocess.Popen(
-        [sys.executable, "-c", _PROGRAM, str(point.file)], stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-        start_new_session=True, env=os.environ | RECORDED | attached() | {"OMP_NUM_THREADS": threads})
+    with open(point.log, "a", encoding="utf-8") as out:
+        return subprocess.Popen(
+            [sys.executable, "-c", _PROGRAM, str(point.file)], stdout=out, stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True, env=os.environ | RECORDED | attached() | {"OMP_NUM_THREADS": threads})
 
 def _go_on():
     "Raises `Interrupted` when the sweep was asked to stop."
     if stop.asked: raise Interrupted("the sweep was asked to stop; the same command goes on from there")
 
+# %% ../../nbs/experiment/06_sweep.ipynb #on-machine
 def on_machine(
     run:Run,             # The sweep's record
     points:list[Point],  # To be run
@@ -172,6 +182,7 @@ def on_machine(
                 _ended(run, point)
             raise
 
+# %% ../../nbs/experiment/06_sweep.ipynb #words
 def _ended(run:Run, point:Point):
     "Note how a point ended."
     status, state = point.status(), Run(point.folder).state
@@ -196,10 +207,12 @@ def on_ray(
     try: import ray
     except ImportError: raise UserError("--ray needs Ray: pip install \"medllm[ray]\"") from None
     ours = not ray.is_initialized()
-    if ours: ray.init(address=os.environ.get("RAY_ADDRESS"), include_dashboard=False, log_to_driver=False,
-        configure_logging=False)
+    if ours:
+        ray.init(address=os.environ.get("RAY_ADDRESS"), include_dashboard=False, log_to_driver=False,
+            configure_logging=False)
     cores = max(1, (os.cpu_count() or 1)//jobs)
-    def work(file:str, log:str)->int:                     # in a process of its own: kernels and signals want a main thread
+    # in a process of its own: kernels and signals want a main thread
+    def work(file:str, log:str)->int:
         import subprocess
         import sys
         with open(log, "a", encoding="utf-8") as out:
@@ -226,6 +239,7 @@ def _value(folder:Path, metric:str)->tuple[str, float|None]:
     for part in metric.split("."): value = value.get(part) if isinstance(value, dict) else None
     return metric, value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
+# %% ../../nbs/experiment/06_sweep.ipynb #table-of
 def table_of(
     run:Run,      # The sweep's record
     wanted:Sweep, # What was swept
@@ -242,12 +256,13 @@ def table_of(
     if known: (min if lowest else max)(known, key=lambda r: r["metric"])["best"] = "best"
     return [{(name or "metric") if k == "metric" else k: v for k, v in r.items()} for r in rows]
 
+# %% ../../nbs/experiment/06_sweep.ipynb #as-text
 def as_text(
     table:list[dict], # From `table_of`
 )->str:
     "The table as Markdown, its columns in line."
     names = list(dict.fromkeys(name for row in table for name in row))
-    said = lambda v: "" if v is None else f"{v:.5g}" if isinstance(v, float) else str(v)
+    def said(v): return "" if v is None else f"{v:.5g}" if isinstance(v, float) else str(v)
     rows = [{n: said(row.get(n)) for n in names} for row in table]
     wide = {n: max(len(n), *(len(r[n]) for r in rows)) for n in names}
     return as_markdown([{n.ljust(wide[n]): r[n].ljust(wide[n]) for n in names} for r in rows])
@@ -293,9 +308,10 @@ def sweep(
     if jobs < 1: raise UserError(f"--jobs {jobs}: must be at least 1")
     wanted = read_sweep(stage, file)
     run = Run(new_folder("sweep", runs, tag))
-    run.update(stage="sweep", status="running", started=now(), seals=True, provenance={"code": code_version()}, parameters={
-        "stage": stage, "dataset": wanted.common.get("dataset"), "common": wanted.common, "metric": wanted.metric, "jobs": jobs,
-        "tag": tag})
+    run.update(stage="sweep", status="running", started=now(), seals=True, provenance={"code": code_version()},
+        parameters={
+        "stage": stage, "dataset": wanted.common.get("dataset"), "common": wanted.common, "metric": wanted.metric,
+        "jobs": jobs, "tag": tag})
     run.beating()
     say(f"record: {run.folder}: {len(wanted.points)} points, {jobs} at a time")
     try:
@@ -310,6 +326,7 @@ def sweep(
         finally: seal(run.folder)
     return run
 
+# %% ../../nbs/experiment/06_sweep.ipynb #close
 def _close(run:Run, wanted:Sweep):
     "Table, picture and status of a sweep."
     table = table_of(run, wanted)

@@ -27,13 +27,15 @@ def _of_commit(commit:str, stage:str)->dict|None:
     "The run notebook of a stage at a commit of this checkout's branch, if there is one."
     root = project_root()
     if root is None or not re.fullmatch("[0-9a-f]{40}", commit): return None
-    git = lambda *words: subprocess.run(["git", *words], cwd=root, capture_output=True, timeout=20, check=True).stdout
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=root, capture_output=True, timeout=20, check=True).stdout
     try:
         git("merge-base", "--is-ancestor", commit, "HEAD")           # not what somebody else had fetched here
         found = parse_json(git("show", f"{commit}:nbs/runs/{stage}.ipynb"))
         return found if not misfit(found, {"cells!": [{"cell_type!": str, "source!": (str, [str])}]}) else None
     except (OSError, ValueError, subprocess.SubprocessError): return None
 
+# %% ../../nbs/experiment/00_trust.ipynb #code
 def _code(notebook:dict)->dict[str, str]:
     "Name and source of each cell that is executed."
     cells = notebook["cells"]
@@ -41,6 +43,7 @@ def _code(notebook:dict)->dict[str, str]:
     code = {name: "".join(c["source"]) for name, c in named if c["cell_type"] not in ("markdown", "raw")}
     return {name: source for name, source in code.items() if source.strip()}
 
+# %% ../../nbs/experiment/00_trust.ipynb #cells-text
 def _cells_text(then:dict, now:dict)->list[str]:
     "Cells that a record's notebook has otherwise, each with its lines."
     said = []
@@ -57,6 +60,7 @@ def _cells_text(then:dict, now:dict)->list[str]:
         said.append("\n    ".join([f"cell '{name}' {how}", *shown, *rest]))
     return said or ["its cells are in another order"]
 
+# %% ../../nbs/experiment/00_trust.ipynb #differing
 def differing(
     folder:str|Path, # Of a record
     state:dict,      # Its run.json
@@ -85,6 +89,7 @@ def _does(name:str, value, folder:Path)->bool:
     try: return name != "output" or not Path(str(value)).resolve().is_relative_to(folder.resolve())
     except (OSError, ValueError): return True
 
+# %% ../../nbs/experiment/00_trust.ipynb #reaching
 def reaching(
     values,        # Parameters, within each other
     folder:Path,   # Of the record
@@ -95,7 +100,8 @@ def reaching(
     found = []
     for name, value in pairs:
         where = f"{path}{name}"
-        if name in REACHES and _does(name, value, folder): found.append(f"parameter {where} {REACHES[name]}: {str(value)[:80]}")
+        if name in REACHES and _does(name, value, folder):
+            found.append(f"parameter {where} {REACHES[name]}: {str(value)[:80]}")
         else: found += reaching(value, folder, f"{where}.")
     return found
 
@@ -105,12 +111,13 @@ def _reasons(folder:Path, state:dict, given:dict, cells:list[str], writes:bool)-
     changed = [text.split("\n")[0] for text in cells]
     shown = "; ".join(changed[:3]) + ("; …" if len(changed) > 3 else "")
     reasons = [f"its notebook is not the one that comes with medllm {metadata.version('medllm')} ({shown})"]*bool(cells)
-    unasked = lambda values: {name: value for name, value in values.items() if name not in given}
+    def unasked(values): return {name: value for name, value in values.items() if name not in given}
     kept = unasked(state["parameters"])
     if kept.get("extra"): kept["extra"] = unasked(kept["extra"])
     reasons += reaching(kept if writes else {n: v for n, v in kept.items() if n != "output"}, folder)
     return reasons + [f"{f.relative_to(folder)} is a link" for f in folder.rglob("*") if writes and f.is_symlink()]
 
+# %% ../../nbs/experiment/00_trust.ipynb #trusted
 @contextlib.contextmanager
 def trusted(
     folder:Path,        # Of a record
@@ -124,8 +131,8 @@ def trusted(
     reasons = _reasons(folder, state, given, cells, writes)
     for text in cells: say(f"  {text}")
     for text in reasons if trust else (): say(f"trusted: {text}")
-    if reasons and not trust: raise UserError(
-        f"{folder} is not run: {'; '.join(reasons)}; read it, and say --trust to run it as it is")
+    if reasons and not trust:
+        raise UserError(f"{folder} is not run: {'; '.join(reasons)}; read it, and say --trust to run it as it is")
     with scratch() as place, patch.dict(os.environ, {} if trust else {"PYTHONSAFEPATH": "1"}):
         if cells: own = str(shutil.copyfile(folder/"source.ipynb", place/f"{state['stage']}.ipynb"))
         elif isinstance(own, dict): own = str(write_json(place/f"{state['stage']}.ipynb", own))

@@ -32,17 +32,18 @@ def fixed_questions(
     from medllm.core import bundled, find_path
     if file:
         try: lines = find_path(file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as e: raise UserError(
-            f"--prompts {file} cannot be read as text ({type(e).__name__})") from None
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f"--prompts {file} cannot be read as text ({type(e).__name__})") from None
         found = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     else:
         rows = json.loads((bundled("samples")/"mm.json").read_text(encoding="utf-8"))
         found = list(dict.fromkeys("\n".join(filter(None, (r["instruction"], r["input"]))) for r in rows))
-        chinese = lambda text: any("\u4e00" <= c <= "\u9fff" for c in text)
+        def chinese(text): return any("\u4e00" <= c <= "\u9fff" for c in text)
         sides = [q for q in found if chinese(q)], [q for q in found if not chinese(q)]
         found = [q for pair in zip(*sides) for q in pair]
     if n < 1: raise UserError(f"--answers {n}: must be at least 1")
-    if len(found) < n: raise UserError(f"--answers {n}: {file or 'the sample data'} has {len(found)} questions; ask for fewer")
+    if len(found) < n:
+        raise UserError(f"--answers {n}: {file or 'the sample data'} has {len(found)} questions; ask for fewer")
     return found[:n]
 
 # %% ../../nbs/export/01_equivalence.ipynb #reference
@@ -53,6 +54,7 @@ class Reference:
     answers:list[list[int]]     # N greedy answers, token ids
     logits:list[torch.Tensor]   # N times (T, V), float32
 
+# %% ../../nbs/export/01_equivalence.ipynb #forward-of
 Forward = Callable[[np.ndarray], torch.Tensor] # Token ids (T,) to logits (T, V)
 
 def forward_of(
@@ -60,9 +62,11 @@ def forward_of(
 )->Forward:
     "A model as a function from one row of tokens to its logits."
     def forward(ids):
-        with at_rest(model): return model(input_ids=torch.as_tensor(ids, dtype=torch.long, device=model.device)[None]).logits[0]
+        with at_rest(model):
+            return model(input_ids=torch.as_tensor(ids, dtype=torch.long, device=model.device)[None]).logits[0]
     return forward
 
+# %% ../../nbs/export/01_equivalence.ipynb #greedy
 def _at_answer(forward:Forward, prompt:np.ndarray, answer:Sequence[int])->torch.Tensor:
     "The logits (T, V) that each token of an answer was chosen by."
     ids = np.concatenate([prompt, np.asarray(answer[:-1], prompt.dtype)])
@@ -76,6 +80,7 @@ def greedy(
     "Greedy answers, ten at a time."
     return [said.tokens for said in chat.answers(prompts, Sampling(max_new_tokens, 0.0), rows=10)]
 
+# %% ../../nbs/export/01_equivalence.ipynb #reference-of
 def reference_of(
     chat:ChatModel,           # The trained model: base and adapter
     questions:Sequence[str],  # N
@@ -93,6 +98,7 @@ def _kl(ours:torch.Tensor, theirs:torch.Tensor)->torch.Tensor:
     p, q = torch.log_softmax(ours.double(), -1), torch.log_softmax(theirs.double(), -1)
     return (p.exp()*(p - q)).sum(-1).clamp(min=0)
 
+# %% ../../nbs/export/01_equivalence.ipynb #distance-2
 def distance(
     said:Reference,                  # What the trained model says
     forward:Forward,                 # The artefact
@@ -103,15 +109,18 @@ def distance(
     kl, largest, scale, same, n = 0.0, 0.0, 1.0, 0, 0
     for prompt, answer, ours in zip(said.prompts, said.answers, said.logits):
         theirs = _at_answer(forward, prompt, answer)
-        if theirs.shape != ours.shape: raise UserError(
-            f"the exported model knows {theirs.shape[-1]} tokens, the trained one {ours.shape[-1]}: they cannot be compared")
+        if theirs.shape != ours.shape:
+            raise UserError(
+                f"the exported model knows {theirs.shape[-1]} tokens, the trained one "
+                f"{ours.shape[-1]}: they cannot be compared")
         kl += float(_kl(ours, theirs).sum())
         gap = float((ours - theirs).abs().max())
         largest = gap if math.isnan(gap) else max(largest, gap)
         scale, n = max(scale, float(ours.abs().max())), n + len(answer)
         same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
         if math.isnan(largest): break
-    found = {"tokens": n, "logit": largest/scale, "kl": kl/n, "agreement": same/n, "agreement_interval": list(wilson(same/n, n))}
+    found = {"tokens": n, "logit": largest/scale, "kl": kl/n, "agreement": same/n,
+        "agreement_interval": list(wilson(same/n, n))}
     if answers: found["answers"] = sum(list(a) == list(b) for a, b in zip(said.answers, answers))/len(said.answers)
     if effect is not None and effect > 1e-6: found["kept"] = 1 - found["kl"]/effect
     return found
@@ -147,10 +156,12 @@ def limits_of(
     for text in moved:
         key, _, number = text.partition("=")
         kind, _, measure = key.strip().rpartition(".")
-        if kind not in kinds: raise UserError(f"--limit {text}: no such artefact{nearest(kind, kinds)}; write {kinds[0]}.kl=0.1 "
-            f"with one of {', '.join(kinds)}")
-        if measure not in measures: raise UserError(
-            f"--limit {text}: no such measure{nearest(measure, measures)}; there are {', '.join(measures)}")
+        if kind not in kinds:
+            raise UserError(f"--limit {text}: no such artefact{nearest(kind, kinds)}; write {kinds[0]}.kl=0.1 "
+                f"with one of {', '.join(kinds)}")
+        if measure not in measures:
+            raise UserError(
+                f"--limit {text}: no such measure{nearest(measure, measures)}; there are {', '.join(measures)}")
         try: value = float(number)
         except ValueError: raise UserError(f"--limit {text}: '{number}' is no number") from None
         if kind == name: found[measure] = value
@@ -180,24 +191,28 @@ def within(
     limits = [f"{m} {'≥' if m in LOWEST else '≤'} {_said(m, v)}" for m, v in verdict["limits"].items()]
     return f"within the limit{'s'*(len(limits) > 1)} ({', '.join(limits)})"
 
+# %% ../../nbs/export/01_equivalence.ipynb #as-sentence
 def as_sentence(
     verdict:dict, # From `judged`
 )->str:
     "What is wrong with an artefact, or its figures beside their limits."
     found, limits, name = verdict["measures"], verdict["limits"], verdict["artefact"]
-    bound = lambda m: "at least" if m in LOWEST else "at most"
-    called = lambda m: "what is kept of the adapter's effect" if m == "kept" else m
-    said = [f"{called(m)} is {found.get(m, float('nan')):.3g}, {bound(m)} {limits[m]:g} is wanted" for m in verdict["broken"]]
+    def bound(m): return "at least" if m in LOWEST else "at most"
+    def called(m): return "what is kept of the adapter's effect" if m == "kept" else m
+    said = [f"{called(m)} is {found.get(m, float('nan')):.3g}, {bound(m)} {limits[m]:g} is wanted"
+        for m in verdict["broken"]]
     if said: return f"{name}: {'; '.join(said)}"
     said = ", ".join(f"{m} {_said(m, found[m])} ({bound(m)} {_said(m, limits[m])})" for m in limits if m in found)
     same = f"; {found['answers']:.1%} of the answers are the same" if "answers" in found and "answers" not in limits else ""
     return f"{name}: within the limit{'s'*(len(limits) > 1)}: {said}{same}"
 
+# %% ../../nbs/export/01_equivalence.ipynb #not-the-same
 def not_the_same(
     verdicts:Sequence[dict], # From `judged`
 )->str:                      # "" when all answers are the same
     "How many answers are the same, where some are not."
-    some = [(v["artefact"], v["measures"]["answers"]) for v in verdicts if v["limits"] and v["measures"].get("answers", 1) < 1]
+    some = [(v["artefact"], v["measures"]["answers"]) for v in verdicts if v["limits"]
+        and v["measures"].get("answers", 1) < 1]
     if not some: return ""
     shares = ", ".join(f"{share:.0%} ({name})" for name, share in some)
     return f"Within the limit is not the same: of the greedy answers, word for word the trained model's are {shares}."
@@ -212,12 +227,13 @@ def _cell(verdict:dict, measure:str)->str:
         text += " ({:.1%}–{:.1%})".format(*verdict["measures"]["agreement_interval"])
     return f"**{text}**" if measure in verdict["broken"] else text
 
+# %% ../../nbs/export/01_equivalence.ipynb #as-table
 def as_table(
     verdicts:Sequence[dict], # From `judged`
 )->str:                      # Markdown
     "All artefacts, a line each."
     columns = {"logit": "largest logit distance", "kl": "KL [nat]", "agreement": "token agreement (95%)",
         "answers": "same answers", "kept": "adapter's effect kept"}
-    said = lambda v: "failed" if not v["passed"] else within(v) if v["limits"] else "for comparison"
+    def said(v): return "failed" if not v["passed"] else within(v) if v["limits"] else "for comparison"
     return markdown_rows(["artefact", "verdict", *columns.values()],
         [(v["artefact"], said(v), *(_cell(v, m) for m in columns)) for v in verdicts])

@@ -20,9 +20,9 @@ from ..machine import beside, check_writable, place_fault, sweep, take_place, wr
 from ..models.chat import ChatModel, ModelChoice, load_chat_model
 from ..models.loading import LoadPlan, load_model, load_tokenizer, model_location
 from ..interruption import Left, leaving, listening
-from medllm.export.equivalence import (
-    Reference, as_sentence, as_table, distance, effect_of, fixed_questions, forward_of, greedy, judged, limits_of, not_the_same,
-    reference_of)
+from .equivalence import (
+    Reference, as_sentence, as_table, distance, effect_of, fixed_questions, forward_of, greedy, judged, limits_of,
+    not_the_same, reference_of)
 from .gguf import FORMATS, family_of, forward_of_llama_cpp, gguf_package, llama_cpp, read_gguf, write_gguf
 from .merge import check_size, merge, stored_dtype, write_model
 from .ollama import modelfile
@@ -59,10 +59,10 @@ class ExportPlan:
         "Raise `UserError` when something is there that is not to be replaced."
         place = self.place
         if not place.exists() or place.is_dir() and not any(place.iterdir()): return
-        if not self.overwrite: raise UserError(
-            f"{self.output} exists already; name another folder with --output, or give --overwrite")
-        if not (place/"equivalence.json").exists(): raise UserError(
-            f"{self.output} was not written by medllm export, so --overwrite does not touch it")
+        if not self.overwrite:
+            raise UserError(f"{self.output} exists already; name another folder with --output, or give --overwrite")
+        if not (place/"equivalence.json").exists():
+            raise UserError(f"{self.output} was not written by medllm export, so --overwrite does not touch it")
 
     @property
     def place(self)->Path: # Of the finished folder
@@ -79,7 +79,8 @@ def _unfinished(place:Path)->Iterator[Path]:
         if not (why := place_fault(e)): raise
         if not str(getattr(e, "filename", None) or place).startswith(str(place.parent)): raise UserError(why) from None
         raise UserError(
-            f"nothing was exported: {place} cannot be written ({writing_failed(e)}); make room, or name another --output"
+            f"nothing was exported: {place} cannot be written ({writing_failed(e)}); make "
+            "room, or name another --output"
         ) from None
 
 # %% ../../nbs/export/04_export.ipynb #facts
@@ -88,19 +89,22 @@ def _weights(folder:Path)->dict[str, str]:
     files = sorted(f for f in folder.rglob("*") if f.suffix in (".safetensors", ".gguf"))
     return {f.relative_to(folder).as_posix(): sha256(f) for f in files}
 
+# %% ../../nbs/export/04_export.ipynb #facts-of
 def facts_of(
     plan:ExportPlan, # What is exported
     dtype:str,       # Of the written weights
 )->dict:
     "Where a model comes from, and what was asked of its export."
     choice = plan.choice.resolved()
-    named = lambda text: text if text.count("/") == 1 and not find_path(text).exists() else Path(text).name
+    def named(text): return text if text.count("/") == 1 and not find_path(text).exists() else Path(text).name
     def part(text):
         folder = Path(model_location(text)) if text == "tiny" else find_path(text)
         return {"name": named(text), "weights": _weights(folder) if folder.is_dir() else {}}
     return {"base": part(choice.model_name_or_path), "adapters": [part(a) for a in choice.adapters], "dtype": dtype,
-        "trained_bits": choice.quantization_bit, "template": choice.template, "default_system": bool(choice.default_system),
-        "questions": Path(plan.prompts).name or "sample data", "answers": plan.answers, "max_new_tokens": plan.max_new_tokens}
+        "trained_bits": choice.quantization_bit, "template": choice.template,
+        "default_system": bool(choice.default_system),
+        "questions": Path(plan.prompts).name or "sample data", "answers": plan.answers,
+        "max_new_tokens": plan.max_new_tokens}
 
 # %% ../../nbs/export/04_export.ipynb #check
 def _free():
@@ -109,6 +113,7 @@ def _free():
     gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
 
+# %% ../../nbs/export/04_export.ipynb #check-2
 class Check:
     "The trained model's answers, and the verdicts on what was made of it."
     def __init__(self,
@@ -125,7 +130,8 @@ class Check:
     def _add(self, name:str, found:dict, limits:dict):
         "Judge measures and keep the verdict."
         self.verdicts.append(judged(name, found, limits))
-        self.told(as_sentence(self.verdicts[-1]) if limits else f"{name}: KL {found['kl']:.2g} nat from the trained model")
+        self.told(as_sentence(self.verdicts[-1]) if limits
+            else f"{name}: KL {found['kl']:.2g} nat from the trained model")
 
     def model(self,
         name:str,         # Of the artefact
@@ -166,9 +172,11 @@ def _merged(check:Check, part:Path, dtype:str, device:str):
     own = load_tokenizer(str(part))
     template = chat_jinja(own, "auto")
     texts = (write_messages(own, template, [{"role": "user", "content": q}], generate=True) for q in check.questions)
-    check.tokens("prompts", [own(text, add_special_tokens=False)["input_ids"] for text in texts],         # as apply_chat_template
+    # as apply_chat_template
+    check.tokens("prompts", [own(text, add_special_tokens=False)["input_ids"] for text in texts],
         [p.tolist() for p in check.prompts])
 
+# %% ../../nbs/export/04_export.ipynb #quantised
 def _quantised(check:Check, part:Path, bits:int, chat:ChatModel, dtype:str):
     "Write and check the folder quantised with bitsandbytes."
     name, plan = f"bnb-{bits}bit", check.plan
@@ -180,17 +188,18 @@ def _quantised(check:Check, part:Path, bits:int, chat:ChatModel, dtype:str):
     check.model(name, load_chat_model(ModelChoice(str(part/name), dtype=dtype), str(chat.device)),
         limits_of(name, moved=plan.limits))
 
+# %% ../../nbs/export/04_export.ipynb #gguf
 def _gguf(check:Check, part:Path, kind:str, chat:ChatModel):
     "Write and check a GGUF file."
     name, plan, end = f"gguf-{kind}", check.plan, chat.renderer.stop_ids
     (part/"gguf").mkdir(exist_ok=True)
     eos = chat.tokenizer.eos_token_id
-    file = write_gguf(part, part/"gguf"/f"model-{kind}.gguf", kind, eos if eos in chat.renderer.trained_stops else end[0],
-        plan.place.name)
+    file = write_gguf(part, part/"gguf"/f"model-{kind}.gguf", kind,
+        eos if eos in chat.renderer.trained_stops else end[0], plan.place.name)
     model, tokenizer = read_gguf(file, part)
     limits = limits_of(name, moved=plan.limits)
     check.model(name, ChatModel(model.to(chat.device), chat.renderer), limits)
-    plain = lambda t: [t(q, add_special_tokens=False)["input_ids"] for q in check.questions]
+    def plain(t): return [t(q, add_special_tokens=False)["input_ids"] for q in check.questions]
     check.tokens(f"{name}, tokens", plain(tokenizer), plain(chat.tokenizer))
     del model
     _free()
@@ -206,7 +215,8 @@ def _made(plan:ExportPlan, part:Path, told:Callable)->dict:
     told(f"asking the trained model {plan.answers} questions")
     check, device = Check(plan, chat, told), str(chat.device)
     if choice.quantization_bit:
-        check.model(f"adapter on the base in {choice.quantization_bit} bit", load_chat_model(replace(choice, dtype=dtype)), {})
+        check.model(f"adapter on the base in {choice.quantization_bit} bit",
+            load_chat_model(replace(choice, dtype=dtype)), {})
     told(f"merging and writing {dtype}")
     write_model(merge(chat), part, plan.max_shard_size)
     longest, bare = chat.longest, ChatModel(_Gone(device), chat.renderer)
@@ -223,9 +233,10 @@ def _made(plan:ExportPlan, part:Path, told:Callable)->dict:
         generation = json.loads((part/"generation_config.json").read_text(encoding="utf-8"))
         text = modelfile(bare.renderer, f"model-{plan.gguf[-1]}.gguf", generation, longest)
         (part/"gguf"/"Modelfile").write_text(text, encoding="utf-8")
-    return {"schema": 1, "name": plan.place.name, "passed": all(v["passed"] for v in check.verdicts), "verdicts": check.verdicts,
-        "made": facts_of(plan, dtype), "weights": _weights(part)}
+    return {"schema": 1, "name": plan.place.name, "passed": all(v["passed"] for v in check.verdicts),
+        "verdicts": check.verdicts, "made": facts_of(plan, dtype), "weights": _weights(part)}
 
+# %% ../../nbs/export/04_export.ipynb #gone
 class _Gone:
     "What is left of a model whose weights were given back: where they were."
     def __init__(self, device:str): self.device = device
@@ -239,9 +250,11 @@ def plain_card(
     base = report["made"]["base"]["name"]
     return ("---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [medical, medllm]\n---\n\n"
         f"# {report['name']}\n\n"
-        f"Made from {base} by `medllm export`. This model gives no medical advice: what it writes can be wrong or dangerous.\n\n"
+        f"Made from {base} by `medllm export`. This model gives no medical advice: what it writes "
+        "can be wrong or dangerous.\n\n"
         + equivalence_text(report))
 
+# %% ../../nbs/export/04_export.ipynb #equivalence-text
 def equivalence_text(
     report:dict, # Of the export
 )->str:          # Markdown
@@ -252,6 +265,7 @@ def equivalence_text(
         f"{'All are within their limits.' if report['passed'] else '**Not all are within their limits.**'}\n\n"
         f"{as_table(report['verdicts'])}\n" + (f"\n{more}\n" if (more := not_the_same(report["verdicts"])) else ""))
 
+# %% ../../nbs/export/04_export.ipynb #report-failure
 def _report_failure(failed:Path, report:dict):
     "Leave the report where the folder would have been; take an earlier one away when there is nothing to report."
     if not report["passed"]:
@@ -262,6 +276,7 @@ def _report_failure(failed:Path, report:dict):
         for name in ("equivalence.json", "equivalence.md"): (failed/name).unlink(missing_ok=True)
         if not any(failed.iterdir()): failed.rmdir()
 
+# %% ../../nbs/export/04_export.ipynb #export-2
 def export(
     plan:ExportPlan,                # What, where, and within which limits
     card:Callable = plain_card,     # Makes the model card of the report

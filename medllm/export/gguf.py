@@ -21,7 +21,8 @@ import numpy as np
 from ..core import UserError
 
 # %% ../../nbs/export/02_gguf.ipynb #families
-FAMILIES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+FAMILIES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3"}
 FORMATS = ("f16", "q8_0")
 
 def gguf_package():
@@ -30,18 +31,21 @@ def gguf_package():
     except ImportError: raise UserError("--gguf needs the package gguf: pip install \"medllm[gguf]\"") from None
     return gguf
 
+# %% ../../nbs/export/02_gguf.ipynb #family-of
 def family_of(
     config, # Of a transformers model
 )->str:     # llama, qwen2 or qwen3
     "The name that GGUF has for a model's family. Raises `UserError` for others."
     name = (config.architectures or [type(config).__name__])[0]
-    if name not in FAMILIES: raise UserError(
-        f"--gguf cannot write a {name}; it knows {', '.join(FAMILIES)}")
+    if name not in FAMILIES:
+        raise UserError(f"--gguf cannot write a {name}; it knows {', '.join(FAMILIES)}")
     scaling = rope_of(config)["rope_type"]
-    if scaling not in ("default", "linear", "yarn", "llama3"): raise UserError(
-        f"--gguf cannot write rotary positions of the kind {scaling}; it knows default, linear, yarn and llama3")
+    if scaling not in ("default", "linear", "yarn", "llama3"):
+        raise UserError(
+            f"--gguf cannot write rotary positions of the kind {scaling}; it knows default, linear, yarn and llama3")
     return FAMILIES[name]
 
+# %% ../../nbs/export/02_gguf.ipynb #rope-of
 def rope_of(
     config, # Of a transformers model
 )->dict:    # rope_type, rope_theta and more
@@ -63,6 +67,7 @@ def llama3_factors(
     smooth = np.clip((turns - low)/(high - low), 0, 1)
     return (1/((1 - smooth)/rope["factor"] + smooth)).astype(np.float32)
 
+# %% ../../nbs/export/02_gguf.ipynb #stored
 def _stored(folder:Path)->Iterator[tuple[str, Callable]]:
     "Names of the weights of a folder, each with a function that reads it."
     from safetensors import safe_open
@@ -72,6 +77,7 @@ def _stored(folder:Path)->Iterator[tuple[str, Callable]]:
         with safe_open(file, framework="pt") as f: here = list(f.keys())
         for name in here: yield name, partial(read, file, name)
 
+# %% ../../nbs/export/02_gguf.ipynb #tensors-of
 def tensors_of(
     folder:Path, # A model folder
     config,      # Its configuration
@@ -90,6 +96,7 @@ def tensors_of(
         if family == "llama" and part in heads: yield there, lambda read=read, n=heads[part]: _interleaved(read(), n)
         else: yield there, read
 
+# %% ../../nbs/export/02_gguf.ipynb #head-dim-of
 def head_dim_of(
     config, # Of a transformers model
 )->int:
@@ -113,6 +120,7 @@ def _steps(node:dict|None)->list[dict]:
     inner = node.get("pretokenizers") or node.get("normalizers")
     return [step for child in inner for step in _steps(child)] if node["type"] == "Sequence" else [node]
 
+# %% ../../nbs/export/02_gguf.ipynb #words-rule
 def words_rule(
     spec:dict, # tokenizer.json
 )->str:        # Name in llama.cpp
@@ -124,7 +132,8 @@ def words_rule(
         if len(steps) == 1 and last.get("use_regex", True): return "gpt-2"
         if len(patterns) == 1 == len(steps) - 1 and patterns[0] in WORD_RULES: return WORD_RULES[patterns[0]]
     raise UserError("--gguf: the tokenizer cuts words by a rule that has no name here "
-        f"({', '.join(patterns) or ', '.join(s['type'] for s in steps) or 'none'}); convert it with llama.cpp's own script")
+        f"({', '.join(patterns) or ', '.join(s['type'] for s in steps) or 'none'}); convert "
+        "it with llama.cpp's own script")
 
 # %% ../../nbs/export/02_gguf.ipynb #tokens
 NORMAL, UNKNOWN, CONTROL, ADDED, UNUSED, BYTE = range(1, 7)   # token types of the format
@@ -147,11 +156,12 @@ def vocabulary(
     tokens = [by_id.get(i, f"[PAD{i}]") for i in range(size)]
     return tokens, [kind(i) for i in range(size)], [-float(rank.get(t, len(merged))) for t in tokens]
 
+# %% ../../nbs/export/02_gguf.ipynb #put-tokenizer
 def _put_tokenizer(writer, tokenizer, size:int, end_id:int):
     "Write a tokenizer's tables into a GGUF file."
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
-    if spec["model"]["type"] != "BPE": raise UserError(
-        f"--gguf cannot write a tokenizer of the kind {spec['model']['type']}; it knows BPE")
+    if spec["model"]["type"] != "BPE":
+        raise UserError(f"--gguf cannot write a tokenizer of the kind {spec['model']['type']}; it knows BPE")
     tokens, kinds, scores = vocabulary(spec, size, {tokenizer.bos_token_id, tokenizer.eos_token_id})
     pieces = spec["model"].get("byte_fallback", False)
     writer.add_tokenizer_model("llama" if pieces else "gpt2")
@@ -181,6 +191,7 @@ def _put_rope(gguf, writer, config):
     writer.add_rope_scaling_factor(rope["factor"])
     if before := rope.get("original_max_position_embeddings"): writer.add_rope_scaling_orig_ctx_len(before)
 
+# %% ../../nbs/export/02_gguf.ipynb #put-header
 def _put_header(gguf, writer, config, name:str, kind):
     "Write a model's hyperparameters into a GGUF file."
     writer.add_name(name)
@@ -205,10 +216,12 @@ def _in_kind(gguf, array:np.ndarray, kind)->tuple:
     types = gguf.GGMLQuantizationType
     if array.ndim == 1: kind = types.F32
     elif kind == types.Q8_0 and array.shape[-1] % 32: kind = types.F16
-    if kind == types.F16 and np.abs(array).max() > np.finfo(np.float16).max: raise UserError(
-        "--gguf: a weight is too large for float16, so neither f16 nor its neighbours can hold this model")
+    if kind == types.F16 and np.abs(array).max() > np.finfo(np.float16).max:
+        raise UserError(
+            "--gguf: a weight is too large for float16, so neither f16 nor its neighbours can hold this model")
     return gguf.quants.quantize(np.ascontiguousarray(array, np.float32), kind), kind
 
+# %% ../../nbs/export/02_gguf.ipynb #write-gguf
 def write_gguf(
     folder:str|Path,   # A merged model's folder: configuration, weights, tokenizer
     file:str|Path,     # Where to
@@ -255,6 +268,7 @@ def read_gguf(
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, config=config, dtype="float32")
     return model.eval(), AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, config=config)
 
+# %% ../../nbs/export/02_gguf.ipynb #llama-cpp
 def llama_cpp(
     file:str|Path,    # A GGUF file
     positions:int = 1024, # Longest text [tokens]
@@ -264,9 +278,10 @@ def llama_cpp(
     except (ImportError, OSError, RuntimeError): return None
     import torch
     threads = torch.get_num_threads()
-    return llama_cpp.Llama(str(file), n_ctx=positions, n_batch=positions, logits_all=True, verbose=False, n_threads=threads,
-        n_threads_batch=threads)
+    return llama_cpp.Llama(str(file), n_ctx=positions, n_batch=positions, logits_all=True, verbose=False,
+        n_threads=threads, n_threads_batch=threads)
 
+# %% ../../nbs/export/02_gguf.ipynb #forward-of-llama-cpp
 def forward_of_llama_cpp(
     llama, # From `llama_cpp`
 ):         # Token ids (T,) to logits (T, V)

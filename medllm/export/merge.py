@@ -25,8 +25,9 @@ def stored_dtype(
     if asked != "auto": return asked
     from transformers import AutoConfig
     try: found = AutoConfig.from_pretrained(model_location(name), trust_remote_code=False, **hub_options(name)).dtype
-    except (OSError, ValueError) as e: raise UserError(
-        f"the configuration of {name} cannot be read ({type(e).__name__}); give the type with --dtype") from None
+    except (OSError, ValueError) as e:
+        raise UserError(
+            f"the configuration of {name} cannot be read ({type(e).__name__}); give the type with --dtype") from None
     found = str(found).removeprefix("torch.")
     return found if found in DTYPES else "float32"
 
@@ -35,10 +36,11 @@ def _finite(model):
     "Raise `UserError` when a weight is not a number."
     import torch
     for name, p in model.named_parameters():
-        if p.is_floating_point() and not bool(torch.isfinite(p).all()): raise UserError(
-            f"the merged weight {name} holds infinite values or none; the adapter is broken, "
-            "or --dtype float16 is too narrow for it")
+        if p.is_floating_point() and not bool(torch.isfinite(p).all()):
+            raise UserError(f"the merged weight {name} holds infinite values or none; the adapter is broken, "
+                "or --dtype float16 is too narrow for it")
 
+# %% ../../nbs/export/00_merge.ipynb #untied
 def _untied(model):
     "Say in the configuration that the output layer has weights of its own, where an adapter gave it some."
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
@@ -48,13 +50,14 @@ def _untied(model):
     for c in (config, model.config): c.tie_word_embeddings = False
     model.all_tied_weights_keys = {}
 
+# %% ../../nbs/export/00_merge.ipynb #merge-2
 def merge(
     chat:ChatModel, # With an adapter or without; not quantised
 )->ChatModel:       # Without
     "The model with its adapter merged into the weights. Raises `UserError` when it is quantised, or the result is not finite."
     model = chat.model
-    if getattr(model, "is_quantized", False) or chat.choice.quantization_bit: raise UserError(
-        "an adapter cannot be merged into quantised weights: load the model without --quantization_bit")
+    if getattr(model, "is_quantized", False) or chat.choice.quantization_bit:
+        raise UserError("an adapter cannot be merged into quantised weights: load the model without --quantization_bit")
     if hasattr(model, "merge_and_unload"):
         dtype = model.dtype
         model = model.merge_and_unload().to(dtype)
@@ -68,10 +71,13 @@ def template_text(
 )->str:                # Jinja
     "The chat template with the options that it is used with inside."
     text, thinking, system = renderer.jinja, renderer.enable_thinking, renderer.default_system
-    if system: text = ("{% if not messages or messages[0]['role'] != 'system' %}{% set messages = [{'role': 'system', 'content': "
-        f"{json.dumps(system, ensure_ascii=False)}}}] + messages %}}{{% endif %}}") + text
-    if thinking is not None: text = ("{% if enable_thinking is not defined %}{% set enable_thinking = "
-        f"{str(bool(thinking)).lower()} %}}{{% endif %}}") + text
+    if system:
+        text = ("{% if not messages or messages[0]['role'] != 'system' %}{% set messages = "
+            "[{'role': 'system', 'content': "
+            f"{json.dumps(system, ensure_ascii=False)}}}] + messages %}}{{% endif %}}") + text
+    if thinking is not None:
+        text = ("{% if enable_thinking is not defined %}{% set enable_thinking = "
+            f"{str(bool(thinking)).lower()} %}}{{% endif %}}") + text
     return text
 
 # %% ../../nbs/export/00_merge.ipynb #write
@@ -79,9 +85,10 @@ def check_size(
     text:str, # As transformers writes sizes
 ):
     "Raise `UserError` for a size that is none."
-    if not re.fullmatch(r"[1-9]\d*(KB|MB|GB)", text): raise UserError(
-        f"--max_shard_size {text}: must be a whole number with KB, MB or GB behind it, like 5GB")
+    if not re.fullmatch(r"[1-9]\d*(KB|MB|GB)", text):
+        raise UserError(f"--max_shard_size {text}: must be a whole number with KB, MB or GB behind it, like 5GB")
 
+# %% ../../nbs/export/00_merge.ipynb #write-model
 def write_model(
     chat:ChatModel,             # From `merge`
     folder:str|Path,            # An existing folder

@@ -14,7 +14,7 @@ from .merge import template_text
 
 # %% ../../nbs/export/03_ollama.ipynb #written
 _ROLES = {"s": "system", "u": "user", "a": "assistant"}
-_mark = lambda n: f"⟦{n}⟧"
+def _mark(n): return f"⟦{n}⟧"
 
 def written(
     renderer:Renderer, # A template with its tokenizer
@@ -40,12 +40,14 @@ def _between(text:str|None, n:int)->list[str]|None:
         parts.append(before)
     return None if "⟦" in text else [*parts, text]
 
+# %% ../../nbs/export/03_ollama.ipynb #write
 def _write(slots:dict, roles:str)->str|None:
     "What the slots write."
     pairs = list(zip(" " + roles, roles + ">"))
     if any(p not in slots for p in pairs): return None
     return "".join(slots[p] + (_mark(n) if n < len(roles) else "") for n, p in enumerate(pairs))
 
+# %% ../../nbs/export/03_ollama.ipynb #slots-of
 def slots_of(
     renderer:Renderer, # A template with its tokenizer
 )->dict|None:          # (before, now) -> text, with " " for the start and ">" for the end; None when that is not enough
@@ -55,7 +57,7 @@ def slots_of(
         parts = _between(written(renderer, roles), len(roles))
         if parts is None and "s" not in roles: return None
         if parts is not None: slots |= {p: t for p, t in zip(zip(" " + roles, roles + ">"), parts) if p not in slots}
-    same = lambda roles: _write(slots, roles) == written(renderer, roles)
+    def same(roles): return _write(slots, roles) == written(renderer, roles)
     return slots if all(same(roles) for roles in PROOFS if (" ", "s") in slots or "s" not in roles) else None
 
 # %% ../../nbs/export/03_ollama.ipynb #go
@@ -67,10 +69,11 @@ def _case(slots:dict, role:str)->str:
     "What is written in front of one speaker's text."
     before = [(b, _literal(t)) for (b, now), t in slots.items() if now == role]
     if len(before) == 1 or len({t for _, t in before}) == 1: return before[0][1]
-    word = lambda b: f'eq $last "{_ROLES.get(b, "")}"'
+    def word(b): return f'eq $last "{_ROLES.get(b, "")}"'
     head = "".join(f"{'{{ if' if n == 0 else '{{ else if'} {word(b)} }}}}{t}" for n, (b, t) in enumerate(before))
     return head + "{{ end }}"
 
+# %% ../../nbs/export/03_ollama.ipynb #go-template
 def go_template(
     slots:dict,   # From `slots_of`
     bos:str = "", # Token that Ollama puts in front by itself
@@ -78,7 +81,8 @@ def go_template(
     "The template in Go's language."
     slots = {(b, now): t.removeprefix(bos) if b == " " else t for (b, now), t in slots.items()}
     roles = [r for r in _ROLES if any(now == r for _, now in slots)]
-    cases = "".join(f'{"{{ if" if n == 0 else "{{ else if"} eq .Role "{_ROLES[r]}" }}}}{_case(slots, r)}{{{{ .Content }}}}'
+    cases = "".join(
+        f'{"{{ if" if n == 0 else "{{ else if"} eq .Role "{_ROLES[r]}" }}}}{_case(slots, r)}{{{{ .Content }}}}'
         for n, r in enumerate(roles))
     return ('{{ $last := "" }}{{ range .Messages }}' + cases + "{{ end }}{{ $last = .Role }}{{ end }}"
         + _literal(slots["u", ">"]))
@@ -99,9 +103,11 @@ def modelfile(
     lines = [f"FROM ./{file}"]
     text = go_template(slots, tokenizer.bos_token if adds_bos else "") if slots else None
     if text and '"""' not in text: lines.append(f'TEMPLATE """{text}"""')
-    else: lines += ["# The chat template cannot be written in Ollama's language. Send finished prompts (raw: true),",
-        "# or use llama.cpp, which reads the template inside the GGUF file (llama-server --jinja)."]
-    lines += [f"PARAMETER stop {json.dumps(tokenizer.convert_ids_to_tokens(i), ensure_ascii=False)}" for i in renderer.stop_ids]
+    else:
+        lines += ["# The chat template cannot be written in Ollama's language. Send finished prompts (raw: true),",
+            "# or use llama.cpp, which reads the template inside the GGUF file (llama-server --jinja)."]
+    lines += [f"PARAMETER stop {json.dumps(tokenizer.convert_ids_to_tokens(i), ensure_ascii=False)}"
+        for i in renderer.stop_ids]
     lines.append(f"PARAMETER num_ctx {min(longest, _MOST)}")
     given = generation if generation.get("do_sample") else {"temperature": 0}
     lines += [f"PARAMETER {there} {given[here]}" for here, there in _SAMPLING.items() if given.get(here) is not None]

@@ -29,7 +29,8 @@ def record_beside(
     last = (choice.adapters or [choice.model_name_or_path])[-1]
     folder = find_path(named or last)
     found = folder.is_dir() and (folder/"run.json").exists()
-    if named and not found: raise UserError(f"--record {named}: there is no run.json in it; name the folder of a record")
+    if named and not found:
+        raise UserError(f"--record {named}: there is no run.json in it; name the folder of a record")
     return folder if found else None
 
 # %% ../../nbs/export/05_release.ipynb #trained
@@ -55,6 +56,7 @@ def _ours(facts:dict, made:dict)->bool:
 
 _BESIDE = {"verdict": [dict], "base": {...: dict}, "comparisons": (dict, [dict])}
 
+# %% ../../nbs/export/05_release.ipynb #tables
 def _tables(found:dict, beside:Path)->list[str]:
     "Summaries, with what `evaluation.json` says of them. Raises `UserError` for one that no evaluation wrote."
     from medllm.evaluate.compare import comparison_rows
@@ -68,9 +70,11 @@ def _tables(found:dict, beside:Path)->list[str]:
         return [*([f"{conclusion(asked)}\n\n{markdown_table(marked(asked))}"] if asked else []),
             as_markdown(found, stored.get("base")),
             *(["Against the base model:\n\n" + markdown_table(comparison_rows(compared))] if compared else [])]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e: raise UserError(
-        f"{beside} is no file of an evaluation ({first_line(e).removeprefix('ValueError: ')}); evaluate again") from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        raise UserError(
+            f"{beside} is no file of an evaluation ({first_line(e).removeprefix('ValueError: ')}); evaluate again") from None
 
+# %% ../../nbs/export/05_release.ipynb #measured
 def measured(
     folders:Sequence[str], # With results of evaluations
     made:dict,             # From `medllm.export.export.facts_of`
@@ -83,8 +87,9 @@ def measured(
         where = where/"tuned" if (where/"tuned").is_dir() else where
         for file in sorted(where.glob("*.items.jsonl")):
             result = read_result(where, file.name.removesuffix(".items.jsonl"))
-            if not _ours(result.facts, made): raise UserError(
-                f"--evaluation {named}: {result.name} was measured on other weights than those that are exported")
+            if not _ours(result.facts, made):
+                raise UserError(
+                    f"--evaluation {named}: {result.name} was measured on other weights than those that are exported")
             found[result.name] = summary(result)
         if not found: raise UserError(f"--evaluation {named}: there is no result of an evaluation in it")
         tables += _tables(found, where.parent/"evaluation.json")
@@ -98,8 +103,10 @@ def _card(report:dict, record:Path|None, figures:str)->str:
     if record: return card_text(record, report["name"], "transformers", extra, "medllm export")
     return plain_card(report) + (f"\n## Evaluation\n\n{figures}\n" if figures else "")
 
-def _made(plan:ExportPlan)->dict: return facts_of(plan, stored_dtype(plan.choice.resolved().model_name_or_path, plan.dtype))
+def _made(plan:ExportPlan)->dict:
+    return facts_of(plan, stored_dtype(plan.choice.resolved().model_name_or_path, plan.dtype))
 
+# %% ../../nbs/export/05_release.ipynb #release-2
 def release(
     plan:ExportPlan,               # What, where, and within which limits
     record:str = "",               # Folder of the record; "" looks beside the model

@@ -23,6 +23,7 @@ def said(
     behind = _thought.split(answer)[-1]
     return "" if _thinking.search(behind) else behind.strip()
 
+# %% ../../nbs/medical/02_answer_text.ipynb #boxed
 _latex = r"\\(?:text|mathrm|mathbf|textbf)\s*\{(.*?)\}"
 
 def boxed(
@@ -36,6 +37,7 @@ def boxed(
         if not depth: found.append(re.sub(_latex, r"\1", text[m.end():at - 1]).strip())
     return found
 
+# %% ../../nbs/medical/02_answer_text.ipynb #json-in
 def json_in(
     text:str, # What a model wrote
 )->dict|None: # None when there is none
@@ -69,6 +71,7 @@ def _is_said(text:str, m:re.Match)->bool:
     if not (before := _unsaid.search(text[max(0, m.start() - 200):m.start()])): return True
     return bool(_if.match(before[0])) and before[0].isascii() and not re.search(r"\bwould\b", m[0])
 
+# %% ../../nbs/medical/02_answer_text.ipynb #plainly-marked
 def plainly_marked(
     text:str, # Without thinking
 )->list[str]:
@@ -78,6 +81,7 @@ def plainly_marked(
     if isinstance(value, list): return [", ".join(map(str, value))]
     return [] if value is None or isinstance(value, dict) else [str(value)]
 
+# %% ../../nbs/medical/02_answer_text.ipynb #conclusion-2
 def conclusion(
     answer:str, # What a model wrote
 )->str:         # "" when nothing is marked
@@ -99,6 +103,7 @@ def _list(marks:list)->list:
         if len(run) >= 2: best = list(run)
     return best
 
+# %% ../../nbs/medical/02_answer_text.ipynb #options-in
 def options_in(
     prompt:str,      # The question with its options
 )->dict[str, str]:   # Letter -> text; {} when there are none
@@ -121,6 +126,7 @@ def _by_text(text:str, options:dict[str, str], part:bool=True)->frozenset:
     holds = [letter for letter, option in options.items() if part and len(key) > 1 and key in name_key(option)]
     return frozenset(equal or (holds if len(holds) == 1 else ()))
 
+# %% ../../nbs/medical/02_answer_text.ipynb #letters-of
 def letters_of(
     text:str,              # A gold answer, or what stands in a box
     options:dict[str, str],# From `options_in`
@@ -189,6 +195,7 @@ def _letters_at(text:str, m:re.Match, options:dict[str, str])->frozenset|None:
     if options and set(letters.upper()) - options.keys(): return None
     return frozenset() if re.search(r"\bor\b|或", written) else frozenset(letters.upper())
 
+# %% ../../nbs/medical/02_answer_text.ipynb #other-text
 def _other_text(said:str, letter:str, options:dict[str, str])->bool:
     "Whether a letter is followed by the text of another option."
     keys = {other: key for other, option in options.items() if (key := name_key(option))}
@@ -198,6 +205,7 @@ def _other_text(said:str, letter:str, options:dict[str, str])->bool:
         if starts and letter not in starts: return True
     return False
 
+# %% ../../nbs/medical/02_answer_text.ipynb #by-letter
 def _by_letter(text:str, options:dict[str, str], rungs:tuple)->frozenset|None:
     "What the first rung that says anything says; None when none does."
     for rung in rungs:
@@ -209,6 +217,7 @@ def _by_letter(text:str, options:dict[str, str], rungs:tuple)->frozenset|None:
         return frozenset() if len(one) == 1 and _other_text(text, *one, options) else one
     return None
 
+# %% ../../nbs/medical/02_answer_text.ipynb #chosen-letters
 def chosen_letters(
     answer:str,             # What a model wrote
     options:dict[str, str], # From `options_in`; {} when they are not known

@@ -43,6 +43,7 @@ def _apart(token:str, look:str)->str:
     if not token.isascii() or not token[0].isalnum(): return ""
     return f"({look}[A-Za-z])" if token.isalpha() else rf"({look}\.?\d)" if look == "?!" else r"(?<!\d)(?<!\d\.)"
 
+# %% ../../nbs/medical/00_names.ipynb #name-pattern
 @cache
 def name_pattern(
     name:str, # As a person would write it
@@ -62,6 +63,7 @@ def name_key(
     "A name without case, blanks and punctuation; a decimal point stays."
     return re.sub(r"(?<!\d)\.|\.(?!\d)|[^\w.]|_", "", plain(name)).casefold()
 
+# %% ../../nbs/medical/00_names.ipynb #read
 def _read(path:Path)->dict:
     "A table of names: name -> (aliases, what it is a kind of)."
     try: table = parse_json(read_bounded(path).removeprefix(b"\xef\xbb\xbf"))
@@ -78,6 +80,7 @@ def _read(path:Path)->dict:
         entries[name] = (aliases, parent)
     return entries
 
+# %% ../../nbs/medical/00_names.ipynb #compiled
 @cache
 def _compiled(name:str)->re.Pattern: return re.compile(name_pattern(name))
 
@@ -90,8 +93,9 @@ class Names:
         self.entries = entries
         self.of = {name_key(alias): name for name, (aliases, _) in entries.items() for alias in (name, *aliases)}
         for name, (_, parent) in entries.items():
-            if parent and parent not in entries: raise UserError(
-                f"table of names: '{name}' is a kind of '{parent}', not in the table{nearest(parent, entries)}")
+            if parent and parent not in entries:
+                raise UserError(
+                    f"table of names: '{name}' is a kind of '{parent}', not in the table{nearest(parent, entries)}")
         written = [(alias, name) for name, (aliases, _) in entries.items() for alias in (name, *aliases)]
         self.starting = {}   # the first two characters of a token -> names that begin so
         for alias, name in sorted(written, key=lambda pair: -len(name_key(pair[0]))):
@@ -124,6 +128,7 @@ class Names:
             name = self.entries[name][1]
         return False
 
+# %% ../../nbs/medical/00_names.ipynb #read-names
 @lru_cache(8)
 def read_names(
     path:str = "", # A user's own table (JSON), laid over the project's; "" for the project's alone
@@ -166,6 +171,7 @@ _after = re.compile(
     r"recommended|correct)\b|[^、]{0,6}?(?:可能性?(?:很|较)?(?:小|低|不大)|(?:可以?|已|被|基本)?(?:被)?(?:排除|除外)|"
     "不成立|不支持|不符合|不正确|错误|禁用)", re.IGNORECASE)
 
+# %% ../../nbs/medical/00_names.ipynb #is-denied
 def is_denied(
     text:str,  # Plain text
     start:int, # Where a name begins
@@ -193,6 +199,7 @@ def _mentions(text:str, golds:tuple[str, ...], table:Names)->list[tuple[int, int
             if not longer: places.append(m.span())
     return sorted(places)
 
+# %% ../../nbs/medical/00_names.ipynb #asserts-2
 def asserts(
     text:str,            # What somebody wrote
     names:Iterable[str], # Names of one thing
@@ -203,6 +210,7 @@ def asserts(
     places = _mentions(text, tuple(names), table)
     return bool(places) and not is_denied(text, *places[-1])
 
+# %% ../../nbs/medical/00_names.ipynb #others-named
 def others_named(
     text:str,            # What somebody wrote
     names:Iterable[str], # Names that do not count
@@ -210,5 +218,5 @@ def others_named(
 )->set[str]:             # Entries of the table
     "What else a text names and does not deny."
     text, known = plain(text), [table.of[name_key(n)] for n in names if name_key(n) in table.of]
-    related = lambda name: any(table.is_kind_of(name, k) or table.is_kind_of(k, name) for k in known)
+    def related(name): return any(table.is_kind_of(name, k) or table.is_kind_of(k, name) for k in known)
     return {name for a, b, name in table.spans(text) if not related(name) and not is_denied(text, a, b)}

@@ -28,6 +28,7 @@ def folded(
         text = re.sub(old, new, text)
     return text
 
+# %% ../../nbs/medical/01_quantities.ipynb #chinese
 def _chinese(text:str)->float:
     "The value of Chinese numerals."
     whole, _, part = text.partition("点")
@@ -40,6 +41,7 @@ def _chinese(text:str)->float:
         else: total, section, digit = (total + section + digit)*_PLACES[c], 0, 0
     return total + section + digit
 
+# %% ../../nbs/medical/01_quantities.ipynb #number
 def number(
     text:str, # A number as people write it, from `folded` text
 )->float:
@@ -83,6 +85,7 @@ def _units()->dict[str, tuple[str, float]]:
                     units.setdefault(prefix + word + end, (base, 10.0**power))
     return units
 
+# %% ../../nbs/medical/01_quantities.ipynb #dimension
 _UNITS = _units()
 _atom = "(?:" + "|".join(
     re.escape(u) + ("(?![a-z])" if u[-1].isascii() and u[-1].isalpha() else "")
@@ -134,6 +137,7 @@ class Quantity:
     bound:str = ""         # <, <=, > or >= where one was written
     span:tuple[int, int] = (0, 0) # Where in the folded text
 
+# %% ../../nbs/medical/01_quantities.ipynb #find-more
 _digits = (r"(?:\d{1,3}(?:\.\d{3})+,\d+|\d{1,3}(?:[, ]\d{3})+(?![\d])(?:\.\d+)?|\d+(?:[.,]\d+)?)"
     r"(?:\s*x\s*10\s*\^?\s*-?\d{1,2}(?!\d)|[eE][-+]?\d{1,2}(?![A-Za-z\d]))?(?:[万亿]|[百千](?![克升米卡焦帕摩]))?")
 _number = rf"(?:(?:百分之\s*)?(?:{_digits}|[零一二三四五六七八九两半十][{_han}]*(?:点[零一二三四五六七八九]+)?))"
@@ -158,6 +162,7 @@ def _measure(text:str, at:int, fahrenheit:bool)->tuple[tuple|None, float, float,
     if dimension is None: return None, 1.0, 0.0, bool(found["daily"]), found.end() if found["daily"] else at
     return *dimension, 0.0, bool(found["daily"]), found.end()
 
+# %% ../../nbs/medical/01_quantities.ipynb #quantities
 def quantities(
     text:str, # Any text
 )->list[Quantity]:
@@ -222,10 +227,12 @@ def _forms(q:Quantity, analyte:str)->dict[tuple, float]:
         if g or eq: forms[tuple(sorted((b, n) for b, n in p.items() if n))] = factor/mass**g/charge**eq
     return forms
 
+# %% ../../nbs/medical/01_quantities.ipynb #near
 def _near(value:float, low:float, high:float, tolerance:float)->bool:
     "Whether a value lies in a range that a tolerance widens."
     return low - tolerance*abs(low) - 1e-12 <= value <= high + tolerance*abs(high) + 1e-12
 
+# %% ../../nbs/medical/01_quantities.ipynb #comparable
 def comparable(
     answer:Quantity,         # From `quantities`
     gold:Quantity,           # What is right
@@ -237,10 +244,12 @@ def comparable(
     if answer.powers is None: return unit_given or gold.powers == ()
     return bool(_forms(answer, analyte).keys() & _forms(gold, analyte).keys())
 
+# %% ../../nbs/medical/01_quantities.ipynb #bounds-agree
 def _bounds_agree(answer:str, gold:str)->bool:
     "Whether a bound may stand in an answer."
     return not answer or (answer[0] == gold[0] if gold else answer.endswith("="))
 
+# %% ../../nbs/medical/01_quantities.ipynb #same-quantity
 def same_quantity(
     answer:Quantity,         # From `quantities`
     gold:Quantity,           # What is right, perhaps a range

@@ -38,8 +38,9 @@ class Rule:
             out.append(math.nan if read is None else float(self.score(answer, read, prompt)))
         return out
 
+# %% ../../nbs/medical/03_rewards.ipynb #plain-gold
 _VERDICTS = {"REFUSE": True, "ANSWER": False, "拒绝": True, "回答": False}
-_plain_gold = lambda gold: gold.strip() and gold.strip().upper() not in _VERDICTS
+def _plain_gold(gold): return gold.strip() and gold.strip().upper() not in _VERDICTS
 
 # %% ../../nbs/medical/03_rewards.ipynb #letter
 def letter_rule(
@@ -61,6 +62,7 @@ def _things(gold:str, prompt:str)->list|None:
     things = [tuple(n.strip() for n in part.split("|") if n.strip()) for part in re.split("[;；\n]", gold)]
     return [t for t in things if t] or None
 
+# %% ../../nbs/medical/03_rewards.ipynb #name-rule
 def name_rule(
     option:str = "", # A user's own table of names, JSON
 )->Rule:
@@ -85,6 +87,7 @@ class _Number:
     analyte:str
     unit_given:bool
 
+# %% ../../nbs/medical/03_rewards.ipynb #read-number
 def _read_number(gold:str, prompt:str, tolerance:float)->_Number|None:
     "A gold quantity; None when there is not exactly one."
     text = _frequency.sub(r"\1次/天", folded(gold)).strip() if _plain_gold(gold) else ""
@@ -100,14 +103,16 @@ def _read_number(gold:str, prompt:str, tolerance:float)->_Number|None:
     given = bool(unit) and re.search(rf"(?<![a-z]){re.escape(unit)}(?![a-z])", folded(prompt).lower()) is not None
     return _Number(right, tolerance, analyte_in(gold) or analyte_in(prompt), given)
 
+# %% ../../nbs/medical/03_rewards.ipynb #score-number
 def _score_number(answer:str, n:_Number, prompt:str)->bool:
     "Whether the quantity that an answer comes to is right."
     if n.gold.powers == (("s", -1),): answer = _frequency.sub(r"\1次/天", folded(answer))
     analyte = n.analyte or analyte_in(said(answer))
-    fits = lambda text: [q for q in quantities(text) if comparable(q, n.gold, analyte, n.unit_given)]
+    def fits(text): return [q for q in quantities(text) if comparable(q, n.gold, analyte, n.unit_given)]
     found = fits(re.split("[=≈]", conclusion(answer))[-1])[:1] or fits(said(answer))[-1:]
     return bool(found) and same_quantity(found[0], n.gold, n.tolerance, analyte, n.unit_given)
 
+# %% ../../nbs/medical/03_rewards.ipynb #number-rule
 def number_rule(
     option:str = "", # Relative tolerance; default 0.05
 )->Rule:
@@ -143,15 +148,16 @@ def citations(
                 found |= {(form, str(n)) for n in range(int(low), min(int(high), int(low) + 99) + 1)}
     return found
 
+# %% ../../nbs/medical/03_rewards.ipynb #citation-rule
 def citation_rule(
     option:str = "", # Forms that count, with | between them; default all
 )->Rule:
     "A source is cited, the gold's if it names one. Raises `UserError` for an unknown form."
     forms = tuple(option.split("|")) if option else tuple(CITATIONS)
     for form in forms:
-        if form not in CITATIONS: raise UserError(
-            f"reward citation:{option}: unknown form '{form}'{nearest(form, CITATIONS)}; "
-            f"known are {', '.join(CITATIONS)}")
+        if form not in CITATIONS:
+            raise UserError(f"reward citation:{option}: unknown form '{form}'{nearest(form, CITATIONS)}; "
+                f"known are {', '.join(CITATIONS)}")
     def score(answer, wanted, prompt):
         found, sources = citations(said(answer), forms), citations(prompt, ["number"])
         if sources: found = {c for c in found if c[0] != "number" or c in sources}
@@ -175,18 +181,21 @@ def _boxes(answer:str, read, prompt:str)->bool:
 
 def _any(gold, prompt): return ()
 
+# %% ../../nbs/medical/03_rewards.ipynb #think-rule
 def think_rule(
     option:str = "", # None
 )->Rule:
     "A thought in <think>…</think>, then an answer."
     return Rule("think_format", "anything", _any, _thinks)
 
+# %% ../../nbs/medical/03_rewards.ipynb #boxed-rule
 def boxed_rule(
     option:str = "", # None
 )->Rule:
     r"Exactly one \boxed{…}."
     return Rule("boxed_format", "anything", _any, _boxes)
 
+# %% ../../nbs/medical/03_rewards.ipynb #json-rule
 def json_rule(
     option:str = "", # The key that must be there; default answer
 )->Rule:
@@ -238,6 +247,7 @@ def refuses(
     m = _refusal.search(text[:400])
     return bool(m) and not re.match(r".{0,60}\benough\b", text[m.start():])
 
+# %% ../../nbs/medical/03_rewards.ipynb #refusal-rule
 def refusal_rule(
     option:str = "", # None
 )->Rule:
@@ -258,12 +268,13 @@ REWARDS = { # Name -> what makes the rule from its option
 def _rule(name:str)->Rule:
     "A rule by its name and option."
     kind, colon, option = name.partition(":")
-    if kind not in REWARDS: raise UserError(
-        f"--reward_funcs {name}: unknown{nearest(kind, REWARDS)}; known are {', '.join(REWARDS)}")
-    if colon and kind in ("letter", "think_format", "boxed_format", "refusal"): raise UserError(
-        f"--reward_funcs {name}: {kind} has no option")
+    if kind not in REWARDS:
+        raise UserError(f"--reward_funcs {name}: unknown{nearest(kind, REWARDS)}; known are {', '.join(REWARDS)}")
+    if colon and kind in ("letter", "think_format", "boxed_format", "refusal"):
+        raise UserError(f"--reward_funcs {name}: {kind} has no option")
     return replace(REWARDS[kind](option), name=name)
 
+# %% ../../nbs/medical/03_rewards.ipynb #reward-functions
 def reward_functions(
     names:str|Sequence,            # Names with commas between them, or a list of names and functions
     weights:str|Sequence|None = None, # As many numbers; None: 1 each
@@ -276,12 +287,13 @@ def reward_functions(
     if twice: raise UserError(f"--reward_funcs names {twice[0]} twice")
     given = weights.split(",") if isinstance(weights, str) else [1.0]*len(rules) if weights is None else weights
     try: numbers = [float(w) for w in given]
-    except ValueError: raise UserError(
-        f"--reward_weights {weights}: must be numbers with commas between them") from None
-    if len(numbers) != len(rules) or not all(math.isfinite(w) for w in numbers): raise UserError(
-        f"--reward_weights has {len(numbers)} numbers for {len(rules)} rewards")
+    except ValueError:
+        raise UserError(f"--reward_weights {weights}: must be numbers with commas between them") from None
+    if len(numbers) != len(rules) or not all(math.isfinite(w) for w in numbers):
+        raise UserError(f"--reward_weights has {len(numbers)} numbers for {len(rules)} rewards")
     return list(zip(titles, rules, numbers))
 
+# %% ../../nbs/medical/03_rewards.ipynb #check-golds
 def check_golds(
     functions:Sequence[tuple], # From `reward_functions`
     golds:Sequence[str],       # Of the rows to train on
@@ -291,7 +303,9 @@ def check_golds(
     for name, rule, _ in functions:
         if not isinstance(rule, Rule): continue
         count = sum(rule.reads(gold, prompt) is not None for gold, prompt in zip(golds, prompts, strict=True))
-        if not count: raise UserError(
-            f"--reward_funcs {name}: none of the {len(golds)} rows has a gold answer that it can read ({rule.wants}); "
-            "look at the dataset's column of gold answers")
+        if not count:
+            raise UserError(
+                f"--reward_funcs {name}: none of the {len(golds)} rows has a gold answer that "
+                f"it can read ({rule.wants}); "
+                "look at the dataset's column of gold answers")
         if count < len(golds): say(f"reward {name} applies to {count} of {len(golds)} rows")

@@ -20,6 +20,7 @@ def _tuned(model)->list:
     from peft.utils import AuxiliaryTrainingWrapper
     return [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
 
+# %% ../../nbs/models/04_adapter_roles.ipynb #speaking-2
 @contextmanager
 def speaking(
     model,         # A model with adapters (a `PeftModel`)
@@ -40,6 +41,7 @@ def _freeze_role(model, name:str):
     for key, p in model.named_parameters():
         if f".{name}." in key: p.requires_grad_(False)
 
+# %% ../../nbs/models/04_adapter_roles.ipynb #copy-adapter
 def copy_adapter(
     model,                 # A model with adapters
     name:str = "default",  # Which one is copied
@@ -56,6 +58,7 @@ def copy_adapter(
     _freeze_role(model, to)
     for p in trains: p.requires_grad_(True)
 
+# %% ../../nbs/models/04_adapter_roles.ipynb #load-role
 def load_role(
     model,      # A model with adapters
     folder:str, # Folder of a trained adapter
@@ -68,16 +71,19 @@ def load_role(
     tensors = load_file(where/"adapter_model.safetensors")
     heads = {key: t for key, t in tensors.items() if "lora_" not in key}
     trains = [p for p in model.parameters() if p.requires_grad]
-    config = replace(config, task_type="CAUSAL_LM", modules_to_save=None, inference_mode=True, base_model_name_or_path=None)
+    config = replace(config, task_type="CAUSAL_LM", modules_to_save=None, inference_mode=True,
+        base_model_name_or_path=None)
     with foreign(f"the adapter {folder}", "have it saved anew"):
         try: model.add_adapter(name, config)
-        except ValueError as e: raise UserError(
-            f"the adapter {folder} is for another model: {str(e).splitlines()[0]}") from None
-    want = {key: tuple(t.shape) for key, t in get_peft_model_state_dict(model, adapter_name=name).items() if "lora_" in key}
+        except ValueError as e:
+            raise UserError(f"the adapter {folder} is for another model: {str(e).splitlines()[0]}") from None
+    want = {key: tuple(t.shape) for key, t in get_peft_model_state_dict(model, adapter_name=name).items()
+        if "lora_" in key}
     have = {key: tuple(t.shape) for key, t in tensors.items() if "lora_" in key}
     odd = [key for key in sorted(want.keys() | have.keys()) if want.get(key) != have.get(key)]
-    if odd: raise UserError(f"the adapter {folder} is for another model: {odd[0]} has shape {have.get(odd[0])}, "
-                            f"the model wants {want.get(odd[0])} ({len(odd)} of {len(want)} tensors differ)")
+    if odd:
+        raise UserError(f"the adapter {folder} is for another model: {odd[0]} has shape {have.get(odd[0])}, "
+                                f"the model wants {want.get(odd[0])} ({len(odd)} of {len(want)} tensors differ)")
     set_peft_model_state_dict(model, {key: t for key, t in tensors.items() if "lora_" in key}, adapter_name=name)
     _freeze_role(model, name)
     for p in trains: p.requires_grad_(True)

@@ -116,14 +116,17 @@ class ChatModel:
         "Answers to prompts. Raises `UserError` when a prompt leaves no room for an answer, or the model is broken."
         if not prompts: return []
         width, seeds, said = max(map(len, prompts)), list(seeds) or range(len(prompts)), {}
-        if width >= self.longest: raise UserError(
-            f"a prompt of {width} tokens leaves no room for an answer: the model has {self.longest} positions")
+        if width >= self.longest:
+            raise UserError(
+                f"a prompt of {width} tokens leaves no room for an answer: the model has {self.longest} positions")
         room = [min(how.max_new_tokens, self.longest - len(p)) for p in prompts]   # a long neighbour shortens no answer
         for most in sorted(set(room)):
             some = [i for i, r in enumerate(room) if r == most]
             uniforms = torch.cat([uniform_table(1, most, seeds[i]) for i in some])
-            ids, lengths, _ = sample_answers(self.model, [prompts[i] for i in some], uniforms, replace(how, max_new_tokens=most),
-                self.renderer.stop_ids, self.tokenizer.pad_token_id or 0, rows or rows_that_fit(self.model, width + most))
+            ids, lengths, _ = sample_answers(self.model, [prompts[i] for i in some], uniforms,
+                replace(how, max_new_tokens=most),
+                self.renderer.stop_ids, self.tokenizer.pad_token_id or 0,
+                rows or rows_that_fit(self.model, width + most))
             said |= {i: self.read(row[:n].tolist()) for i, row, n in zip(some, ids, lengths)}
         return [said[i] for i in range(len(prompts))]
 
@@ -142,7 +145,8 @@ def load_chat_model(
     if last: model = load_adapter(model, last)
     if not getattr(model, "is_quantized", False): model = model.to(device)
     own = last and (find_path(last)/"tokenizer_config.json").exists()
-    tokenizer = open_tokenizer(str(find_path(last)), last, {}) if own else load_tokenizer(choice.model_name_or_path, plan)
+    tokenizer = open_tokenizer(str(find_path(last)), last, {}) if own else load_tokenizer(choice.model_name_or_path,
+        plan)
     check_vocabulary(choice.model_name_or_path, tokenizer, model.get_input_embeddings().weight.shape[0])
     renderer = Renderer(tokenizer, choice.template, choice.default_system, enable_thinking=choice.enable_thinking)
     renderer.stop_also(getattr(getattr(model, "generation_config", None), "eos_token_id", None))

@@ -26,6 +26,7 @@ def read_object(
     if not isinstance(found, dict): raise UserError(f"{file} must hold a JSON object, not {type(found).__name__}")
     return found
 
+# %% ../../nbs/models/00_folder.ipynb #text-field
 def text_field(
     file:Path,  # Where it stands
     found:dict, # From `read_object`
@@ -40,7 +41,8 @@ def text_field(
 _LARGE = ("tokenizer.json", "vocab.json")      # read twice only where the first reader failed
 _ID, _TOKEN = (int, [int]), (str, dict)
 _SHAPES = {
-    "generation_config.json": dict.fromkeys("bos_token_id eos_token_id pad_token_id decoder_start_token_id".split(), _ID)
+    "generation_config.json": dict.fromkeys("bos_token_id eos_token_id pad_token_id decoder_start_token_id".split(),
+    _ID)
         | dict.fromkeys("temperature top_p top_k min_p typical_p repetition_penalty length_penalty".split(), NUMBER)
         | dict.fromkeys("max_length max_new_tokens min_length num_beams num_return_sequences".split(), int)
         | {"do_sample": bool, "use_cache": bool},
@@ -56,12 +58,16 @@ def check_json(
     except OSError as e: raise UserError(f"{file} cannot be read: {e.strerror}") from None
     except ValueError as e: raise UserError(f"{file} cannot be read: {e}; have it written or fetched anew") from None
     shape = _SHAPES.get(file.name)
-    if shape and (why := misfit(found, shape)): raise UserError(
-        f"{file}: a field is of another kind than it should be ({why}); have it written or fetched anew")
+    if shape and (why := misfit(found, shape)):
+        raise UserError(
+            f"{file}: a field is of another kind than it should be ({why}); have it written or fetched anew")
 
 # %% ../../nbs/models/00_folder.ipynb #files
-_READ = ("config.json generation_config.json adapter_config.json merged_adapters.json *token*.json vocab* merges* tekken.json "
-    "*.index.json *.model *.tiktoken chat_template.json *.jinja additional_chat_templates/*.jinja *.safetensors").split()
+_READ = (
+    "config.json generation_config.json adapter_config.json merged_adapters.json "
+    "*token*.json vocab* merges* tekken.json "
+    "*.index.json *.model *.tiktoken chat_template.json *.jinja additional_chat_templates/*.jinja *.safetensors").split(
+    )
 _LONGEST_TEMPLATE = 2**20   # [bytes]
 
 def check_files(
@@ -76,10 +82,11 @@ def check_files(
         except (OSError, RuntimeError): where, there = file, False
         if not there: raise UserError(f"{file} is no file that can be read; put the file itself there")
         if file.suffix == ".safetensors": continue
-        if not (where.is_relative_to(here) or where.is_relative_to(blobs)): raise UserError(
-            f"{file} is a link to {where}, which is not part of the model; put the file itself there")
+        if not (where.is_relative_to(here) or where.is_relative_to(blobs)):
+            raise UserError(f"{file} is a link to {where}, which is not part of the model; put the file itself there")
         most = _LONGEST_TEMPLATE if file.suffix == ".jinja" else MOST
-        if file.stat().st_size > most: raise UserError(f"{file} is longer than {most//2**20} MiB, which no such file is")
+        if file.stat().st_size > most:
+            raise UserError(f"{file} is longer than {most//2**20} MiB, which no such file is")
         if file.suffix == ".json" and file.name not in _LARGE: check_json(file)
 
 # %% ../../nbs/models/00_folder.ipynb #weights
@@ -93,15 +100,18 @@ def _finder(place:str, hub:dict)->Callable[[Sequence[str]], list[Path]]:
     options = {"_raise_exceptions_for_missing_entries": False} | hub
     return lambda names: list(map(Path, cached_files(place, list(names), **options) or ()))
 
+# %% ../../nbs/models/00_folder.ipynb #shards
 def _shards(file:Path)->list[str]:
     "The files that an index of weights names."
     named = read_object(file).get("weight_map")
     if not (isinstance(named, dict) and named): raise UserError(f"{file}: weight_map must be an object, tensor to file")
     for name in named.values():
-        if not (isinstance(name, str) and _plain(name)): raise UserError(
-            f"{file} names {name!r:.100}, which is not the plain name of a .safetensors file in the same folder")
+        if not (isinstance(name, str) and _plain(name)):
+            raise UserError(
+                f"{file} names {name!r:.100}, which is not the plain name of a .safetensors file in the same folder")
     return sorted(set(named.values()))
 
+# %% ../../nbs/models/00_folder.ipynb #weight-files
 def weight_files(
     place:str, # Folder or hub id
     hub:dict,  # revision, cache_dir, local_files_only: how files of the hub are fetched
@@ -113,15 +123,19 @@ def weight_files(
     find = _finder(place, hub)
     configs = find(["config.json"])
     named = text_field(configs[0], read_object(configs[0]), "transformers_weights") if configs else ""
-    if named and not _plain(named.removesuffix(".index.json")): raise UserError(
-        f"{configs[0]}: transformers_weights {named!r:.100} is not the plain name of a .safetensors file in the same folder")
+    if named and not _plain(named.removesuffix(".index.json")):
+        raise UserError(
+            f"{configs[0]}: transformers_weights {named!r:.100} is not the plain name of a "
+            ".safetensors file in the same folder")
     for name in [named] if named else ["model.safetensors", _INDEX]:
         if not (found := find([name])): continue
         if not name.endswith(".index.json"): return found
         shards = _shards(found[0])
         files = find(shards)
-        if lost := sorted(set(shards) - {f.name for f in files}): raise UserError(
-            f"{found[0]} names {len(lost)} file{'s'*(len(lost) > 1)} not there: {', '.join(lost[:3])}; fetch the model anew")
+        if lost := sorted(set(shards) - {f.name for f in files}):
+            raise UserError(
+                f"{found[0]} names {len(lost)} file{'s'*(len(lost) > 1)} not there: "
+                f"{', '.join(lost[:3])}; fetch the model anew")
         return files
     return []
 
@@ -132,6 +146,7 @@ class Held(NamedTuple):
     longest:int # Longest dimension of any
     bytes:int   # Of the files
 
+# %% ../../nbs/models/00_folder.ipynb #held
 def held(
     files:Sequence[Path], # From `weight_files`, or of an adapter
 )->Held:
@@ -144,6 +159,7 @@ def held(
                 tensors, longest = tensors + 1, max(longest, *f.get_slice(name).get_shape(), 0)
     return Held(tensors, longest, sum(file.stat().st_size for file in files))
 
+# %% ../../nbs/models/00_folder.ipynb #numbers
 _ROOM = 2**26   # numbers that a model may compute for itself, such as tables of positions
 _layers = re.compile(r"(num|n)_(\w+_)?(layers?|blocks?)|(en|de)coder_layers|depth").fullmatch
 _experts = re.compile(r"(num|n)_(\w+_)?experts").fullmatch
@@ -154,6 +170,7 @@ def _numbers(config:dict)->Iterator[tuple[str, float]]:
         if isinstance(value, dict): yield from _numbers(value)
         elif isinstance(value, int | float): yield key, value
 
+# %% ../../nbs/models/00_folder.ipynb #check-counts
 def check_counts(
     where:str,   # What the configuration is of
     config:dict, # From config.json
@@ -162,8 +179,10 @@ def check_counts(
     "Raise `UserError` when a configuration describes more layers or experts than its files can hold."
     for key, value in _numbers(config):
         most = found.tensors if _layers(key) else max(found.tensors, found.longest) if _experts(key) else value
-        if value > most: raise UserError(f"{where}: config.json says {key} {value:g}, but its files hold {found.tensors} tensors")
+        if value > most:
+            raise UserError(f"{where}: config.json says {key} {value:g}, but its files hold {found.tensors} tensors")
 
+# %% ../../nbs/models/00_folder.ipynb #check-size
 def check_size(
     where:str,      # What the model is called
     model,          # Built on the meta device
@@ -172,8 +191,9 @@ def check_size(
 ):
     "Raise `UserError` when a model is larger than its files."
     count = sum(p.numel() for p in model.parameters()) + sum(b.numel() for b in model.buffers())
-    if count > found.bytes*(8 if quantised else 1) + _ROOM: raise UserError(f"{where}: config.json describes {count:,} "
-        f"parameters, but its files hold {found.bytes:,} bytes; they do not belong together")
+    if count > found.bytes*(8 if quantised else 1) + _ROOM:
+        raise UserError(f"{where}: config.json describes {count:,} "
+            f"parameters, but its files hold {found.bytes:,} bytes; they do not belong together")
 
 # %% ../../nbs/models/00_folder.ipynb #code
 _OWN = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
@@ -189,7 +209,8 @@ def check_code(
     for key, value in config.items():
         named = key.lstrip("_").startswith("attn_implementation")
         for kind in value.values() if named and isinstance(value, dict) else [value] if named else ():
-            if not (kind is None or isinstance(kind, str) and kind in _OWN): raise UserError(
-                f"{where}: config.json names {kind!r:.100} as {key}, which is code from elsewhere and is not run; "
-                "take the field out, and choose attention with --flash_attn")
+            if not (kind is None or isinstance(kind, str) and kind in _OWN):
+                raise UserError(
+                    f"{where}: config.json names {kind!r:.100} as {key}, which is code from elsewhere and is not run; "
+                    "take the field out, and choose attention with --flash_attn")
         if not named: check_code(where, value)

@@ -30,6 +30,7 @@ class _RMSNorm(torch.autograd.Function):
             (g.to(r.dtype)*wide*r).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None)
         return u.mul_(r).addcmul_(wide, dot.mul_(r**3).div_(-x.shape[-1])).to(x.dtype), d_weight, None
 
+# %% ../../nbs/models/06_fused_ops.ipynb #rms-norm
 def rms_norm(
     x:torch.Tensor,      # (..., H)
     weight:torch.Tensor, # (H,)
@@ -47,6 +48,7 @@ def _turn(x, cos, sin, sign:int):
     y[..., half:].addcmul_(x[..., :half], sin[..., half:], value=sign)
     return y
 
+# %% ../../nbs/models/06_fused_ops.ipynb #rotary-2
 class _Rotary(torch.autograd.Function):
     "arXiv:2104.09864 eq. 34."
     @staticmethod
@@ -57,6 +59,7 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g): return _turn(g, *ctx.saved_tensors, -1), None, None
 
+# %% ../../nbs/models/06_fused_ops.ipynb #rotary-3
 def rotary(
     q:torch.Tensor,   # Queries, (B, heads, T, D)
     k:torch.Tensor,   # Keys, (B, heads, T, D)
@@ -78,6 +81,7 @@ def _same(ours, theirs)->bool:
     pairs = zip(a, b) if isinstance(b, tuple) else [(a, b)]
     return all(x.shape == y.shape and torch.allclose(x, y, atol=1e-5, rtol=1e-4) for x, y in pairs)
 
+# %% ../../nbs/models/06_fused_ops.ipynb #norms
 def _norms(model)->list:
     "Modules whose forward is RMS norm, with their epsilon."
     found = []
@@ -89,16 +93,18 @@ def _norms(model)->list:
         if _same(lambda: rms_norm(x, weight, eps), lambda: module(x)): found.append((module, eps))
     return found
 
+# %% ../../nbs/models/06_fused_ops.ipynb #rotary-modules
 def _rotary_modules(model)->list:
     "Python modules of the model whose rotary function is the one above."
     homes = {sys.modules[type(m).__module__] for m in model.modules()}
     config = model.config
     width = getattr(config, "head_dim", None) or config.hidden_size//config.num_attention_heads
     q, angle = torch.randn(1, 2, 3, width), torch.randn(1, 3, width//2).repeat(1, 1, 2)
-    same = lambda theirs: _same(
-        lambda: rotary(q, q, angle.cos(), angle.sin()), lambda: theirs(q, q, angle.cos(), angle.sin()))
+    def same(theirs):
+        return _same(lambda: rotary(q, q, angle.cos(), angle.sin()), lambda: theirs(q, q, angle.cos(), angle.sin()))
     return [home for home in homes if hasattr(home, "apply_rotary_pos_emb") and same(home.apply_rotary_pos_emb)]
 
+# %% ../../nbs/models/06_fused_ops.ipynb #fewer-passes
 @contextmanager
 def fewer_passes(
     model, # A causal language model, bare or with an adapter

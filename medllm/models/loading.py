@@ -28,16 +28,19 @@ def model_location(
     folder = find_path(name)
     if folder.is_dir():
         both = (folder/"config.json").exists() and (folder/"adapter_config.json").exists()
-        if both: raise UserError(f"{name} holds a model and an adapter, and only one of them can be meant: move "
-            "adapter_config.json and adapter_model.safetensors to a folder of their own, named with --adapter_name_or_path")
+        if both:
+            raise UserError(f"{name} holds a model and an adapter, and only one of them can be meant: move "
+                "adapter_config.json and adapter_model.safetensors to a folder of their own, "
+                "named with --adapter_name_or_path")
         if (folder/"config.json").exists(): return str(folder)
         hint = "it holds an adapter: name its base model, and the adapter with --adapter_name_or_path" if (
             folder/"adapter_config.json").exists() else "it has no config.json"
         raise UserError(f"{name} is not a model folder: {hint}")
-    if name.startswith((".", "/", "~")) or name.count("/") != 1: raise UserError(
-        f"the model folder {name} does not exist; name a folder, a hub id like owner/name, or 'tiny'")
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise UserError(f"the model folder {name} does not exist; name a folder, a hub id like owner/name, or 'tiny'")
     return name
 
+# %% ../../nbs/models/02_loading.ipynb #from-cache
 _cached = set()   # hub models that only files named
 
 def from_cache(
@@ -49,8 +52,9 @@ def from_cache(
     if name == "tiny" or can_be_path(name) and find_path(name).is_dir(): return name
     try: there = isinstance(try_to_load_from_cache(model_location(name), "config.json"), str)
     except ValueError: there = False
-    if not there: raise UserError(f"{file} was made for the model {name}, which is not on this machine: to have it fetched, "
-        "name it with --model_name_or_path, and the adapter with --adapter_name_or_path")
+    if not there:
+        raise UserError(f"{file} was made for the model {name}, which is not on this machine: to have it fetched, "
+            "name it with --model_name_or_path, and the adapter with --adapter_name_or_path")
     _cached.add(name)
     return name
 
@@ -59,6 +63,7 @@ ATTENTION = {
     "auto": None, "disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2", "fa3": "flash_attention_3"}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
+# %% ../../nbs/models/02_loading.ipynb #load-plan
 @dataclass(frozen=True)
 class LoadPlan:
     "How a model is to be loaded."
@@ -73,8 +78,8 @@ class LoadPlan:
 
     def __post_init__(self):
         def check(flag, value, allowed):
-            if value not in allowed: raise UserError(
-                f"--{flag} {value}: must be one of {', '.join(map(str, allowed))}")
+            if value not in allowed:
+                raise UserError(f"--{flag} {value}: must be one of {', '.join(map(str, allowed))}")
         check("dtype", self.dtype, DTYPES)
         check("flash_attn", self.attention, tuple(ATTENTION))
         check("quantization_type", self.quantization_type, ("nf4", "fp4"))
@@ -116,6 +121,7 @@ def check_vocabulary(
         f"{f' (the first token beyond is {beyond[0][1]})' if beyond else ''}; "
         "resize the table (model.resize_token_embeddings(len(tokenizer))) and save both, or take the added tokens out")
 
+# %% ../../nbs/models/02_loading.ipynb #declared-rows
 def _declared_rows(where:str)->int|None:
     "Rows of the embedding table as a local folder's configuration has it."
     try: config = json.loads((Path(where)/"config.json").read_text(encoding="utf-8"))
@@ -128,24 +134,28 @@ def _declared_rows(where:str)->int|None:
 def _why(name:str, error:Exception)->str:
     "A loading error as one sentence, when it is one of those known."
     text = str(error)
-    if isinstance(error, OSError) and "safetensors" in text: return (
-        f"model {name} has no safetensors weights; convert them first (pickles are not loaded)")
+    if isinstance(error, OSError) and "safetensors" in text:
+        return (f"model {name} has no safetensors weights; convert them first (pickles are not loaded)")
     if "trust_remote_code" in text: return f"model {name} wants to run code of its own, which medllm does not do"
-    if "ignore_mismatched_sizes" in text: return (f"model {name}: the weights have not the shapes that config.json "
-        "describes; they do not belong together: fetch both anew")
+    if "ignore_mismatched_sizes" in text:
+        return (f"model {name}: the weights have not the shapes that config.json "
+            "describes; they do not belong together: fetch both anew")
     return f"model {name}: {first_line(error).split(': ', 1)[-1]}" if isinstance(error, ImportError) else ""
 
+# %% ../../nbs/models/02_loading.ipynb #reading
 @contextmanager
 def _reading(name:str, where:str, part:str=""):
     "Within the block a model is read, or a part of it; whatever goes wrong becomes a sentence about it."
     local = Path(where).is_dir()
     what = f"{part} of model {name}" if part and local else f"model {name}"
-    with foreign(what, "have it written or fetched anew" if local else "check the name, and the network if it is on the hub"):
+    with foreign(what, "have it written or fetched anew" if local
+        else "check the name, and the network if it is on the hub"):
         try: yield
         except Exception as e:
             if said := _why(name, e): raise UserError(said) from e
             raise
 
+# %% ../../nbs/models/02_loading.ipynb #to-fetch
 def _to_fetch(name:str, plan:LoadPlan)->bool:
     "Whether the hub is to be asked for a model. Raises `UserError` when it is nowhere else and cannot be asked."
     from huggingface_hub import try_to_load_from_cache
@@ -154,6 +164,7 @@ def _to_fetch(name:str, plan:LoadPlan)->bool:
     if not isinstance(kept, str): check_hub(f"model {name}")
     return False
 
+# %% ../../nbs/models/02_loading.ipynb #hub-options
 def hub_options(
     name:str,                  # "tiny", a folder or a hub id
     plan:LoadPlan=LoadPlan(),  # Revision and cache are read from it
@@ -173,6 +184,7 @@ def _growth(part:dict)->float:
     if part.get("type") != "Replace": return whole
     return max(1, len(part.get("content", ""))/max(1, len(part["pattern"].get("String", ""))))
 
+# %% ../../nbs/models/02_loading.ipynb #check-tokenizer
 def _check_tokenizer(tokenizer):
     "Raise `UserError` for a tokenizer that would take the memory, or whose template is none."
     kept = tokenizer.chat_template
@@ -190,6 +202,7 @@ def _check_tokenizer(tokenizer):
     if len(set(ids)) < len(ids): raise UserError("two of its tokens have the same id")
     tokenizer.decode(tokenizer("Fever: 38,5\u2009°C\n发热").input_ids)
 
+# %% ../../nbs/models/02_loading.ipynb #open-tokenizer
 def open_tokenizer(
     place:str, # Folder or hub id
     name:str,  # What to call it
@@ -204,9 +217,11 @@ def open_tokenizer(
             for file in Path(place).glob("*.json"): check_json(file)          # one that is no JSON is named
             raise
         try: _check_tokenizer(tokenizer)
-        except UserError as e: raise UserError(f"the tokenizer of {name} cannot be used: {e}; have it made anew") from None
+        except UserError as e:
+            raise UserError(f"the tokenizer of {name} cannot be used: {e}; have it made anew") from None
     return tokenizer
 
+# %% ../../nbs/models/02_loading.ipynb #load-tokenizer
 def load_tokenizer(
     name:str,                  # "tiny", a folder or a hub id
     plan:LoadPlan=LoadPlan(),  # Revision and cache are read from it
@@ -227,6 +242,7 @@ def _unreported():
     try: yield
     finally: library.set_verbosity(before)
 
+# %% ../../nbs/models/02_loading.ipynb #check-model
 def _check_model(kind, name:str, place:str, hub:dict):
     "Raise `UserError` when a model's files lead elsewhere, or hold less than its configuration describes."
     import torch
@@ -241,12 +257,14 @@ def _check_model(kind, name:str, place:str, hub:dict):
         check_code(f"model {name}", said)
         check_counts(f"model {name}", said, found)
     config = AutoConfig.from_pretrained(place, trust_remote_code=False, **hub)
-    if is_deepspeed_zero3_enabled(): return                             # it would spread an empty model over the devices
+    # it would spread an empty model over the devices
+    if is_deepspeed_zero3_enabled(): return
     with torch.device("meta"), no_init_weights():
         model = kind.from_config(config, trust_remote_code=False)
         model.tie_weights()
     check_size(f"model {name}", model, found, getattr(config, "quantization_config", None) is not None)
 
+# %% ../../nbs/models/02_loading.ipynb #pretrained-2
 def pretrained(
     kind,                     # One of transformers' auto classes
     name:str,                 # "tiny", a folder or a hub id
@@ -265,12 +283,14 @@ def pretrained(
     with _reading(name, place, "config.json"), _unreported(): _check_model(kind, name, place, hub)
     with _reading(name, place), _unreported():
         model, info = kind.from_pretrained(place, output_loading_info=True, **options)
-    if getattr(model, "_hf_peft_config_loaded", False): raise UserError(
-        f"{name} holds an adapter: download it, and name its folder with --adapter_name_or_path")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UserError(f"{name} holds an adapter: download it, and name its folder with --adapter_name_or_path")
     kinds = ("Linear4bit", "Linear8bitLt")
     bare = [n for n, m in model.named_modules() if type(m).__name__ in kinds and m.weight.is_floating_point()]
-    if bare: raise UserError(f"model {name}: config.json says that the weights are quantised, but those of {bare[0]} are not; "
-        "take quantization_config out of it, and say --quantization_bit")
+    if bare:
+        raise UserError(
+            f"model {name}: config.json says that the weights are quantised, but those of {bare[0]} are not; "
+            "take quantization_config out of it, and say --quantization_bit")
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"): module.support_avx512bf16_for_cpu = False
     return model, sorted(info["missing_keys"])
@@ -284,10 +304,12 @@ def load_model(
     "A causal language model by its plan. Raises `UserError` when it cannot be loaded, or not all of it."
     from transformers import AutoModelForCausalLM
     model, missing = pretrained(AutoModelForCausalLM, name, plan, device)
-    if missing: raise UserError(f"model {name} is not a whole language model: {missing[0]} is missing"
-        f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}; a reward model cannot be used as one")
+    if missing:
+        raise UserError(f"model {name} is not a whole language model: {missing[0]} is missing"
+            f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}; a reward model cannot be used as one")
     return model
 
+# %% ../../nbs/models/02_loading.ipynb #scalar-head
 def scalar_head(
     model, # Bare or with an adapter
 ):

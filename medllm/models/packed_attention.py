@@ -54,6 +54,7 @@ class Documents:
         "Attention without such a kernel."
         return attend_each(query, key, value, self, window, scale, dropout)
 
+# %% ../../nbs/models/05_packed_attention.ipynb #band
 def _band(length:int, window:int, device)->torch.Tensor:
     "Which of the keys each query of a document sees: itself and the `window - 1` tokens before it, (L, L)."
     at = torch.arange(length, device=device)
@@ -85,8 +86,8 @@ def attend_each(
 def _flash_package(q, k, v, documents, window, scale, dropout):
     "flash-attention's kernel; queries (T, H, D)."
     from flash_attn import flash_attn_varlen_func
-    return flash_attn_varlen_func(q, documents.keys(k), documents.keys(v), *documents.spans(q.device), dropout_p=dropout,
-        softmax_scale=scale, causal=True, window_size=(window - 1, 0) if window else (-1, -1),
+    return flash_attn_varlen_func(q, documents.keys(k), documents.keys(v), *documents.spans(q.device),
+        dropout_p=dropout, softmax_scale=scale, causal=True, window_size=(window - 1, 0) if window else (-1, -1),
         deterministic=torch.are_deterministic_algorithms_enabled())
 
 def _torch_kernel(q, k, v, documents, window, scale, dropout):
@@ -95,6 +96,7 @@ def _torch_kernel(q, k, v, documents, window, scale, dropout):
     return varlen_attn(q, documents.keys(k), documents.keys(v), *documents.spans(q.device), scale=scale,
         window_size=(window - 1 if window else -1, 0), enable_gqa=q.shape[1] != k.shape[1])
 
+# %% ../../nbs/models/05_packed_attention.ipynb #pick-kernel
 def pick_kernel(
     query:torch.Tensor, # (1, H, T, D), in the dtype that is computed in
     value:torch.Tensor, # (1, fewer heads, T, D)
@@ -111,7 +113,8 @@ def pick_kernel(
 # %% ../../nbs/models/05_packed_attention.ipynb #attention
 NAME = "medllm_documents" # of the function, in transformers' interface
 
-_BEYOND = {"softcap": "it caps attention scores", "s_aux": "it has attention sinks", "position_bias": "it biases scores"}
+_BEYOND = {"softcap": "it caps attention scores", "s_aux": "it has attention sinks",
+    "position_bias": "it biases scores"}
 
 def document_attention(
     module,             # The model's attention layer
@@ -139,6 +142,7 @@ def document_attention(
     flat = (x[0].transpose(0, 1) for x in (query, key, value))
     return kernel(*flat, documents, window, scale, dropout).unsqueeze(0), None
 
+# %% ../../nbs/models/05_packed_attention.ipynb #mask
 def _mask(q_length, kv_length, attention_mask=None, use_vmap=False, **more):
     "No mask for a plain causal forward; transformers' where there is padding, a cache, or a model's own pattern."
     if attention_mask is None and q_length == kv_length and not use_vmap: return None
@@ -193,17 +197,18 @@ class Branches(Documents):
         mask = self.reach(stem.shape[1], own.shape[1], window, "cpu")
         if not known.all(): mask = mask & torch.cat([known, torch.ones_like(there)], 1)[:, None, None]
         back = torch.cat([whole[real], own[there]]).argsort()
-        return *(x.to(device) for x in (whole, real, back)), [x.to(device) for x in (own, there, torch.cat([stem, own], 1), mask)]
+        return *(x.to(device) for x in (whole, real, back)), [x.to(device)
+            for x in (own, there, torch.cat([stem, own], 1), mask)]
 
     def attend(self, query, key, value, window=None, scale=None, dropout=0.0):
         whole, real, back, further = self.laid(query.device, window)
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        rows = lambda x, at: x.index_select(0, at.flatten()).view(*at.shape, *x.shape[1:]).transpose(1, 2)
-        wide = lambda x: x.repeat_interleave(q.shape[1]//k.shape[1], 1)
+        def rows(x, at): return x.index_select(0, at.flatten()).view(*at.shape, *x.shape[1:]).transpose(1, 2)
+        def wide(x): return x.repeat_interleave(q.shape[1]//k.shape[1], 1)
         def call(at, keys, mask, plain):
             keys = [rows(x, keys) if plain else wide(rows(x, keys)) for x in (k, v)]
-            return F.scaled_dot_product_attention(rows(q, at), *keys, attn_mask=mask, is_causal=plain, dropout_p=dropout,
-                scale=scale, enable_gqa=plain and q.shape[1] != k.shape[1]).transpose(1, 2)
+            return F.scaled_dot_product_attention(rows(q, at), *keys, attn_mask=mask, is_causal=plain,
+                dropout_p=dropout, scale=scale, enable_gqa=plain and q.shape[1] != k.shape[1]).transpose(1, 2)
         plain = not (window and whole.shape[1] > window)
         out = [call(whole, whole, None if plain else _band(whole.shape[1], window, q.device), plain)[real]]
         if further:
@@ -231,6 +236,7 @@ def _seen(model, grad:bool):
         model.train(training)
         for hook in hooks: hook.remove()
 
+# %% ../../nbs/models/05_packed_attention.ipynb #second-document
 def _second_document(model, longest:int)->int:
     "How many tokens the second document of the trial needs to show every window the configuration speaks of."
     flat = {}
@@ -238,6 +244,7 @@ def _second_document(model, longest:int)->int:
     sizes = [v for k, v in flat.items() if ("window" in k or "chunk" in k) and type(v) is int and 0 < v < longest]
     return max([4, *sizes]) + 4
 
+# %% ../../nbs/models/05_packed_attention.ipynb #document-inputs
 def document_inputs(
     model,                # A causal language model, after `isolate`
     borders:tuple,        # Of the packed row, for `Documents`; or its forks, for `Branches`
@@ -249,6 +256,7 @@ def document_inputs(
     return {"cu_seq_lens_q": on, "cu_seq_lens_k": on,
         "max_length_q": documents.longest, "max_length_k": documents.longest}
 
+# %% ../../nbs/models/05_packed_attention.ipynb #trial
 def _trial(model, alone:torch.Tensor, ids:torch.Tensor, stem:int, first:int)->str:
     "What goes wrong when two documents, or two answers behind a stem, are packed; empty when nothing does."
     size = ids.shape[1]
@@ -280,6 +288,7 @@ def _tried(model, longest:int, stem:int)->str:
     if why: model.set_attn_implementation(before)
     return why
 
+# %% ../../nbs/models/05_packed_attention.ipynb #isolate-2
 def isolate(
     model,             # A causal language model, bare or with an adapter
     longest:int = 0,   # Longest row that will be packed [tokens]
@@ -293,6 +302,7 @@ def isolate(
         raise UserError(f"--packing: the documents of a pack cannot be kept apart in this model ({why}); "
                         "train it without packing")
 
+# %% ../../nbs/models/05_packed_attention.ipynb #branched
 def branched(
     model,           # A causal language model, bare or with an adapter
     longest:int = 0, # Longest prompt with an answer [tokens]

@@ -72,14 +72,15 @@ def load_reward_model(
     where = find_path(folder)
     adapter, whole = where/"adapter_config.json", where/"config.json"
     if adapter.exists():
-        if read_object(adapter).get("task_type") != "SEQ_CLS": raise UserError(
-            f"{folder} is no reward model but the adapter of a language model; stage rm makes one of it")
+        if read_object(adapter).get("task_type") != "SEQ_CLS":
+            raise UserError(
+                f"{folder} is no reward model but the adapter of a language model; stage rm makes one of it")
         model = load_scorer(base or base_of(str(where)), plan, chain_of(str(where)), device)
     else:
         kinds = read_object(whole).get("architectures") if whole.exists() else None
         kinds = [str(kind) for kind in kinds] if isinstance(kinds, list) else []
-        if kinds and not any(kind.endswith("ForSequenceClassification") for kind in kinds): raise UserError(
-            f"{folder} is no reward model but a {kinds[0]}; stage rm makes one of it")
+        if kinds and not any(kind.endswith("ForSequenceClassification") for kind in kinds):
+            raise UserError(f"{folder} is no reward model but a {kinds[0]}; stage rm makes one of it")
         model = load_scorer(folder, plan, device=device)
     if not plan.bits: model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model.eval().requires_grad_(False)
@@ -95,6 +96,7 @@ def _by_length(rows:Sequence, tokens:int)->Iterator[list[int]]:
         batch.append(i)
     if batch: yield batch
 
+# %% ../../nbs/models/07_reward_model.ipynb #score-rows
 def score_rows(
     model,               # From `load_scorer` or `load_reward_model`
     rows:Sequence,       # N rows of token ids, each ending where its answer ends

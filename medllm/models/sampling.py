@@ -26,8 +26,8 @@ class Sampling:
     top_k:int = 0            # Only the k most probable tokens; 0: all
 
     def __post_init__(self):
-        if self.max_new_tokens < 1: raise UserError(
-            f"--max_new_tokens {self.max_new_tokens}: must be at least 1")
+        if self.max_new_tokens < 1:
+            raise UserError(f"--max_new_tokens {self.max_new_tokens}: must be at least 1")
         if self.temperature < 0: raise UserError(f"--temperature {self.temperature}: must not be negative")
         if not 0 < self.top_p <= 1: raise UserError(f"--top_p {self.top_p}: must be above 0 and at most 1")
         if self.top_k < 0: raise UserError(f"--top_k {self.top_k}: must not be negative; 0 is off")
@@ -45,6 +45,7 @@ def _running_sum(mass:torch.Tensor)->torch.Tensor:
     finally:
         if strict: torch.use_deterministic_algorithms(True, warn_only=warns)
 
+# %% ../../nbs/models/08_sampling.ipynb #draw-tokens
 def draw_tokens(
     logits:torch.Tensor,   # (N, V)
     uniforms:torch.Tensor, # (N,), float64 in [0, 1)
@@ -63,9 +64,11 @@ def draw_tokens(
 # %% ../../nbs/models/08_sampling.ipynb #finite
 class NotFinite(UserError):
     "Logits that are no numbers: of a broken model, or of one in a type too narrow for it."
-    def __init__(self): super().__init__("the model computes no finite numbers for this prompt: its weights are broken, or "
-        "their type (--dtype) is too narrow for them")
+    def __init__(self):
+        super().__init__("the model computes no finite numbers for this prompt: its weights are broken, or "
+            "their type (--dtype) is too narrow for them")
 
+# %% ../../nbs/models/08_sampling.ipynb #not-finite
 def not_finite(
     logits:torch.Tensor, # (N, V)
 )->torch.Tensor:         # (N,) booleans
@@ -94,6 +97,7 @@ def at_rest(
     finally:
         for m in training: m.training = True
 
+# %% ../../nbs/models/08_sampling.ipynb #takes
 def takes(
     model,    # Bare or with an adapter
     name:str, # Such as "position_ids"
@@ -112,6 +116,7 @@ def _left_padded(prompts:list, pad_id:int, room:int, device)->tuple[torch.Tensor
         mask[:width - len(prompt)] = 0
     return torch.from_numpy(ids).to(device), torch.from_numpy(seen).to(device)
 
+# %% ../../nbs/models/08_sampling.ipynb #answers
 class _Answers:
     "The answers of a batch while they grow: N rows, some of them still in the model."
     def __init__(self, rows:int, longest:int, pad_id:int, device):
@@ -197,6 +202,6 @@ def sample_answers(
             drawn = _answer(model, [prompts[i] for i in some], uniforms[mine], how, stop_ids, pad_id)
             parts.append((mine, drawn))
     back = torch.from_numpy(np.argsort(np.concatenate([mine for mine, _ in parts])))
-    whole = lambda name: torch.cat([getattr(answers, name).cpu() for _, answers in parts])[back]
+    def whole(name): return torch.cat([getattr(answers, name).cpu() for _, answers in parts])[back]
     lengths = whole("lengths")
     return whole("ids")[:, :int(lengths.max())], lengths, whole("ended")

@@ -29,10 +29,11 @@ def _texts(value)->list[str]:
 
 def _sample_texts()->list[str]:
     "The sample data as plain texts."
-    read = lambda name: (bundled("samples")/name).read_text(encoding="utf-8")
+    def read(name): return (bundled("samples")/name).read_text(encoding="utf-8")
     return [t for name in _SAMPLES for t in (
         _texts(json.loads(read(name))) if name.endswith(".json") else read(name).splitlines())]
 
+# %% ../../nbs/models/01_tiny.ipynb #tiny-tokenizer
 def tiny_tokenizer():
     ("A byte-level BPE tokenizer of 4,096 tokens learnt from the samples, "
      "with bos, eos, pad and ChatML tokens; the same on each call.")
@@ -84,6 +85,7 @@ def write_tiny(
         _move(part, folder)
     return folder
 
+# %% ../../nbs/models/01_tiny.ipynb #key
 def _move(part:Path, folder:Path):
     "Put the finished folder in place; when another process was first, its copy is the same."
     try: os.replace(part, folder)
@@ -92,9 +94,11 @@ def _move(part:Path, folder:Path):
 
 def _key()->str:
     "What the tiny model is made of, as a hash."
-    parts = [str((VOCABULARY, SEED, "<|im_end|>", "described")), *(sha256(bundled("samples")/name) for name in _SAMPLES)]
+    parts = [str((VOCABULARY, SEED, "<|im_end|>", "described")),
+        *(sha256(bundled("samples")/name) for name in _SAMPLES)]
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
+# %% ../../nbs/models/01_tiny.ipynb #keep-whole
 @cache
 def _keep_whole(folder:Path):
     "Take a folder away that is not as it was written; looked at once a process."
@@ -105,11 +109,13 @@ def _keep_whole(folder:Path):
     say(f"the tiny model in {folder} is damaged ({why}); it is made anew")
     shutil.rmtree(folder)
 
+# %% ../../nbs/models/01_tiny.ipynb #tiny-folder
 def tiny_folder()->Path: # In `cache_home`
     "The tiny model in the user's cache, made on first use. Raises `UserError` when it cannot be kept there."
     folder = cache_home()/f"tiny-{_key()}"
     try:
         _keep_whole(folder)
         return write_tiny(folder)
-    except OSError as e: raise UserError(
-        f"the tiny model cannot be kept in {folder.parent} ({e.strerror}); name another folder with MEDLLM_CACHE") from None
+    except OSError as e:
+        raise UserError(
+            f"the tiny model cannot be kept in {folder.parent} ({e.strerror}); name another folder with MEDLLM_CACHE") from None

@@ -53,12 +53,14 @@ def choice(self:PredictRun): # `medllm.models.chat.ModelChoice`
     from medllm.models.chat import ModelChoice
     return ModelChoice(**{name: getattr(self, name) for name in ModelChoice.__dataclass_fields__})
 
+# %% ../../nbs/predict/02_command.ipynb #sampling
 @patch
 def sampling(self:PredictRun): # `medllm.models.sampling.Sampling`
     "How answers are drawn."
     from medllm.models.sampling import Sampling
     return Sampling(self.max_new_tokens, self.temperature, self.top_p, self.top_k)
 
+# %% ../../nbs/predict/02_command.ipynb #preflight
 @patch
 def preflight(self:PredictRun):
     "Find what cannot work without loading anything. Raises `UserError`."
@@ -75,8 +77,8 @@ def preflight(self:PredictRun):
     choice.load_plan()
     model_location(choice.model_name_or_path)
     check_chain(choice.adapters)
-    if not find_sources(self.dataset, self.dataset_dir): raise UserError(
-        "no dataset named: give registered names or paths of files")
+    if not find_sources(self.dataset, self.dataset_dir):
+        raise UserError("no dataset named: give registered names or paths of files")
 
 # %% ../../nbs/predict/02_command.ipynb #answer
 def read_asked(
@@ -87,9 +89,10 @@ def read_asked(
     from medllm.models.chat import load_chat_model
     from medllm.predict.predict import read_questions
     keep = [name.strip() for name in wanted.keep_columns.split(",") if name.strip()]
-    return read_questions(load_chat_model(wanted.choice()), find_sources(wanted.dataset, wanted.dataset_dir), wanted.columns,
-        keep, wanted.max_samples)
+    return read_questions(load_chat_model(wanted.choice()), find_sources(wanted.dataset, wanted.dataset_dir),
+        wanted.columns, keep, wanted.max_samples)
 
+# %% ../../nbs/predict/02_command.ipynb #answer-all
 def answer_all(
     wanted:PredictRun,  # How
     asked,              # From `read_asked`
@@ -116,6 +119,7 @@ def predict_command(
     print(wanted.output)
     return 0
 
+# %% ../../nbs/predict/02_command.ipynb #add-predict
 def add_predict(
     p, # An argparse parser
 ):
@@ -133,7 +137,7 @@ def verdict_of(
 )->list[dict]:    # Rows of `medllm.marks`
     "The table of a record; without an answer nothing can be told of answers."
     rows, said = summary["rows"], summary["answered"]
-    told = lambda met: met if said else None
+    def told(met): return met if said else None
     return [asked("rows answered", "all", f"{said} of {rows}", said == rows),
-        asked("answers that end by themselves", "most", f"{summary['ended']} of {said}", told(2*summary["ended"] > said)),
-        asked("empty answers", "none", summary["empty"], told(not summary["empty"]))]
+        asked("answers that end by themselves", "most", f"{summary['ended']} of {said}",
+        told(2*summary["ended"] > said)), asked("empty answers", "none", summary["empty"], told(not summary["empty"]))]

@@ -44,20 +44,23 @@ class PartFile:
                 if not line.endswith(b"\n"): return
                 try: value = parse_json(line, unique=False)
                 except ValueError: value = None
-                if not isinstance(value, dict): raise UserError(
-                    f"{self.path}, line {number}: damaged; take the file away, or begin again with --overwrite")
+                if not isinstance(value, dict):
+                    raise UserError(
+                        f"{self.path}, line {number}: damaged; take the file away, or begin again with --overwrite")
                 yield value, f.tell()
 
     def append(self, lines:list[dict]):
         "Add lines, all or none. Raises `UserError` when the disk is full."
-        data = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode("utf-8", "backslashreplace")
+        data = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode("utf-8",
+            "backslashreplace")
         size, left = os.fstat(self.file).st_size, memoryview(data)
         try:
             while left: left = left[os.write(self.file, left):]
             os.fsync(self.file)
         except OSError as e:
             with contextlib.suppress(OSError): os.ftruncate(self.file, size)
-            raise UserError(f"{self.path} cannot be written ({e.strerror}); make room, and the same command goes on") from None
+            raise UserError(
+                f"{self.path} cannot be written ({e.strerror}); make room, and the same command goes on") from None
 
     def cut(self, size:int):
         "Take away what stands behind so many bytes."
@@ -70,6 +73,7 @@ def _differing(old:dict, new:dict)->str:
     return ", ".join(f"{k} ({old.get(k)}, now {new.get(k)})" if isinstance(new.get(k), str | int) else k
         for k in new if old.get(k) != new.get(k))
 
+# %% ../../nbs/predict/00_partial_file.ipynb #begun
 def begun(
     part:PartFile, # Open
     job:dict,      # What is wanted
@@ -81,12 +85,14 @@ def begun(
         part.cut(0)
         part.append([{"job": job, "rows_at_a_time": rows}])
         return rows
-    if misfit(first, {"job!": dict, "rows_at_a_time!": int}) or first["rows_at_a_time"] < 1: raise UserError(
-        f"{part.path} is no file of unfinished answers; take it away, or begin again with --overwrite")
-    if first["job"] != job: raise UserError(f"{part.path} was begun with other things: {_differing(first['job'], job)}; "
-        "give what it was begun with, or begin again with --overwrite")
+    if misfit(first, {"job!": dict, "rows_at_a_time!": int}) or first["rows_at_a_time"] < 1:
+        raise UserError(f"{part.path} is no file of unfinished answers; take it away, or begin again with --overwrite")
+    if first["job"] != job:
+        raise UserError(f"{part.path} was begun with other things: {_differing(first['job'], job)}; "
+            "give what it was begun with, or begin again with --overwrite")
     return first["rows_at_a_time"]
 
+# %% ../../nbs/predict/00_partial_file.ipynb #answered
 def answered(
     part:PartFile,            # Open and begun
     plan:Sequence[list[int]], # Batches
@@ -100,8 +106,9 @@ def answered(
             if line is None:
                 part.cut(good)
                 return done
-            if line.get("row") != row: raise UserError(
-                f"{part.path}: row {line.get('row')} stands where {row} belongs; begin again with --overwrite")
+            if line.get("row") != row:
+                raise UserError(
+                    f"{part.path}: row {line.get('row')} stands where {row} belongs; begin again with --overwrite")
         good = end
     part.cut(good)
     return len(plan)

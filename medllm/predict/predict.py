@@ -44,6 +44,7 @@ class Question(NamedTuple):
     reason:str = ""                 # Why not: one of `medllm.data.formats.REASONS`, or longer_than_model
     kept:dict = {}                  # Columns that go into the answer's row
 
+# %% ../../nbs/predict/01_predict.ipynb #question-2
 def _question(row:Row|Bad, source:Source, chat:ChatModel, keep:Sequence[str])->tuple[Question, str]:
     "A row as a question, and what is wrong with it."
     where = row.place
@@ -71,6 +72,7 @@ class Asked:
     @property
     def private(self)->bool: return any(s.private for s in self.sources)
 
+# %% ../../nbs/predict/01_predict.ipynb #read-questions
 def read_questions(
     chat:ChatModel,          # Who is asked
     sources:Sequence[Source],# From `find_sources`
@@ -90,8 +92,10 @@ def read_questions(
             if question.reason: account.reject(question.where, question.reason)
             else: account.kept += 1
             asked.questions.append(question)
-        if not account.kept: raise UserError(
-            f"dataset '{source.name}': none of its {account.read} rows can be asked" + (f"; the first: {why}" if why else ""))
+        if not account.kept:
+            raise UserError(
+                f"dataset '{source.name}': none of its {account.read} rows can be asked"
+                + (f"; the first: {why}" if why else ""))
         asked.accounts.append(account)
         asked.files.append({"name": account.name, "sha256": sorted(source_files(source).values())})
     return asked
@@ -127,7 +131,8 @@ def job_of(
 )->dict:                # Plain values
     "What the answers depend on."
     chat, choice, whole = asked.chat, asked.chat.choice, hashlib.sha256()
-    for q in asked.questions: whole.update(f"{q.where} {q.reason} ".encode() + (b"" if q.prompt is None else q.prompt.tobytes()))
+    for q in asked.questions:
+        whole.update(f"{q.where} {q.reason} ".encode() + (b"" if q.prompt is None else q.prompt.tobytes()))
     return {
         "model": choice.model_name_or_path, "adapter": choice.adapter_name_or_path or "",
         "weights": [weights_hash(name) for name in (choice.model_name_or_path, *choice.adapters)],
@@ -137,6 +142,7 @@ def job_of(
         "rows": len(asked.questions), "questions_sha256": whole.hexdigest(),
         "versions": {name: metadata.version(name) for name in ("medllm", "torch", "transformers")}}
 
+# %% ../../nbs/predict/01_predict.ipynb #job-id
 def job_id(
     job:dict, # From `job_of`
 )->str:       # 16 hex digits
@@ -149,6 +155,7 @@ def _header(job:dict, row:int, prompt:np.ndarray|None)->dict:
     return {"job": job_id(job), "model": job["model"], "adapter": job["adapter"], **job["sampling"],
         "seed": row_seed(job["seed"], row), "prompt_tokens": 0 if prompt is None else len(prompt)}
 
+# %% ../../nbs/predict/01_predict.ipynb #output-row
 def output_row(
     job:dict,     # From `job_of`
     row:int,      # Number in the input, from 0
@@ -168,6 +175,7 @@ def pace_line(
     return (f"{n['rows']:,} of {n['of']:,} rows ({n['progress']:.0%}), {n['tokens_per_second']:,.0f} tokens/s, "
         f"about {n['seconds_left']/60:.1f} min left")
 
+# %% ../../nbs/predict/01_predict.ipynb #pace-2
 class Pace:
     "Says how far it is: rows, speed, and how long it will take."
     def __init__(self,
@@ -203,24 +211,31 @@ def summary_of(
     "Rows, answers, reasons why not, and how answers ended."
     rows = list(json_lines(output, unique=False))                     # parted by \n alone: a text may hold U+2028
     said = [r for r in rows if r["answer"] is not None]
-    return {"rows": len(rows), "answered": len(said), "skipped": dict(Counter(r["skipped"] for r in rows if "skipped" in r)),
+    return {"rows": len(rows), "answered": len(said),
+        "skipped": dict(Counter(r["skipped"] for r in rows if "skipped" in r)),
         "ended": sum(r["ended"] for r in said), "empty": sum(not r["answer"] for r in said),
-        "tokens": sum(r["tokens"] for r in said), "sha256": sha256(output), "job": rows[0]["header"]["job"] if rows else ""}
+        "tokens": sum(r["tokens"] for r in said), "sha256": sha256(output),
+        "job": rows[0]["header"]["job"] if rows else ""}
 
+# %% ../../nbs/predict/01_predict.ipynb #complete
 def _complete(part:PartFile, job:dict)->dict|None:
     "The summary of an output that is there already. Raises `UserError` when it is of another job."
     if not part.output.exists(): return None
     try: there = summary_of(part.output)
     except (OSError, ValueError, KeyError, TypeError, AttributeError): there = {}
-    if there.get("job") != job_id(job): raise UserError(
-        f"{part.output} is there already, and is not of this job; name another file, or begin again with --overwrite")
+    if there.get("job") != job_id(job):
+        raise UserError(
+            f"{part.output} is there already, and is not of this job; name another file, or "
+            "begin again with --overwrite")
     part.path.unlink(missing_ok=True)
     return there
 
+# %% ../../nbs/predict/01_predict.ipynb #finish
 def _finish(part:PartFile)->dict:
     "Put the rows into the input's order, under the final name."
     rows = sorted((line for line, _ in part.lines() if "row" in line), key=lambda line: line["row"])
-    write_bytes(part.output, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows).encode("utf-8", "backslashreplace"))
+    write_bytes(part.output, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows).encode("utf-8",
+        "backslashreplace"))
     part.path.unlink()
     return summary_of(part.output)
 
@@ -231,6 +246,7 @@ def _answer_batch(chat:ChatModel, questions:Sequence[Question], batch:list[int],
     said = chat.answers(prompts, Sampling(**job["sampling"]), [row_seed(job["seed"], i) for i in batch], rows)
     return [output_row(job, i, questions[i], s) for i, s in zip(batch, said)]
 
+# %% ../../nbs/predict/01_predict.ipynb #predict-2
 def predict(
     asked:Asked,               # From `read_questions`
     output:str|Path,           # File of the answers, a line each
@@ -260,12 +276,14 @@ def predict(
             (tell or pace.tell)(pace(len(lines), sum(line.get("tokens", 0) for line in lines)))
         return _finish(part)
 
+# %% ../../nbs/predict/01_predict.ipynb #unless-asked
 def _unless_asked(part:PartFile, pace:Pace, work:Callable):
     "What work gives. Raises `Interrupted` when a signal comes before it is done."
     try:
         with leaving(): return work()
-    except Left: raise Interrupted(f"asked to stop after {pace.done} of {pace.total} rows, which are in {part.path}; "
-        "the same command goes on there") from None
+    except Left:
+        raise Interrupted(f"asked to stop after {pace.done} of {pace.total} rows, which are in {part.path}; "
+            "the same command goes on there") from None
 
 # %% ../../nbs/predict/01_predict.ipynb #look
 def note_progress(
@@ -275,15 +293,18 @@ def note_progress(
     "Append how far it is to a run's history."
     with open(file, "a", encoding="utf-8") as f: f.write(json.dumps(n) + "\n")
 
+# %% ../../nbs/predict/01_predict.ipynb #answers-table
 def answers_table(
     output:str|Path, # A complete file of answers
     rows:int = 5,    # The first of them
 )->str:              # Markdown
     "The first answers, without line breaks; `…` marks one that did not end."
     with open(output, encoding="utf-8") as f: some = [json.loads(line) for line, _ in zip(f, range(rows))]
-    said = lambda r: f"not asked: {r['skipped']}" if r["answer"] is None else r["answer"] + ("" if r["ended"] else " …")
+    def said(r):
+        return f"not asked: {r['skipped']}" if r["answer"] is None else r["answer"] + ("" if r["ended"] else " …")
     return markdown_rows(["row", "tokens", "answer"], [(r["row"], r.get("tokens", 0), said(r)) for r in some])
 
+# %% ../../nbs/predict/01_predict.ipynb #plot-answers
 def plot_answers(
     output:str|Path, # A complete file of answers
 ):                   # A matplotlib figure

@@ -28,6 +28,7 @@ def _lines(text):
     "A text as notebooks keep it, line by line; a long one in one piece, which is quicker to write and to read."
     return text.splitlines(keepends=True) if isinstance(text, str) and len(text) < 100_000 else text
 
+# %% ../../nbs/records/05_cell_status.ipynb #record-manager
 class RecordManager(NotebookExecutionManager):
     "A notebook while it runs: how each cell ended, and its file."
     def __init__(self, nb, policy:Policy, folder:Path|None=None, **options):
@@ -79,18 +80,21 @@ def _write(self:RecordManager, text:bytes):
     if "://" in str(self.output_path): papermill_io.write(text.decode(), self.output_path)
     else: write_bytes(self.output_path, text)
 
+# %% ../../nbs/records/05_cell_status.ipynb #not-saved
 @patch
 def _not_saved(self:RecordManager, error:OSError):
     if not self._unsaved: say(f"{self.output_path} could not be saved ({error.strerror}); the earlier one stays")
     self._unsaved += 1
     if self._told < 1: self._tell("record_not_saved", reason=error.strerror)
 
+# %% ../../nbs/records/05_cell_status.ipynb #saved
 @patch
 def _saved(self:RecordManager):
     "Say that there is room again."
     if self._unsaved: self._tell("record_saved_again", times=self._unsaved)
     self._unsaved = self._told = 0
 
+# %% ../../nbs/records/05_cell_status.ipynb #tell
 @patch
 def _tell(self:RecordManager, name:str, **facts):
     "An event; there may be no room for that either."
@@ -147,6 +151,7 @@ class TrueManager(RecordManager):
         for cell, text in zip(self.nb.cells, safe):
             if cell.cell_type == "code": cell.outputs = nbformat_outputs(text["outputs"])
 
+# %% ../../nbs/records/05_cell_status.ipynb #nbformat-outputs
 def nbformat_outputs(
     outputs:list, # As in the file
 )->list:          # As nbformat reads them
@@ -161,7 +166,8 @@ def facts(self:TrueManager)->dict: # cells, linear, effective, privacy
     code = [(c, json.loads(self.cell_text(i))) for i, c in enumerate(self.nb.cells) if c.cell_type == "code"]
     ran = [c.execution_count for c, _ in code if c.metadata.papermill["status"] != "not_run" and c.source.strip()]
     counts = sum(self._counts.values(), Counter())
-    return {"cells": [{"id": c.get("id", ""), "source_sha256": hashlib.sha256("".join(text["source"]).encode()).hexdigest(),
+    return {"cells": [{"id": c.get("id", ""),
+        "source_sha256": hashlib.sha256("".join(text["source"]).encode()).hexdigest(),
             "execution_count": c.execution_count, "status": c.metadata.papermill["status"],
             "duration_s": c.metadata.papermill["duration"],
             "output_bytes": len(json.dumps(text["outputs"], ensure_ascii=False).encode())} for c, text in code],

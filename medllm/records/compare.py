@@ -19,7 +19,8 @@ from .seal import fingerprint, flat, read_notebook
 from ..tables import markdown_rows
 
 # %% ../../nbs/records/12_compare.ipynb #contract
-_PLACES = ("output_dir", "runs_dir", "tag", "note", "logging_dir", "run_name", "overwrite_output_dir", "resume_from_checkpoint")
+_PLACES = ("output_dir", "runs_dir", "tag", "note", "logging_dir", "run_name", "overwrite_output_dir",
+    "resume_from_checkpoint")
 
 def _inputs(state:dict)->dict:
     "Hashes of data (by name, not by place), template, tokenizer and model; rows by reason."
@@ -27,9 +28,11 @@ def _inputs(state:dict)->dict:
     out = {f"files of {d.get('name')}": ",".join(sorted((d.get("sha256") or {}).values())) or d.get("revision", "")
         for d in inputs.get("data") or []}
     for a in inputs.get("rows") or []:
-        out |= {f"rows of {a.get('name')}: {path}": n for path, n in flat({k: v for k, v in a.items() if k != "name"}).items()}
+        out |= {f"rows of {a.get('name')}: {path}": n
+            for path, n in flat({k: v for k, v in a.items() if k != "name"}).items()}
     return out | flat({k: v for k, v in inputs.items() if k not in ("data", "rows")})
 
+# %% ../../nbs/records/12_compare.ipynb #contract-parts
 def contract_parts(
     state:dict, # run.json
 )->dict:        # Name to value or hash
@@ -39,6 +42,7 @@ def contract_parts(
     asked = state.get("arguments") or state.get("parameters") or {}
     return flat({k: v for k, v in asked.items() if k not in _PLACES}) | _inputs(state)
 
+# %% ../../nbs/records/12_compare.ipynb #contract-differences
 def contract_differences(
     then:dict, # run.json of one
     now:dict,  # and of the other
@@ -48,7 +52,8 @@ def contract_differences(
     if a and b:
         try:
             from medllm.checkpoint.compatibility import differences
-            return [(n, x, y) for n, x, y, kind in differences(a.get("parts") or a, b.get("parts") or b) if kind != "noted"]
+            return [(n, x, y) for n, x, y, kind in differences(a.get("parts") or a, b.get("parts") or b)
+                if kind != "noted"]
         except ImportError: pass
     a, b = contract_parts(then), contract_parts(now)
     return [(n, a.get(n), b.get(n)) for n in {**a, **b} if a.get(n) != b.get(n)]
@@ -58,14 +63,16 @@ def _sections(state:dict)->dict[str, dict]:
     "What can differ, by section."
     given, asked = state.get("parameters") or {}, state.get("arguments") or {}
     metrics = {k: v for k, v in (state.get("metrics") or {}).items() if k not in ("rows", "data")}
-    place = lambda table: {k: v for k, v in table.items() if k not in _PLACES}
+    def place(table): return {k: v for k, v in table.items() if k not in _PLACES}
     return {
         "run": {"stage": state.get("stage"), "status": state.get("status"), "profile": state.get("profile")},
         "parameters": flat(place(given)), "arguments": flat(place({k: v for k, v in asked.items() if k not in given})),
-        "contract": flat((state.get("contract") or {}).get("parts") or {}), "environment": flat(state.get("provenance") or {}),
-        "data": _inputs(state), "metrics": flat(metrics),
-        "verdict": {str(row.get("what")): f"{mark_of(row)}: {row.get('measured')}" for row in state.get("verdict") or []}}
+        "contract": flat((state.get("contract") or {}).get("parts") or {}),
+        "environment": flat(state.get("provenance") or {}), "data": _inputs(state), "metrics": flat(metrics),
+        "verdict": {str(row.get("what")): f"{mark_of(row)}: {row.get('measured')}" for row in state.get("verdict")
+        or []}}
 
+# %% ../../nbs/records/12_compare.ipynb #comparison
 @dataclass
 class Comparison:
     "Runs side by side; shows itself as text, and as tables in a notebook."
@@ -90,6 +97,7 @@ class Comparison:
         return {"records": [str(f) for f in self.folders], "same_contract": not self.contract,
             "contract": [list(d) for d in self.contract], "differ": self.differ}
 
+# %% ../../nbs/records/12_compare.ipynb #distance
 def _cell(value)->str:
     "A value in a cell; hashes are cut short."
     if isinstance(value, float): return f"{value:.6g}"
@@ -125,6 +133,7 @@ def _head(c:Comparison)->str:
     if not c.contract: return "the contract is the same"
     return f"the contract differs: {', '.join(dict.fromkeys(name for name, *_ in c.contract))}"
 
+# %% ../../nbs/records/12_compare.ipynb #as-text
 def as_text(
     c:Comparison, # From `compare`
 )->str:
@@ -136,9 +145,10 @@ def as_text(
         if fields: lines += ["", columns([[section, *letters, f"from {letters[0]}"], *c.rows(section)])]
     return "\n".join(lines)
 
+# %% ../../nbs/records/12_compare.ipynb #markdown
 def _markdown(c:Comparison)->str:
     "For a notebook."
-    safe = lambda values: [visible(str(value), lines=False) for value in values]
+    def safe(values): return [visible(str(value), lines=False) for value in values]
     tables = [markdown_rows(safe([section, *c.names, "difference"]), map(safe, c.rows(section)))
         for section, fields in c.differ.items() if fields]
     return "\n\n".join([_head(c), *tables])
@@ -151,6 +161,7 @@ def _plain(text:str)->str:
     "Text that matplotlib takes as it is: $ begins a formula."
     return visible(text, lines=False).replace("$", r"\$")
 
+# %% ../../nbs/records/12_compare.ipynb #plot-2
 def plot(
     c:Comparison,              # From `compare`
     file:str|Path|None = None, # Where to save a PNG
@@ -162,8 +173,8 @@ def plot(
     axis, drawn = figure.subplots(), 0
     for folder, name in zip(c.folders, c.names):
         history = read_lines(folder/"history.jsonl")
-        number = lambda value: isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
-        pairs = lambda key: [(h["step"], h[key]) for h in history if number(h.get("step")) and number(h.get(key))]
+        def number(value): return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+        def pairs(key): return [(h["step"], h[key]) for h in history if number(h.get("step")) and number(h.get(key))]
         if not pairs(what): continue
         line, = axis.plot(*zip(*pairs(what)), label=_plain(name), lw=1.2)
         drawn += 1
@@ -184,10 +195,13 @@ def _code_only(folder:Path):
     try: cells = read_notebook(file)["cells"]
     except (OSError, ValueError) as e: raise UserError(f"{file} cannot be read: {e}") from None
     kept = [c for c in cells if "injected-parameters" not in ((c.get("metadata") or {}).get("tags") or [])]
-    bare = lambda c: {"cell_type": c["cell_type"], "id": c.get("id") or "", "source": "".join(c["source"]), "metadata": {}} | (
-        {"outputs": [], "execution_count": None} if c["cell_type"] == "code" else {})
+    def bare(c):
+        return {"cell_type": c["cell_type"], "id": c.get("id") or "", "source": "".join(c["source"]),
+            "metadata": {}} | (
+            {"outputs": [], "execution_count": None} if c["cell_type"] == "code" else {})
     return nbformat.from_dict({"cells": [bare(c) for c in kept], "metadata": {}, "nbformat": 4, "nbformat_minor": 5})
 
+# %% ../../nbs/records/12_compare.ipynb #notebook-differences
 def notebook_differences(
     a:str|Path,         # A record
     b:str|Path,         # Another one

@@ -90,15 +90,18 @@ class Stopper:
         while not self._over.wait(0.1):
             at = time.monotonic()
             if self.status == "timed_out" and at > self.asked_at + self.grace: self.kill()
-            elif whole and at > self.begun + whole: self.ask("timed_out", f"the run had {whole:g} seconds, and they are over")
+            elif whole and at > self.begun + whole:
+                self.ask("timed_out", f"the run had {whole:g} seconds, and they are over")
             elif cell and self.cell_begun and at > self.cell_begun + cell:
                 self.ask("timed_out", f"a cell had {cell:g} seconds, and they are over")
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread(): self._before = {
-            n: signal.signal(n, self._signalled) for n in (signal.SIGTERM, signal.SIGINT)}
-        if stop.blocks and stop.asked: self.ask("interrupted",
-            f"asked to stop ({signal.Signals(stop.asked).name}) before the notebook began")
+        if threading.current_thread() is threading.main_thread():
+            self._before = {
+                n: signal.signal(n, self._signalled) for n in (signal.SIGTERM, signal.SIGINT)}
+        if stop.blocks and stop.asked:
+            self.ask("interrupted",
+                f"asked to stop ({signal.Signals(stop.asked).name}) before the notebook began")
         if any(self.limits): threading.Thread(target=self._watch, daemon=True).start()
         return self
 
@@ -155,14 +158,17 @@ def _run_cell(self:RecordClient, cell, index:int)->tuple[str, str]:
     except CellExecutionError as error: return self._failed(error, cell)
     return ("failed", "early_exit: a cell ended Python") if self.left else ("completed", "")
 
+# %% ../../nbs/records/09_engine.ipynb #died
 @patch
 def _died(self:RecordClient)->tuple[str, str]:
     "The kernel is gone: asked to, killed, or ended by the cell."
     if self.stopper.status: return self.stopper.status, self.stopper.reason
     code = getattr(getattr(self.km.provisioner, "process", None), "returncode", None)
     if code is not None and code >= 0: return "failed", f"early_exit: a cell ended Python with exit code {code}"
-    return "killed", "the kernel died (out of memory, or killed)" + (f" by {signal.Signals(-code).name}" if code else "")
+    return "killed", "the kernel died (out of memory, or killed)" + (f" by {signal.Signals(-code).name}" if code
+        else "")
 
+# %% ../../nbs/records/09_engine.ipynb #failed
 @patch
 def _failed(self:RecordClient, error:CellExecutionError, cell)->tuple[str, str]:
     "The cell raised; a sentence is kept when it is one of ours."
@@ -171,8 +177,9 @@ def _failed(self:RecordClient, error:CellExecutionError, cell)->tuple[str, str]:
     ours = told and told[-1]["evalue"] == plain(error.evalue)
     said = told[-1]["evalue"] if ours else f"{error.ename} (its text is in record.ipynb)"
     if self.stopper.status == "timed_out": return "timed_out", self.stopper.reason
-    if self.stopper.status or error.ename in ("Interrupted", "KeyboardInterrupt"): return "interrupted", (
-        said if error.ename == "Interrupted" else self.stopper.reason or "interrupted from the keyboard")
+    if self.stopper.status or error.ename in ("Interrupted", "KeyboardInterrupt"):
+        return "interrupted", (
+            said if error.ename == "Interrupted" else self.stopper.reason or "interrupted from the keyboard")
     return "failed", said
 
 # %% ../../nbs/records/09_engine.ipynb #asks
@@ -181,8 +188,10 @@ def ask(self:RecordClient, **expressions:str)->dict: # Name -> value, of those t
     "Values from the kernel; each expression must give a JSON text."
     reply = self.wait_for_reply(self.kc.execute("", silent=True, user_expressions=expressions))
     got = reply["content"].get("user_expressions", {}) if reply else {}
-    return {name: json.loads(ast.literal_eval(v["data"]["text/plain"])) for name, v in got.items() if v["status"] == "ok"}
+    return {name: json.loads(ast.literal_eval(v["data"]["text/plain"])) for name, v in got.items()
+        if v["status"] == "ok"}
 
+# %% ../../nbs/records/09_engine.ipynb #look
 @patch
 def _look(self:RecordClient, cell)->tuple[str, str]:
     "What the kernel says about parameters and folder, after a cell."
@@ -196,15 +205,17 @@ def _look(self:RecordClient, cell)->tuple[str, str]:
     self._look_private()
     return "completed", ""
 
+# %% ../../nbs/records/09_engine.ipynb #effective
 @patch
 def _effective(self:RecordClient)->tuple[str, str]:
     "Parameters as the kernel has them."
     self.nb_man.effective = held = self.ask(**{n: f"__import__('json').dumps({n})" for n in self.names})
     for name, value in self.values.items():
-        if name not in held or not (same(held[name], value) or held[name] == value): return (
-            "failed", f"parameter {name} was given, but the kernel has another value")
+        if name not in held or not (same(held[name], value) or held[name] == value):
+            return ("failed", f"parameter {name} was given, but the kernel has another value")
     return "completed", ""
 
+# %% ../../nbs/records/09_engine.ipynb #look-private
 @patch
 def _look_private(self:RecordClient):
     "Inputs that the notebook wrote down may be private though no parameter named them."
@@ -212,6 +223,7 @@ def _look_private(self:RecordClient):
         data = Run(self.nb_man.folder).state.get("inputs", {}).get("data", [])
         if any(d.get("private", True) for d in data if isinstance(d, dict)): self.nb_man.hide()
 
+# %% ../../nbs/records/09_engine.ipynb #say-language
 @patch
 def _say_language(self:RecordClient):
     reply = self.wait_for_reply(self.kc.kernel_info())
@@ -219,7 +231,8 @@ def _say_language(self:RecordClient):
 
 # %% ../../nbs/records/09_engine.ipynb #conclude
 _QUIET = {
-    "TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
+    "TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error",
+    "PYTHONWARNINGS": "ignore"}
 
 def _environment(profile:str)->dict:
     "Variables of the kernel: no progress bars, and those that make a run repeatable."
@@ -227,6 +240,7 @@ def _environment(profile:str)->dict:
     except ImportError: return os.environ | _QUIET | RECORDED
     return os.environ | _QUIET | RECORDED | launch_environment(profile)
 
+# %% ../../nbs/records/09_engine.ipynb #conclude-2
 def conclude(
     manager:TrueManager, # Of a notebook that has ended
 ):
@@ -234,15 +248,18 @@ def conclude(
     if manager.folder is None or not manager.folder.exists(): return
     run = Run(manager.folder)
     said, facts = run.state.get("status"), manager.facts() | {"effective": scrub_values(manager.effective)[0]}
-    if manager.status == "completed" and said not in ("created", "completed"): manager.status, manager.reason = (
-        (said, run.state.get("reason", "")) if said in ENDED else ("failed", "the notebook ended before its last cell"))
+    if manager.status == "completed" and said not in ("created", "completed"):
+        manager.status, manager.reason = (
+            (said, run.state.get("reason", "")) if said in ENDED
+            else ("failed", "the notebook ended before its last cell"))
     # "created": the notebook keeps no record of its own, so its cells are all there is to say
     told = run.state.get("reason", "") if said in ENDED else ""
     reason = told if said == manager.status and told else "; ".join(filter(None, (manager.reason, told)))
     found = Counter({f"secret: {rule}": n for rule, n in scrub_folder(manager.folder).items()})
     facts["privacy"]["scrubbed"] = dict(Counter(facts["privacy"]["scrubbed"]) + found)
     if reason: facts["reason"] = reason
-    with contextlib.suppress(OSError): run.beat()                        # the kernel is gone, and hashing takes its time
+    # the kernel is gone, and hashing takes its time
+    with contextlib.suppress(OSError): run.beat()
     run.read().update(status=manager.status, ended=now(), duration_s=run._seconds(), **facts)
     with contextlib.suppress(ImportError):
         from medllm.records.seal import seal
@@ -255,6 +272,7 @@ class Ended(SystemExit):
         super().__init__({"rejected": 2, "interrupted": 75, "timed_out": 124}.get(status, 1))
         self.status, self.reason = status, reason
 
+# %% ../../nbs/records/09_engine.ipynb #short-place
 class _Once:
     "Writes of papermill to a file that the engine has written."
     def __init__(self, manager:TrueManager): self.manager = manager
@@ -268,6 +286,7 @@ def _short_place()->str|None: # None: the usual one
     if len(os.fsencode(tempfile.gettempdir())) <= 76 or os.name != "posix": return None
     return next((place for place in ("/tmp", "/var/tmp", "/dev/shm") if os.access(place, os.W_OK | os.X_OK)), None)
 
+# %% ../../nbs/records/09_engine.ipynb #undisturbed
 @contextlib.contextmanager
 def _undisturbed():
     "Within the block signals are left aside: the run is over, and its record is being closed."
@@ -277,6 +296,7 @@ def _undisturbed():
     finally:
         for number, handler in before.items(): signal.signal(number, handler)
 
+# %% ../../nbs/records/09_engine.ipynb #absolute
 def _absolute(path):
     "Where papermill's own handler would write a path."
     if path is None or "://" in str(path): return path
@@ -292,7 +312,8 @@ def _raise(manager:TrueManager):
         if manager.plain: say(f"{manager.status}: {manager.reason}")
         raise Ended(manager.status, manager.reason)
     if manager.status == "killed": raise DeadKernelError(manager.reason)
-    if manager.status == "completed" and manager.plain and manager._unsaved:     # the notebook is all that there was to be
+    # the notebook is all that there was to be
+    if manager.status == "completed" and manager.plain and manager._unsaved:
         raise Ended("failed", f"{manager.output_path} could not be saved")
     if manager.status == "completed": return
     index, cell = next(((i, c) for i, c in enumerate(manager.nb.cells)
@@ -311,8 +332,8 @@ class RecordEngine(Engine):
         "Execute a notebook truthfully. Raises as the table says."
         folder = options.pop("record", None)
         where = _absolute(output_path)
-        manager = TrueManager(nb, Policy(), Path(folder) if folder else None, output_path=where, progress_bar=progress_bar,
-            log_output=log_output, autosave_cell_every=autosave_cell_every)
+        manager = TrueManager(nb, Policy(), Path(folder) if folder else None, output_path=where,
+            progress_bar=progress_bar, log_output=log_output, autosave_cell_every=autosave_cell_every)
         manager.finish = lambda: (manager.notebook_complete(), conclude(manager))
         manager.plain = folder is None
         if where: papermill_io.register(str(output_path), _Once(manager))
@@ -333,8 +354,9 @@ class RecordEngine(Engine):
         try: values = check_parameters(nb_man.nb)
         except UserError as error: return nb_man.end("rejected", str(error))
         try: KernelSpecManager().get_kernel_spec(kernel_name)
-        except NoSuchKernel: return nb_man.end("rejected", f"this machine has no kernel '{kernel_name}', which the notebook asks "
-            "for: give one that it has with -k python3")
+        except NoSuchKernel:
+            return nb_man.end("rejected", f"this machine has no kernel '{kernel_name}', which the notebook asks "
+                "for: give one that it has with -k python3")
         defaults = declared(nb_man.nb)
         whole = {n: d for n, (_, d) in defaults.items()} | values
         nb_man.policy.private = is_private(whole)
@@ -345,14 +367,16 @@ class RecordEngine(Engine):
                 transport = CaselessStrEnum(["tcp", "ipc"], default_value="ipc")
                 ip = Unicode(f"{sockets}/kernel")
                 connection_file = Unicode(f"{sockets}/kernel.json")      # holds the key to the kernel
-            client = RecordClient(nb_man, kernel_name=kernel_name, kernel_manager_class=IpcKernel, startup_timeout=start_timeout,
-                log_output=log_output, stdout_file=stdout_file, stderr_file=stderr_file)
+            client = RecordClient(nb_man, kernel_name=kernel_name, kernel_manager_class=IpcKernel,
+                startup_timeout=start_timeout, log_output=log_output, stdout_file=stdout_file, stderr_file=stderr_file)
             client.may_show = whole.get("reveal") is True
             try: client.run(stopper, defaults, values, env=_environment(str(whole.get("profile") or profile)))
             except (DeadKernelError, RuntimeError) as error:
-                if not stopper.status and nb_man.status not in ENDED: nb_man.end("killed", f"the kernel did not answer: {error}")
+                if not stopper.status and nb_man.status not in ENDED:
+                    nb_man.end("killed", f"the kernel did not answer: {error}")
                 nb_man.end(stopper.status, stopper.reason)
 
+# %% ../../nbs/records/09_engine.ipynb #use-engine
 def use_engine():
     "Make the engine known to papermill in this process, installed or not."
     papermill_engines.register("medllm", RecordEngine)

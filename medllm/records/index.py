@@ -25,20 +25,22 @@ def _row(run:dict, page:str, loss:list)->dict:
     marks = "; ".join(f"{n} {mark}" for mark, n in run["tally"].items() if n)
     said, value = result_of(run["state"].get("metrics") or {})
     spark = drawn([{"name": "loss", "points": loss, "colour": 0}], 112, 26, False) if loss else ""
-    return {"id": page, "page": page, "title": run["name"], "status": run["status"], "stage": run["stage"], "data": data,
-        "model": model, "verdict": marks, "missed": run["tally"].get("missed", 0), "open": run["tally"].get("cannot tell", 0),
-        "result": f"{said} {as_said(value)}" if said else "",
+    return {"id": page, "page": page, "title": run["name"], "status": run["status"], "stage": run["stage"],
+        "data": data,
+        "model": model, "verdict": marks, "missed": run["tally"].get("missed", 0),
+        "open": run["tally"].get("cannot tell", 0), "result": f"{said} {as_said(value)}" if said else "",
         "began": run["started"].removesuffix(" UTC")[:16], "took": run["duration"],
         "spark": Markup(f'<div class="spark">{spark}</div>') if loss else ""}
 
+# %% ../../nbs/records/18_index.ipynb #entry
 def _entry(run:dict, row:dict, curves:dict)->dict:
     "What the script sorts a record by, looks for in it and compares."
     state, given = run["state"], run["state"].get("parameters") or {}
     metrics = {k: v for k, v in (state.get("metrics") or {}).items() if k not in ("rows", "data")}
     kept = {k: v for k, v in given.items() if k not in ("output_dir", "note", "tag")}
-    hashes = lambda d: " ".join(h[:16] for h in (d.values() if isinstance(d, dict) else [str(d)]))
-    text = (row["title"], row["status"], row["stage"], row["data"], row["model"], run["note"], run["reason"], run["kind"],
-        given.get("tag", ""))
+    def hashes(d): return " ".join(h[:16] for h in (d.values() if isinstance(d, dict) else [str(d)]))
+    text = (row["title"], row["status"], row["stage"], row["data"], row["model"], run["note"], run["reason"],
+        run["kind"], given.get("tag", ""))
     marks, asked = run["tally"], sum(run["tally"].values())
     return {"id": row["id"], "title": f"{run['stage']} {run['name']}", "status": row["status"], "stage": row["stage"],
         "tag": str(given.get("tag") or ""), "text": " ".join(map(str, text)).lower(), "curves": curves,
@@ -47,18 +49,22 @@ def _entry(run:dict, row:dict, curves:dict)->dict:
             "took": state.get("duration_s")},
         "metrics": {k: v for k, v in flat(metrics) if not isinstance(v, str | list)}, "parameters": dict(flat(kept)),
         "environment": dict(flat(state.get("provenance") or {})),
-        "data": {f"{d.get('name')} sha256": hashes(d.get("sha256")) for d in (state.get("inputs") or {}).get("data") or []}}
+        "data": {f"{d.get('name')} sha256": hashes(d.get("sha256")) for d in (state.get("inputs") or {}).get("data")
+        or []}}
 
+# %% ../../nbs/records/18_index.ipynb #torn-row
 _SORTED = ("title", "status", "stage", "data", "model", "began", "met", "result", "took")
 
 def _torn_row(folder:Path, page:str, why:str)->tuple[dict, dict]:
     "The line of a record that cannot be shown, and what the script knows of it."
     row = dict.fromkeys(("stage", "data", "model", "verdict", "began", "took", "spark"), "") | {
         "id": page, "page": page, "title": folder.name, "status": "lost", "result": why}
-    known = {k: row[k] for k in ("id", "title", "status", "stage")} | {"tag": "", "text": folder.name.lower(), "curves": {}}
+    known = {k: row[k] for k in ("id", "title", "status", "stage")} | {"tag": "", "text": folder.name.lower(),
+        "curves": {}}
     return row, known | {"sort": dict.fromkeys(_SORTED) | {"title": folder.name},
         **{part: {} for part in ("metrics", "parameters", "environment", "data")}}
 
+# %% ../../nbs/records/18_index.ipynb #lines
 def _lines(folder:Path, page:str)->tuple[dict, dict]:
     "What the index shows of a record and what its script knows of it. Any error of it stays its own."
     try:
@@ -67,6 +73,7 @@ def _lines(folder:Path, page:str)->tuple[dict, dict]:
         return row, _entry(run, row, curves)
     except Exception as e: return _torn_row(folder, page, f"cannot be shown: {type(e).__name__}")
 
+# %% ../../nbs/records/18_index.ipynb #index-page
 def index_page(
     pages:list[tuple[Path, str]], # Each record, and the name of its page
 )->str:
@@ -89,6 +96,7 @@ def records_in(
         found += [f for f in inside if f not in found]
     return found
 
+# %% ../../nbs/records/18_index.ipynb #named
 def _named(records:list[Path])->list[tuple[Path, str]]:
     "A file name for each record, of letters that an address can hold, and none twice."
     pages, used = [], set()
@@ -99,13 +107,16 @@ def _named(records:list[Path])->list[tuple[Path, str]]:
         pages.append((folder, f"{name}.html"))
     return pages
 
+# %% ../../nbs/records/18_index.ipynb #page
 def _page(folder:Path)->str:
     "A record's page; one that says why where it cannot be made."
     try: return run_page(folder, index=True)
     except Exception as e:
         say(f"{folder}: its page cannot be made ({type(e).__name__}); the others are not touched by that")
-        return rendered("broken.html", title=folder.name, folder=str(folder), why=f"{type(e).__name__}: {str(e)[:200]}", data={})
+        return rendered("broken.html", title=folder.name, folder=str(folder), why=f"{type(e).__name__}: {str(e)[:200]}",
+            data={})
 
+# %% ../../nbs/records/18_index.ipynb #export-html-2
 def export_html(
     places:list[str|Path],       # Records, or folders of records
     output:str|Path = "export",  # Folder of the pages
@@ -113,8 +124,8 @@ def export_html(
     "Write a page a record and the index. Raises `UserError` for a place without a record or an output inside one."
     records, output = records_in(places), Path(output).expanduser()
     for r in records:
-        if r.resolve() in (output.resolve(), *output.resolve().parents): raise UserError(
-            f"--output {output} lies in the record {r}, which is sealed; name another folder")
+        if r.resolve() in (output.resolve(), *output.resolve().parents):
+            raise UserError(f"--output {output} lies in the record {r}, which is sealed; name another folder")
     output.mkdir(parents=True, exist_ok=True)
     pages = _named(records)
     for folder, page in pages: write_bytes(output/page, _page(folder).encode(errors="replace"), sync=False)

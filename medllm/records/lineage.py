@@ -29,6 +29,7 @@ class Ancestor:
     note:str = ""  # What is not as it was when it was used
     parents:list["Ancestor"] = field(default_factory=list) # What that run consumed
 
+# %% ../../nbs/records/02_lineage.ipynb #record-of
 def _note(then:dict, now:dict, place:str)->str:
     "How weights differ from what they were."
     if then == now: return ""
@@ -51,6 +52,7 @@ def _table(file:Path, shape:dict)->dict:
     except (OSError, ValueError): return {}
     return {} if misfit(table, shape) else table
 
+# %% ../../nbs/records/02_lineage.ipynb #trained-2
 def _trained(folder:Path)->dict:
     "What is known of a model that `medllm train` wrote, in the form of a run.json."
     contract = _table(folder/"contract.json", {"stage!": str, "model": str, "adapters": [str]})
@@ -63,9 +65,11 @@ def _trained(folder:Path)->dict:
     data = [r.get("name") for r in metrics.get("rows") or []] or names(told.get("dataset") or "")
     return {"status": "medllm train, without a record", "stage": contract["stage"], "metrics": metrics,
         "inputs": {"data": [{"name": str(name)} for name in data]},
-        "consumed": [{"role": role, "name": name or "", "place": str(_place(name)) if name else "a model that is not named",
+        "consumed": [{"role": role, "name": name or "",
+        "place": str(_place(name)) if name else "a model that is not named",
             "weights": {}, "hash": digest} for role, name, digest in found]}
 
+# %% ../../nbs/records/02_lineage.ipynb #place
 def _place(name:str)->str|Path:
     "Folder of a model that was named, or its hub id."
     try: return model_location(name) if name == "tiny" or not find_path(name).is_dir() else find_path(name).resolve()
@@ -80,6 +84,7 @@ def _changed(c:dict, now:dict)->str:
     if not c.get("hash") or not Path(c["place"]).is_dir(): return ""
     return "" if weights_hash(c["place"]) == c["hash"] else "its weights were changed since"
 
+# %% ../../nbs/records/02_lineage.ipynb #ancestry-2
 def ancestry(
     folder:str|Path, # Of a record
 )->Ancestor:
@@ -91,7 +96,8 @@ def ancestry(
     def walk(role, folder, note, generation):
         state = _record_of(folder)
         if not note and state.get("weights"): note = _note(state["weights"], now(folder), folder)
-        if state and generation > _FAR: note = note or f"the way back is longer than {_FAR} records; it was not followed"
+        if state and generation > _FAR:
+            note = note or f"the way back is longer than {_FAR} records; it was not followed"
         found = Ancestor(role, folder, state, note)
         if folder in known: found.parents = known[folder]
         else:
@@ -108,7 +114,7 @@ def _line(a:Ancestor)->str:
     "What is known of one model in a line."
     if not a.state: return f"{a.role}: {a.place}"
     m, s = a.state.get("metrics") or {}, a.state
-    number = lambda name: isinstance(m.get(name), int | float)
+    def number(name): return isinstance(m.get(name), int | float)
     facts = [s.get("status", "?")]
     if m.get("loss_first") and number("loss_last"): facts.append(f"loss {m['loss_first']:.3f} -> {m['loss_last']:.3f}")
     for name in ("accuracy", "margin", "reward"):
@@ -118,6 +124,7 @@ def _line(a:Ancestor)->str:
     data = ", ".join(d.get("name") or "?" for d in (s.get("inputs") or {}).get("data") or [])
     return f"{a.role + ': ' if a.role else ''}{s.get('stage', '?')} [{data}] {', '.join(facts)}  {a.place}"
 
+# %% ../../nbs/records/02_lineage.ipynb #as-tree
 def as_tree(
     a:Ancestor,   # From `ancestry`
 )->str:

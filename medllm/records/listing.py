@@ -32,6 +32,7 @@ def records_in(
         elif deep > 1: found += records_in(entry.path, deep - 1)
     return found
 
+# %% ../../nbs/records/11_listing.ipynb #begun
 def _begun(folder:Path, state:dict)->str:
     "When a run began: as it says, else by its folder's name, else by its file's time; ISO, UTC."
     if isinstance(state.get("started"), str): return state["started"]
@@ -53,6 +54,7 @@ def _result(m:dict)->str:
     if m.get("loss_first") and m.get("loss_last"): return f"loss {m['loss_first']:.3f} -> {m['loss_last']:.3f}"
     return "passed" if m.get("passed") is True else "not passed" if m.get("passed") is False else ""
 
+# %% ../../nbs/records/11_listing.ipynb #row-of
 def row_of(
     folder:Path, # Of a record
     state:dict,  # From `read_state`
@@ -64,7 +66,8 @@ def row_of(
     return {
         "folder": str(folder), "name": folder.name, "stage": state.get("stage") or folder.parent.name,
         "status": status_of(folder, state or None), "started": _begun(folder, state),
-        "duration_s": state.get("duration_s"), "data": data or [x for x in str(given.get("dataset") or "").split(",") if x],
+        "duration_s": state.get("duration_s"), "data": data
+        or [x for x in str(given.get("dataset") or "").split(",") if x],
         "loss_first": metrics.get("loss_first"), "loss_last": metrics.get("loss_last"), "result": _result(metrics),
         "tag": str(state.get("tag") or given.get("tag") or ""),
         "note": str(state.get("note") or given.get("note") or ""),
@@ -84,6 +87,7 @@ def field_of(
         else: return None
     return table
 
+# %% ../../nbs/records/11_listing.ipynb #condition
 _COMPARE = {"=": lambda a, b: a == b, "!=": lambda a, b: a != b, "<": lambda a, b: a < b, ">": lambda a, b: a > b,
     "<=": lambda a, b: a <= b, ">=": lambda a, b: a >= b}
 
@@ -93,6 +97,7 @@ def _condition(text:str)->tuple[str, str, str]:
     if not found: raise UserError(f"--where {text}: write it as field=value, with =, !=, <, >, <= or >=")
     return found.groups()
 
+# %% ../../nbs/records/11_listing.ipynb #holds
 def _holds(value, how:str, wanted:str)->bool:
     "Whether a value meets a condition."
     if isinstance(value, list):
@@ -116,15 +121,19 @@ def list_runs(
     place = find_path(runs)
     if not place.is_dir(): raise UserError(f"there are no records: {runs} is not a folder; --runs names another")
     pairs = [(row_of(f, state), state) for f in records_in(place) for state in (read_state(f, whole=False),)]
-    value = lambda pair, path: field_of(pair[0], path) if field_of(pair[0], path) is not None else field_of(pair[1], path)
+    def value(pair, path):
+        return field_of(pair[0], path) if field_of(pair[0], path) is not None else field_of(pair[1], path)
     conditions = [_condition(text) for text in where]
     for path in [c[0] for c in conditions] + [sort]*bool(sort): _known(path, pairs, value)
     for path, how, wanted in conditions: pairs = [p for p in pairs if _holds(value(p, path), how, wanted)]
     pairs.sort(key=lambda p: (p[0]["started"], p[0]["name"]), reverse=True)
-    if sort: pairs = ([p for p in sorted((p for p in pairs if value(p, sort) is not None), key=lambda p: _order(value(p, sort)))]
-        + [p for p in pairs if value(p, sort) is None])
+    if sort:
+        pairs = ([p for p in sorted((p for p in pairs if value(p, sort) is not None),
+            key=lambda p: _order(value(p, sort)))]
+            + [p for p in pairs if value(p, sort) is None])
     return [row for row, _ in (reversed(pairs) if reverse else pairs)]
 
+# %% ../../nbs/records/11_listing.ipynb #known
 def _order(value)->tuple:
     "Numbers before words."
     return (0, value, "") if isinstance(value, int | float) else (1, 0, str(value))
@@ -145,12 +154,14 @@ def duration_text(
     if seconds < 100: return f"{seconds:.0f} s"
     return f"{seconds/60:.0f} min" if seconds < 5400 else f"{seconds//3600:.0f} h {seconds%3600//60:02.0f} min"
 
+# %% ../../nbs/records/11_listing.ipynb #when-text
 def when_text(
     iso:str, # As in run.json
 )->str:
     "A time to the minute."
     return iso[:16].replace("T", " ")
 
+# %% ../../nbs/records/11_listing.ipynb #columns
 def columns(
     table:list[list[str]], # Rows of cells, the first one is the head
 )->str:
@@ -159,13 +170,14 @@ def columns(
     wide = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, wide)).rstrip() for row in cells)
 
+# %% ../../nbs/records/11_listing.ipynb #as-table
 def as_table(
     rows:list[dict], # From `list_runs`
 )->str:
     "A listing for a terminal; times are UTC."
     if not rows: return "no records"
-    cells = [[when_text(r["started"]), r["stage"], r["status"], ",".join(r["data"])[:24], r["result"] or r["reason"][:40],
-        duration_text(r["duration_s"]), r["tag"], r["folder"]] for r in rows]
+    cells = [[when_text(r["started"]), r["stage"], r["status"], ",".join(r["data"])[:24],
+        r["result"] or r["reason"][:40], duration_text(r["duration_s"]), r["tag"], r["folder"]] for r in rows]
     return columns([["began (UTC)", "stage", "status", "data", "result", "took", "tag", "folder"], *cells])
 
 # %% ../../nbs/records/11_listing.ipynb #record
@@ -179,13 +191,16 @@ def find_record(
     if folder.name == "run.json" and folder.is_file(): return folder.parent
     place = find_path(runs)
     known = records_in(place) if place.is_dir() else []
-    if not known: raise UserError(f"{name} holds no record: there is no run.json in it, nor are there records under {runs}")
+    if not known:
+        raise UserError(f"{name} holds no record: there is no run.json in it, nor are there records under {runs}")
     if str(name) == "last": return max(known, key=lambda f: _begun(f, read_state(f)))
     paths = {f.relative_to(place).as_posix(): f for f in known}
-    found = [f for path, f in paths.items() if f.name == str(name)] or [f for path, f in paths.items() if str(name) in path]
+    found = [f for path, f in paths.items() if f.name == str(name)] or [f for path, f in paths.items()
+        if str(name) in path]
     if len(found) == 1: return found[0]
-    if not found: raise UserError(f"no record is called '{name}' under {runs}{nearest(str(name), [f.name for f in known])}; "
-        "medllm runs list shows them")
+    if not found:
+        raise UserError(f"no record is called '{name}' under {runs}{nearest(str(name), [f.name for f in known])}; "
+            "medllm runs list shows them")
     raise UserError(f"'{name}' may be any of {', '.join(sorted(f.name for f in found)[:4])}"
         f"{' …' if len(found) > 4 else ''}: write more of the name")
 
@@ -213,6 +228,7 @@ def _changed(stage:str, given:dict)->dict:
     return {k: {"value": v, "default": usual.get(k)} for k, v in given.items()
         if k not in _NAMED and (k not in usual or v != usual[k])}
 
+# %% ../../nbs/records/11_listing.ipynb #show-2
 def show(
     folder:str|Path, # Of a record
 )->dict:
@@ -223,8 +239,8 @@ def show(
     losses = [h["loss"] for h in history if isinstance(h.get("loss"), int | float) and not isinstance(h["loss"], bool)]
     return row_of(folder, state) | {
         "parameters": _changed(state.get("stage", ""), state.get("parameters") or {}),
-        "provenance": state.get("provenance") or {}, "files": inputs.get("data") or [], "rows": inputs.get("rows") or [],
-        "losses": losses, "curve": sparkline(losses),
+        "provenance": state.get("provenance") or {}, "files": inputs.get("data") or [],
+        "rows": inputs.get("rows") or [], "losses": losses, "curve": sparkline(losses),
         "verdict": state.get("verdict") or [], "warnings": state.get("warnings") or [],
         "attempts": state.get("attempts") or [], "privacy": state.get("privacy") or {},
         "checkpoints": sorted(f.name for f in folder.glob("checkpoint-*")), "digest": digest_of(folder)}
@@ -239,32 +255,37 @@ def _rows_text(account:dict)->str:
 
 def _table_text(title:str, table:dict)->list[str]:
     "A title and its lines, indented."
-    said = lambda v: visible(f"{v:.6g}" if isinstance(v, float) else str(v), lines=False)
+    def said(v): return visible(f"{v:.6g}" if isinstance(v, float) else str(v), lines=False)
     wide = max((len(said(k)) for k in table), default=0)
     return [title, *(f"  {said(k):{wide}}  {said(v)}" for k, v in table.items())] if table else []
 
+# %% ../../nbs/records/11_listing.ipynb #show-text
 def show_text(
     shown:dict, # From `show`
 )->str:
     "One record on a page, for a terminal."
     p, s = shown["provenance"], shown
     code, one = p.get("code") or {}, lambda text: visible(text, lines=False)
-    facts = {"began": when_text(s["started"]) + " UTC, took " + (duration_text(s["duration_s"]) or "?"), "why": s["note"],
-        "reason": s["reason"], "parent": ", ".join(f"{k} of {v}" for k, v in s["parent"].items()),
-        "code": f"{(code.get('commit') or '')[:7]}{' and changes' if code.get('dirty') else ''} medllm {code.get('version')}",
+    facts = {"began": when_text(s["started"]) + " UTC, took " + (duration_text(s["duration_s"]) or "?"),
+        "why": s["note"], "reason": s["reason"], "parent": ", ".join(f"{k} of {v}" for k, v in s["parent"].items()),
+        "code": f"{(code.get('commit') or '')[:7]}{' and changes' if code.get('dirty') else ''} "
+            f"medllm {code.get('version')}",
         "machine": ", ".join(filter(None, [f"Python {p.get('python', '?')}", p.get("system"), p.get("processor"),
             ", ".join(p.get("gpus") or [])])),
         "packages": ", ".join(f"{k} {v}" for k, v in (p.get("packages") or {}).items() if k != "medllm" and v),
         "checkpoints": ", ".join(s["checkpoints"]), "seal": s["digest"]}
     hashed = {f.get("name"): ", ".join(v[:12] for v in (f.get("sha256") or {}).values()) for f in s["files"]}
-    lines = [one(f"{s['stage']} {s['status']}  {s['folder']}"), *_table_text("run", {k: v for k, v in facts.items() if v}),
+    lines = [one(f"{s['stage']} {s['status']}  {s['folder']}"),
+        *_table_text("run", {k: v for k, v in facts.items() if v}),
         *_table_text("parameters (where they are not the default)",
             {k: f"{v['value']}  (default {v['default']})" for k, v in s["parameters"].items()}),
-        *["data"]*bool(s["rows"]), *(one(f"  {_rows_text(a)}  {hashed.get(a.get('name'), '')}".rstrip()) for a in s["rows"])]
+        *["data"]*bool(s["rows"]), *(one(f"  {_rows_text(a)}  {hashed.get(a.get('name'), '')}".rstrip())
+        for a in s["rows"])]
     if s["losses"]: lines.append(f"loss {s['losses'][0]:.3f} {s['curve']} {s['losses'][-1]:.3f}")
     lines += _table_text("metrics", s["metrics"])
     verdict = [f"verdict: {conclusion(s['verdict'])}", *(f"  {line}" for line in as_lines(s["verdict"]))]
     if s["verdict"]: lines += map(one, verdict)
     lines += [one(f"warning: {text}") for text in s["warnings"]]
-    for n, a in enumerate(s["attempts"], 1): lines.append(one(f"attempt {n}: {a.get('status')} {a.get('reason', '')}".rstrip()))
+    for n, a in enumerate(s["attempts"], 1):
+        lines.append(one(f"attempt {n}: {a.get('status')} {a.get('reason', '')}".rstrip()))
     return "\n".join(lines)

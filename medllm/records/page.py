@@ -42,6 +42,7 @@ def thin(
     kept = [sorted((min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1]))) for part in parts]
     return [points[0], *(p for pair in kept for p in (pair if pair[0] != pair[1] else pair[:1])), points[-1]]
 
+# %% ../../nbs/records/16_page.ipynb #curves-of
 def curves_of(
     folder:str|Path, # Of a record
     most:int = 600,  # Points of a curve, about
@@ -50,10 +51,13 @@ def curves_of(
     curves = {}
     for line in (h for h in read_lines(Path(folder)/"history.jsonl") if _drawable(h.get("step"))):
         for name, value in line.items():
-            if name in _NOT_CURVES or name.endswith(("_runtime", "_per_second")) and name != "tokens_per_second": continue
-            if _drawable(value) and len(curves) < _MOST_CURVES: curves.setdefault(name, []).append([line["step"], value])
+            if name in _NOT_CURVES or name.endswith(("_runtime", "_per_second")) and name != "tokens_per_second":
+                continue
+            if _drawable(value) and len(curves) < _MOST_CURVES:
+                curves.setdefault(name, []).append([line["step"], value])
     return {name: thin(points, most) for name, points in curves.items() if len(points) > 1}
 
+# %% ../../nbs/records/16_page.ipynb #drawable
 def _drawable(value)->bool:
     "Whether a value has a place on an axis: infinite losses and what a float cannot tell apart have none."
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e100
@@ -70,9 +74,10 @@ def drawn(
     points = [p for s in series for p in s["points"]]
     (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*points))
     left, low = (52, 20) if words else (1, 2)
-    x = lambda v: left + (v - x0)/((x1 - x0) or 1)*(width - left - 4)
-    y = lambda v: 4 + (y1 - v)/((y1 - y0) or 1)*(height - low - 6)
-    lines = [f'<path class="curve s{s["colour"]}" d="M' + "L".join(f"{x(a):.1f} {y(b):.1f}" for a, b in s["points"]) + '"/>'
+    def x(v): return left + (v - x0)/((x1 - x0) or 1)*(width - left - 4)
+    def y(v): return 4 + (y1 - v)/((y1 - y0) or 1)*(height - low - 6)
+    lines = [f'<path class="curve s{s["colour"]}" d="M' + "L".join(f"{x(a):.1f} {y(b):.1f}" for a, b in s["points"])
+        + '"/>'
         for s in series]
     texts = [(left - 6, 14, "end", y1), (left - 6, height - low, "end", y0), (left, height - 4, "start", x0),
         (width - 4, height - 4, "end", x1)] if words else []
@@ -80,6 +85,7 @@ def drawn(
     return (f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(said)}">' + "".join(lines)
         + "".join(f'<text x="{a}" y="{b}" text-anchor="{side}">{v:.4g}</text>' for a, b, side, v in texts) + "</svg>")
 
+# %% ../../nbs/records/16_page.ipynb #panels-2
 def panels(
     curves:dict[str, list], # From `curves_of`
 )->list[dict]:              # name and series of each panel
@@ -88,15 +94,19 @@ def panels(
     out = []
     for base in bases:
         both = (("training", base), ("validation", f"eval_{base}"))
-        out.append({"name": base.replace("_", " "), "series": [{"name": said, "colour": n, "smooth": not n and base not in _LAST,
+        out.append({"name": base.replace("_", " "), "series": [{"name": said, "colour": n,
+            "smooth": not n and base not in _LAST,
             "points": curves[key]} for n, (said, key) in enumerate(both) if key in curves]})
     return out
 
+# %% ../../nbs/records/16_page.ipynb #panels-more
 _LAST = ("learning_rate", "grad_norm", "tokens_per_second", "padding_share", "peak_memory_gib")
 
 # %% ../../nbs/records/16_page.ipynb #words
-KINDS = {"pt": "Pre-training", "sft": "Supervised fine-tuning", "rm": "Reward model", "dpo": "Preference optimisation (DPO)",
-    "kto": "Preference optimisation (KTO)", "ppo": "Reinforcement learning (PPO)", "grpo": "Reinforcement learning (GRPO)",
+KINDS = {"pt": "Pre-training", "sft": "Supervised fine-tuning", "rm": "Reward model",
+    "dpo": "Preference optimisation (DPO)",
+    "kto": "Preference optimisation (KTO)", "ppo": "Reinforcement learning (PPO)",
+    "grpo": "Reinforcement learning (GRPO)",
     "data": "Check of data", "evaluate": "Evaluation", "predict": "Answers to a file of questions",
     "pipeline": "Pipeline of stages", "sweep": "Sweep over parameters"}
 
@@ -115,6 +125,7 @@ def as_said(
     own = str(home() or "")
     return (text.replace(own, "~") if len(own) > 1 else text) or "(empty)"
 
+# %% ../../nbs/records/16_page.ipynb #when
 def _lasted(seconds:float|None)->str:
     "A duration as people say it."
     if seconds is None or not 0 <= seconds < 1e12: return ""
@@ -127,6 +138,7 @@ def _when(text:str)->str:
     try: return datetime.fromisoformat(text).strftime("%Y-%m-%d %H:%M:%S UTC")
     except (TypeError, ValueError): return str(text or "")
 
+# %% ../../nbs/records/16_page.ipynb #flat
 def flat(
     values:dict,    # Nested
     front:str = "", # Put before each name
@@ -135,7 +147,9 @@ def flat(
     pairs = ((f"{front}{name}", value) for name, value in values.items())
     return [p for name, v in pairs for p in (flat(v, f"{name} · ") if isinstance(v, dict) and v else [(name, v)])]
 
-def _facts(values:dict)->list[tuple[str, str]]: return [(name.replace("_", " "), as_said(v)) for name, v in flat(values)]
+# %% ../../nbs/records/16_page.ipynb #facts
+def _facts(values:dict)->list[tuple[str, str]]:
+    return [(name.replace("_", " "), as_said(v)) for name, v in flat(values)]
 
 # %% ../../nbs/records/16_page.ipynb #sentence
 def result_of(
@@ -147,6 +161,7 @@ def result_of(
         if isinstance(metrics.get(name), int | float): return said, metrics[name]
     return "", None
 
+# %% ../../nbs/records/16_page.ipynb #used
 def used(
     state:dict, # run.json
 )->tuple[str, str]:
@@ -156,6 +171,7 @@ def used(
     named = named or str(given.get("dataset") or "").split(",")
     return ", ".join(Path(n).name for n in named), Path(str(given.get("model_name_or_path") or "")).name
 
+# %% ../../nbs/records/16_page.ipynb #summary
 def _summary(state:dict)->str:
     "A run in a sentence."
     (data, model), m, told = used(state), state.get("metrics") or {}, []
@@ -174,17 +190,20 @@ def _changed(state:dict)->list[tuple]:
     for name, value in (state.get("parameters") or {}).items():
         default, meaning = known.get(name, (None, ""))
         if name in own or value == default: continue
-        if name == "extra": out += [(flag, as_said(v), "", "a flag of medllm train") for flag, v in (value or {}).items()]
+        if name == "extra":
+            out += [(flag, as_said(v), "", "a flag of medllm train") for flag, v in (value or {}).items()]
         else: out.append((name, as_said(value), as_said(default) if name in known else "", meaning))
     return out
 
+# %% ../../nbs/records/16_page.ipynb #data
 def _data(inputs:dict)->list[dict]:
     "Each dataset: where it is from, and what became of its rows."
     accounts, out = {r.get("name"): r for r in inputs.get("rows") or []}, []
     for d in inputs.get("data") or []:
-        stated = lambda value: "not stated" if value in (None, "") else as_said(value)
+        def stated(value): return "not stated" if value in (None, "") else as_said(value)
         facts = [("licence", stated(d.get("licence"))), ("private", stated(d.get("private"))),
-            ("place", as_said(d.get("place") or "")), *(("sha256", f"{h[:16]}…") for h in (d.get("sha256") or {}).values())]
+            ("place", as_said(d.get("place") or "")), *(("sha256", f"{h[:16]}…")
+            for h in (d.get("sha256") or {}).values())]
         if d.get("revision"): facts.append(("revision", d["revision"]))
         a = accounts.get(d.get("name")) or {}
         read, why = a.get("read") or 0, lambda reasons: [(k.replace("_", " "), n) for k, n in (reasons or {}).items()]
@@ -194,6 +213,7 @@ def _data(inputs:dict)->list[dict]:
             "account": [(what, f"{n:,}", f"{n/read:.1%}" if read else "") for what, n in lines] if a else []})
     return out
 
+# %% ../../nbs/records/16_page.ipynb #pedigree
 def _sealed(folder:Path)->tuple[SealState, str]:
     "What the seal says now, and who signed it."
     if not (folder/"seal.json").exists(): return SealState(), ""
@@ -206,6 +226,7 @@ def _pedigree(folder:Path)->str:
     try: return as_said(as_tree(ancestry(folder)))
     except (UserError, OSError, ValueError) as e: return f"cannot be told: {type(e).__name__}"
 
+# %% ../../nbs/records/16_page.ipynb #tables
 def _tables(state:dict)->list[dict]:
     "Stages of a pipeline, points of a sweep."
     out = []
@@ -230,12 +251,16 @@ def view(
     verdict = state.get("verdict") or []
     metrics = {k: v for k, v in m.items() if k not in ("rows", "data", "parameters")}
     size = {k: v for k, v in (m.get("parameters") or {}).items() if k in ("trainable", "total")}
-    told = lambda e: ", ".join(f"{k.replace('_', ' ')} {as_said(v)}" for k, v in e.items() if v != "" and k not in _HEAD)
+    def told(e):
+        return ", ".join(f"{k.replace('_', ' ')} {as_said(v)}" for k, v in e.items() if v != "" and k not in _HEAD)
     return {
-        "status": status_of(folder), "kind": KINDS.get(state.get("stage"), folder.name), "stage": state.get("stage", ""),
-        "name": folder.name, "summary": _summary(state), "reason": as_said(state["reason"]) if state.get("reason") else "",
+        "status": status_of(folder), "kind": KINDS.get(state.get("stage"), folder.name),
+        "stage": state.get("stage", ""),
+        "name": folder.name, "summary": _summary(state),
+        "reason": as_said(state["reason"]) if state.get("reason") else "",
         "note": str((state.get("parameters") or {}).get("note") or ""), "started": _when(state.get("started")),
-        "duration": _lasted(state.get("duration_s")), "tables": _tables(state), "tally": tally(verdict) if verdict else {},
+        "duration": _lasted(state.get("duration_s")), "tables": _tables(state),
+        "tally": tally(verdict) if verdict else {},
         "verdict": [{"what": "", "target": "", "measured": ""} | row | {"mark": mark_of(row),
             "css": MARKS[met_of(row)].replace(" ", "-")} for row in verdict],
         "metrics": _facts(metrics | ({"weights": size} if size else {})), "data": _data(state.get("inputs") or {}),
@@ -255,18 +280,21 @@ def _assets()->tuple:
     from markupsafe import Markup
     folder = bundled("page")
     css, js = ((folder/name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    hashed = lambda text: f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+    def hashed(text): return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
     policy = (f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; style-src-elem {hashed(css)}; "
         f"style-src-attr 'unsafe-inline'; script-src {hashed(js)}; base-uri 'none'; form-action 'none'")
-    said = lambda value: visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-    return Environment(loader=FileSystemLoader(folder), autoescape=True, finalize=said), Markup(css), Markup(js), Markup(policy)
+    def said(value): return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+    return Environment(loader=FileSystemLoader(folder), autoescape=True,
+        finalize=said), Markup(css), Markup(js), Markup(policy)
 
+# %% ../../nbs/records/16_page.ipynb #told
 def _told(value):
     "A value for the script: what `visible` spells out in a page, and only numbers that JSON has."
     if isinstance(value, str): return visible(value)
     if isinstance(value, dict): return {visible(str(k)): _told(v) for k, v in value.items()}
     return [_told(v) for v in value] if isinstance(value, list | tuple) else value
 
+# %% ../../nbs/records/16_page.ipynb #rendered
 def rendered(
     template:str, # "run.html" or "index.html" of `nbs/page`
     **values,     # What it shows; strings are escaped
@@ -276,14 +304,16 @@ def rendered(
     return environment.get_template(template).render(css=css, js=js, policy=policy, version=metadata.version("medllm"),
         made=datetime.now().strftime("%Y-%m-%d"), **values | {"data": _told(finite(values.get("data", {})))})
 
+# %% ../../nbs/records/16_page.ipynb #pictures
 def _pictures(folder:Path)->list[tuple[str, str]]:
     "Pictures of the record that are no curve, as addresses that hold them."
     named = [(title, folder/f"{name}.png") for name, title in (("sweep", "The sweep"), ("report_card", "Report card"))]
-    inside = lambda f: f"data:image/png;base64,{base64.b64encode(f.read_bytes()).decode()}"
+    def inside(f): return f"data:image/png;base64,{base64.b64encode(f.read_bytes()).decode()}"
     # a link would lead to a picture of the reader's
-    ours = lambda f: f.is_file() and not f.is_symlink() and f.stat().st_size < 4*10**6
+    def ours(f): return f.is_file() and not f.is_symlink() and f.stat().st_size < 4*10**6
     return [(title, inside(f)) for title, f in named if ours(f)]
 
+# %% ../../nbs/records/16_page.ipynb #run-page
 def run_page(
     folder:str|Path,     # Of a record
     index:bool = False,  # Whether there is an index beside it to go back to
@@ -294,7 +324,8 @@ def run_page(
     html, cells = notebook_html(Path(folder)/"record.ipynb")
     for panel in shown: panel["svg"] = Markup(drawn(panel["series"]))
     there = {"verdict": "Verdict", "curves": "Curves", "metrics": "Metrics", "data": "Data"}
-    parts = [("data-used" if k == "data" else k, text) for k, text in there.items() if (shown if k == "curves" else run[k])]
+    parts = [("data-used" if k == "data" else k, text) for k, text in there.items()
+        if (shown if k == "curves" else run[k])]
     parts += [("parameters", "Parameters"), ("origin", "Origin"), ("seal", "Seal"), ("provenance", "Machine"),
         ("notebook", "Notebook")]
     return rendered("run.html", title=f"{run['kind']}: {run['name']}", run=run, parts=parts, panels=shown, index=index,

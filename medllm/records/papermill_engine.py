@@ -18,6 +18,7 @@ def _engine():
     from medllm.records.engine import RecordEngine
     return RecordEngine
 
+# %% ../../nbs/records/10_papermill_engine.ipynb #lazy-engine
 class LazyEngine:
     "The engine, as papermill asks for it."
     @staticmethod
@@ -39,13 +40,14 @@ class LazyEngine:
 def _told(error:BaseException)->str:
     "A sentence for what papermill finds wrong with a notebook, or with a place; empty for other errors."
     text = str(error)
-    if isinstance(error, ValueError) and ("No kernel name found" in text or "No language found" in text): return (
-        "the notebook does not say which kernel it is for: give one with -k python3 --language python")
-    if type(error).__name__ == "PapermillException" and "No parameter translator" in text: return (
-        "the notebook is for another language than Python: give a kernel with -k python3 --language python")
+    if isinstance(error, ValueError) and ("No kernel name found" in text or "No language found" in text):
+        return ("the notebook does not say which kernel it is for: give one with -k python3 --language python")
+    if type(error).__name__ == "PapermillException" and "No parameter translator" in text:
+        return ("the notebook is for another language than Python: give a kernel with -k python3 --language python")
     if isinstance(error, FileNotFoundError): return f"there is no file {error.filename}" if error.filename else ""
     return place_fault(error)
 
+# %% ../../nbs/records/10_papermill_engine.ipynb #one-line-2
 def one_line(
     argv:list[str],  # Of the program
     error:BaseException, # That ends it
@@ -56,6 +58,7 @@ def one_line(
     if told := _told(error): say(f"error: {told}")
     return bool(told)
 
+# %% ../../nbs/records/10_papermill_engine.ipynb #hook
 def _hook(kind, error, trace, before=sys.excepthook):
     "Python's last word on an error."
     if one_line(sys.argv, error): raise SystemExit(2)

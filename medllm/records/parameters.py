@@ -29,6 +29,7 @@ def _tagged(nb, tag:str):
     "The cell with a tag, or None."
     return next((c for c in nb.cells if c.cell_type == "code" and tag in c.metadata.get("tags", [])), None)
 
+# %% ../../nbs/records/03_parameters.ipynb #declared-2
 def declared(
     nb,      # A notebook
 )->dict:     # Name -> (type as written or "", default; `...` when that is no literal)
@@ -38,13 +39,15 @@ def declared(
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise UserError("the cell with the tag parameters is not Python: a line each, as in seed:int = 42") from None
     for node in body:
-        target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0] if isinstance(node, ast.Assign) else None
+        target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0] if isinstance(node,
+            ast.Assign) else None
         if not isinstance(target, ast.Name): continue
         try: value = ast.literal_eval(node.value)
         except (ValueError, TypeError, RecursionError, MemoryError): value = ...
         out[target.id] = (ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else "", value)
     return out
 
+# %% ../../nbs/records/03_parameters.ipynb #given
 def given(
     nb,      # A notebook that papermill prepared
 )->dict:     # Name -> value
@@ -59,7 +62,8 @@ def given(
         name = node.targets[0].id
         try: out[name] = ast.literal_eval(node.value)
         except (ValueError, TypeError):
-            raise UserError(f"parameter {name}: {ast.unparse(node.value)[:60]} is no number, text, list or dict") from None
+            raise UserError(
+                f"parameter {name}: {ast.unparse(node.value)[:60]} is no number, text, list or dict") from None
     return out
 
 # %% ../../nbs/records/03_parameters.ipynb #usual
@@ -71,9 +75,11 @@ def usual_parameters(
     file = bundled("runs")/f"{stage}.ipynb"
     if not re.fullmatch(r"[a-z_]+", stage or "") or not file.exists(): return {}
     cell = _tagged(nbformat.read(file, 4), "parameters")
-    said = {token.start[0]: token.string.lstrip("# ") for token in tokenize.generate_tokens(io.StringIO(cell.source).readline)
+    said = {token.start[0]: token.string.lstrip("# ")
+        for token in tokenize.generate_tokens(io.StringIO(cell.source).readline)
         if token.type == tokenize.COMMENT}
-    return {node.target.id: (ast.literal_eval(node.value), said.get(node.lineno, "")) for node in ast.parse(cell.source).body}
+    return {node.target.id: (ast.literal_eval(node.value), said.get(node.lineno, ""))
+        for node in ast.parse(cell.source).body}
 
 # %% ../../nbs/records/03_parameters.ipynb #bounds
 _BOUNDS = {   # least and most
@@ -98,22 +104,28 @@ def check_value(
     kind:str="", # Its declared type: "int", "Optional[float]", …; "" for any
 ):
     "Raise `UserError` for a value that is no plain JSON, not finite, too long, a secret, or of another type."
-    if isinstance(value, float) and not math.isfinite(value): raise UserError(f"parameter {name}: {value} is no finite number")
-    if isinstance(value, str) and len(value) > MOST_TEXT: raise UserError(
-        f"parameter {name}: a text of {len(value):,} characters; at most {MOST_TEXT:,}, longer ones belong into a file")
-    if not isinstance(value, (str, int, float, bool, list, dict, type(None))): raise UserError(
-        f"parameter {name}: {type(value).__name__} is not handed over unchanged; give a number, text, list or dict")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"parameter {name}: {value} is no finite number")
+    if isinstance(value, str) and len(value) > MOST_TEXT:
+        raise UserError(
+            f"parameter {name}: a text of {len(value):,} characters; at most {MOST_TEXT:,}, "
+            "longer ones belong into a file")
+    if not isinstance(value, (str, int, float, bool, list, dict, type(None))):
+        raise UserError(
+            f"parameter {name}: {type(value).__name__} is not handed over unchanged; give a number, text, list or dict")
     check_reference(name, value)
     check_bounds(name, value)
     for key, part in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        if isinstance(value, dict) and not isinstance(key, str): raise UserError(f"parameter {name}: the key {key!r} is no text")
+        if isinstance(value, dict) and not isinstance(key, str):
+            raise UserError(f"parameter {name}: the key {key!r} is no text")
         check_value(key if isinstance(value, dict) else name, part)
     optional = re.fullmatch(r"Optional\[(\w+)\]", kind)
     wanted = _KINDS.get(optional[1] if optional else kind)
     if wanted is None or (optional and value is None): return
-    if not isinstance(value, wanted) or (isinstance(value, bool) and kind != "bool"): raise UserError(
-        f"parameter {name} wants {kind}, not {type(value).__name__}")
+    if not isinstance(value, wanted) or (isinstance(value, bool) and kind != "bool"):
+        raise UserError(f"parameter {name} wants {kind}, not {type(value).__name__}")
 
+# %% ../../nbs/records/03_parameters.ipynb #check-parameters
 def check_parameters(
     nb, # A notebook that papermill prepared
 )->dict: # The given parameters
@@ -121,17 +133,20 @@ def check_parameters(
     names, values = declared(nb), given(nb)
     passed = nb.metadata.get("papermill", {}).get("parameters", {})
     for name in passed:
-        if not re.fullmatch(r"[A-Za-z_]\w*", str(name)): raise UserError(
-            f"parameter {str(name)[:40]!r}: a name is letters, digits and _")
+        if not re.fullmatch(r"[A-Za-z_]\w*", str(name)):
+            raise UserError(f"parameter {str(name)[:40]!r}: a name is letters, digits and _")
     for name, value in values.items():
-        if name not in names: raise UserError(
-            f"unknown parameter '{name}'{nearest(name, names)}; the notebook does not declare it")
+        if name not in names:
+            raise UserError(f"unknown parameter '{name}'{nearest(name, names)}; the notebook does not declare it")
         if name in passed: check_value(name, passed[name], names[name][0])
         check_value(name, value, names[name][0])
-        if name in passed and not same(passed[name], value): raise UserError(
-            f"parameter {name}: {type(passed[name]).__name__} is not handed over unchanged; give a number, text, list or dict")
+        if name in passed and not same(passed[name], value):
+            raise UserError(
+                f"parameter {name}: {type(passed[name]).__name__} is not handed over unchanged; give "
+                "a number, text, list or dict")
     return values
 
+# %% ../../nbs/records/03_parameters.ipynb #same
 def same(
     a, # A JSON value
     b, # Another
@@ -148,9 +163,11 @@ def _named_data(values:dict)->list[tuple[str, str]]:
     folder = whole.get("dataset_dir") or "data"
     found = [(str(whole[name]), str(folder)) for name in _DATA if whole.get(name)]
     stages = whole.get("stages") if isinstance(whole.get("stages"), dict) else {}
-    for stage in stages.values(): found += _named_data({"dataset_dir": folder} | stage) if isinstance(stage, dict) else []
+    for stage in stages.values():
+        found += _named_data({"dataset_dir": folder} | stage) if isinstance(stage, dict) else []
     return found
 
+# %% ../../nbs/records/03_parameters.ipynb #is-private
 def is_private(
     values:dict, # Parameters of a run
 )->bool:

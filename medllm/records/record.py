@@ -41,17 +41,20 @@ def _git(*words:str)->str:
     "Output of a git command in the project's checkout; empty when there is none."
     root = project_root()
     if root is None: return ""
-    try: return subprocess.run(
-        ["git", *words], cwd=root, capture_output=True, encoding="utf-8", errors="backslashreplace", timeout=20,
-        check=True).stdout.strip()
+    try:
+        return subprocess.run(
+            ["git", *words], cwd=root, capture_output=True, encoding="utf-8", errors="backslashreplace", timeout=20,
+            check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError): return ""
 
+# %% ../../nbs/records/00_record.ipynb #code-version
 def code_version()->dict: # commit (40 hex or ""), dirty, and a hash of the differences
     "Which code runs: the commit of the checkout and what was changed since, or the installed version."
     commit, changed = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
     return {"version": metadata.version("medllm"), "commit": commit, "dirty": bool(changed),
             "diff_sha256": hashlib.sha256(_git("diff", "HEAD").encode()).hexdigest() if changed else ""}
 
+# %% ../../nbs/records/00_record.ipynb #processor
 def _version(package:str)->str:
     try: return metadata.version(package)
     except metadata.PackageNotFoundError: return ""
@@ -59,9 +62,11 @@ def _version(package:str)->str:
 def _processor()->str:
     "Name of the processor."
     info = Path("/proc/cpuinfo")
-    named = re.search(r"model name\s*:\s*(.+)", info.read_text(encoding="utf-8", errors="replace")) if info.exists() else None
+    named = re.search(r"model name\s*:\s*(.+)", info.read_text(encoding="utf-8",
+        errors="replace")) if info.exists() else None
     return named[1].strip() if named else platform.processor()
 
+# %% ../../nbs/records/00_record.ipynb #provenance-2
 def provenance()->dict:
     "Code, packages and machine of this process."
     import torch
@@ -82,7 +87,7 @@ def describe_inputs(
     "Hashes of everything a run consumes, and the account of its rows."
     from medllm.data.cache import source_files       # brings numpy with it; a listing of records needs none
     tokenizer = data.renderer.tokenizer.backend_tokenizer.to_str()
-    text_hash = lambda text: hashlib.sha256(text.encode()).hexdigest()
+    def text_hash(text): return hashlib.sha256(text.encode()).hexdigest()
     files = [{"name": s.name, "place": s.files[0].name if s.made else s.place,
         "sha256": {} if s.made else source_files(s), "revision": s.revision or "",
         "licence": s.licence, "private": s.private} for s in data.sources]
@@ -91,6 +96,7 @@ def describe_inputs(
         "template_sha256": text_hash(data.renderer.jinja), "tokenizer_sha256": text_hash(tokenizer),
         "model": _model_files(Path(model_folder))}
 
+# %% ../../nbs/records/00_record.ipynb #model-files
 def _model_files(folder:Path)->dict:
     "Hash of each file of a model folder, or sizes when it is large."
     if not folder.is_dir(): return {"hub": str(folder)}
@@ -105,14 +111,15 @@ def _runs_folder(runs:str)->Path:
     inside = root is not None and Path.cwd().resolve().is_relative_to(root/"nbs")
     return root/runs if inside else Path(runs).expanduser()
 
+# %% ../../nbs/records/00_record.ipynb #new-folder
 def new_folder(
     stage:str,        # "sft", …
     runs:str="runs",  # Parent of all records
     tag:str="",       # Put at the end of the name
 )->Path:              # A new, empty folder
     "A folder for a new record. Raises `UserError` where none can be made."
-    if tag and not re.fullmatch(r"[\w.-]{1,64}", tag): raise UserError(
-        f"--tag {tag}: use letters, digits, dots, dashes only")
+    if tag and not re.fullmatch(r"[\w.-]{1,64}", tag):
+        raise UserError(f"--tag {tag}: use letters, digits, dots, dashes only")
     check_writable(_runs_folder(runs)/stage, "the folder for records")
     code = code_version()
     name = "-".join(filter(None, [
@@ -133,6 +140,7 @@ ENDED = ("completed", "failed", "interrupted", "killed", "timed_out", "lost", "r
 
 def now()->str: return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
+# %% ../../nbs/records/00_record.ipynb #reason-of
 def reason_of(error:BaseException)->str: # One line
     "Why something failed, without text that may quote data."
     if isinstance(error, KeyboardInterrupt): return "interrupted from the keyboard"
@@ -174,13 +182,14 @@ class Run:
         "One of `ENDED`; the first end stays."
         self.unwatch()
         if self.state.get("status") in ENDED: return self
-        return self.update(status=status, ended=now(), duration_s=self._seconds(), **({"reason": reason} if reason else {}),
-            **values)
+        return self.update(status=status, ended=now(), duration_s=self._seconds(),
+            **({"reason": reason} if reason else {}), **values)
 
     def fail(self, error:BaseException|str):
         "Status `failed`, or `interrupted`, with a reason."
         if isinstance(error, str): return self.end("failed", error)
-        return self.end("interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed", reason_of(error))
+        return self.end("interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed",
+            reason_of(error))
 
     def finish(self, metrics:dict, **values):
         "Status `completed` with the metrics, and with what a verdict comes to."
@@ -218,6 +227,7 @@ def read_lines(
         else: out.append(value)
     return out
 
+# %% ../../nbs/records/00_record.ipynb #read-events
 def read_events(
     folder:str|Path,   # Of a record
     strict:bool=False, # Raise `ValueError` for a broken line
@@ -234,13 +244,16 @@ STATE = {        # the kinds of what is read out of run.json; all else is only s
     "duration_s": NUMBER, "warnings": [str], "seals": bool,
     "parameters": {"extra": dict}, "arguments": dict, "effective": dict, "privacy": dict, "parent": {...: place},
     "weights": _HASHES, "contract": {"sha256": str, "parts": dict},
-    "provenance": {"code": {"version": str, "commit": str, "diff_sha256": str}, "python": str, "system": str, "processor": str,
+    "provenance": {"code": {"version": str, "commit": str, "diff_sha256": str}, "python": str, "system": str,
+    "processor": str,
         "packages": _HASHES, "gpus": [str], "determinism": {"threads": int}},
-    "inputs": {"data": [{"name": str, "place": str, "sha256": (_HASHES, str), "revision": str, "licence": str, "private": bool}],
-        "rows": [{"name": str, "read": int, "kept": int, **dict.fromkeys(("truncated", "rejected", "faults"), _COUNTS)}],
-        "model": {"hub": str, "sha256": _HASHES}},
+    "inputs": {"data": [{"name": str, "place": str, "sha256": (_HASHES, str), "revision": str, "licence": str,
+    "private": bool}],
+        "rows": [{"name": str, "read": int, "kept": int,
+        **dict.fromkeys(("truncated", "rejected", "faults"), _COUNTS)}], "model": {"hub": str, "sha256": _HASHES}},
     "metrics": {**dict.fromkeys(("loss_first", "loss_last", "steps", "train_runtime"), NUMBER),
-        "passed": bool, "first_rollout": _ROLLOUT, "last_rollout": _ROLLOUT, "reference": (str, dict), "parameters": dict},
+        "passed": bool, "first_rollout": _ROLLOUT, "last_rollout": _ROLLOUT, "reference": (str, dict),
+        "parameters": dict},
     "consumed": [{"role": str, "name": str, "place!": place, "weights": _HASHES}], "verdict": [{"what": str}],
     "stages": [{"name!": str, "folder": place, **dict.fromkeys(("status", "stage", "reason"), str), "sets": dict}],
     "points": [dict], "cells": [{"id": str, "source_sha256": str}], "attempts": [{"status": str, "reason": str}]}
@@ -254,11 +267,14 @@ def _read(folder:str|Path, whole:bool = True)->tuple[dict, str]:
     state = {name: value for name, value in state.items() if value is not None}
     if why := misfit(state, STATE): return {}, why
     for d in (state.get("inputs") or {}).get("data") or []:
-        if isinstance(d.get("sha256"), str): d["sha256"] = {}           # one hash of several files, in data records of 2026
-    for c in state.get("consumed", []): c |= {"role": c.get("role") or "", "name": c.get("name") or c["place"],
-        "weights": c.get("weights") or {}}
+        # one hash of several files, in data records of 2026
+        if isinstance(d.get("sha256"), str): d["sha256"] = {}
+    for c in state.get("consumed", []):
+        c |= {"role": c.get("role") or "", "name": c.get("name") or c["place"],
+            "weights": c.get("weights") or {}}
     return state, ""
 
+# %% ../../nbs/records/00_record.ipynb #read-state-2
 def read_state(
     folder:str|Path,    # Of a record
     whole:bool = True,  # Look at all of it; False for a listing, which reads a thousand and shows a few parts of each
@@ -266,6 +282,7 @@ def read_state(
     "run.json as it is."
     return _read(folder, whole)[0]
 
+# %% ../../nbs/records/00_record.ipynb #why-torn
 def why_torn(
     folder:str|Path, # Of a record
 )->str:              # "" when it is not
@@ -284,6 +301,7 @@ def beat(self:Run):
     write_json(self.folder/"heartbeat.json", {"time": time.time()} | who, sync=False)
     return self
 
+# %% ../../nbs/records/00_record.ipynb #beating
 @patch
 def beating(self:Run):
     "Say it every `BEAT` seconds from now on, until the run ends."
@@ -296,6 +314,7 @@ def beating(self:Run):
     threading.Thread(target=go_on, daemon=True).start()
     return self
 
+# %% ../../nbs/records/00_record.ipynb #status-of
 def status_of(
     folder:str|Path,        # Of a record
     state:dict|None = None, # Its run.json, if it was read already
@@ -327,6 +346,7 @@ def watch(self:Run):
         self._listens = _listen(self)
     return self.beating()
 
+# %% ../../nbs/records/00_record.ipynb #unlisten
 _UNTRAINED = ("pipeline", "data", "evaluate", "predict")
 
 def _listen(run:Run)->bool:
@@ -340,6 +360,7 @@ def _unlisten():
     from medllm.interruption import stop
     stop.remove()
 
+# %% ../../nbs/records/00_record.ipynb #unwatch
 @patch
 def unwatch(self:Run):
     "Stop noticing and beating."
@@ -362,8 +383,9 @@ def start(
     where = Path(folder) if folder else new_folder(stage, runs, tag)
     where.mkdir(parents=True, exist_ok=True)
     run = Run(where)
-    if run.state.get("status") in ENDED: raise UserError(
-        f"{where} already holds a record; a record is written once")
-    seals = {"seals": True} if os.environ.get("MEDLLM_RECORDED") == "1" else {}          # whoever executes the notebook does
+    if run.state.get("status") in ENDED:
+        raise UserError(f"{where} already holds a record; a record is written once")
+    # whoever executes the notebook does
+    seals = {"seals": True} if os.environ.get("MEDLLM_RECORDED") == "1" else {}
     run.update(stage=stage, status="running", started=now(), parameters=parameters, provenance=provenance(), **seals)
     return run.watch()

@@ -33,12 +33,14 @@ def plain(
     "Text without any terminal sequence or control character."
     return _CONTROL.sub("", _SEQUENCE.sub("", text) if "\x1b" in text else text)
 
+# %% ../../nbs/records/04_redact.ipynb #safe-text
 def safe_text(
     text:str, # Of an output
 )->str:
     "Text whose only terminal sequences are colours."
-    if "\x1b" in text: text = (_SEQUENCE.sub("", text) if text.count("\x1b[") > MOST_COLOURS else
-        _SEQUENCE.sub(lambda m: m[0] if _COLOUR.fullmatch(m[0]) else "", text))
+    if "\x1b" in text:
+        text = (_SEQUENCE.sub("", text) if text.count("\x1b[") > MOST_COLOURS else
+            _SEQUENCE.sub(lambda m: m[0] if _COLOUR.fullmatch(m[0]) else "", text))
     return _CONTROL.sub("", text)
 
 # %% ../../nbs/records/04_redact.ipynb #html
@@ -52,14 +54,17 @@ def _attribute(tag:str, name:str, value:str)->str|None:
     if tag == "img" and re.match(r"data:image/(png|jpeg|gif);base64,[A-Za-z0-9+/=\s]*$", value): return value
     return None if value.strip().lower().startswith("data:") else value
 
+# %% ../../nbs/records/04_redact.ipynb #safe-html
 def safe_html(
     text:str, # An output's text/html
 )->str:
     "HTML without scripts, event handlers, style sheets, frames, forms, and links other than to web pages."
-    wide = {"*": {"style", "class", "title", "colspan", "rowspan"}, "a": {"href"}, "img": {"src", "alt", "width", "height"}}
+    wide = {"*": {"style", "class", "title", "colspan", "rowspan"}, "a": {"href"},
+        "img": {"src", "alt", "width", "height"}}
     return nh3.clean(text, attributes=wide, url_schemes=_SCHEMES | {"data"}, attribute_filter=_attribute,
         filter_style_properties=_STYLES, clean_content_tags={"script", "style"})
 
+# %% ../../nbs/records/04_redact.ipynb #safe-markdown
 def _link(found:re.Match)->str:
     "A link of Markdown that leads to a web page, a file beside it, or nowhere."
     place = re.sub(r"[\x00-\x20\\<]", "", html.unescape(found[2]))
@@ -88,6 +93,7 @@ def note(
     "An output that says what was done to others."
     return {"output_type": "stream", "name": "stderr", "text": f"[{text}]\n"}
 
+# %% ../../nbs/records/04_redact.ipynb #joined
 def _joined(outputs:list)->list:
     "Neighbouring pieces of one stream as one output."
     out = []
@@ -97,6 +103,7 @@ def _joined(outputs:list)->list:
     return [{**{k: v for k, v in o.items() if k != "parts"}, "text": "".join("".join(p) for p in o["parts"])}
         if "parts" in o else o for o in out]
 
+# %% ../../nbs/records/04_redact.ipynb #within
 def _within(outputs:list, counts:Counter)->list:
     "As many outputs as a cell may have."
     kept, size = [], 0
@@ -104,7 +111,8 @@ def _within(outputs:list, counts:Counter)->list:
         size += len(json.dumps(o, ensure_ascii=False))
         if size > MOST_CELL:
             counts["outputs_cut"] += len(outputs) - len(kept)
-            return [*kept, note(f"{len(outputs) - len(kept)} more outputs left out: a cell keeps {MOST_CELL:,} characters")]
+            return [*kept, note(
+                f"{len(outputs) - len(kept)} more outputs left out: a cell keeps {MOST_CELL:,} characters")]
         kept.append(o)
     return kept
 
@@ -118,7 +126,8 @@ def _safe_data(data:dict, counts:Counter)->dict:
     for kind, value in data.items():
         value = "".join(value) if isinstance(value, list) and kind != "application/json" else value
         if kind in _CLEANERS and isinstance(value, str): out[kind] = _CLEANERS[kind](_cut(value))
-        elif kind in _PICTURES and len(value) <= MOST_CELL and re.fullmatch(r"[A-Za-z0-9+/=\s]*", value): out[kind] = value
+        elif kind in _PICTURES and len(value) <= MOST_CELL and re.fullmatch(r"[A-Za-z0-9+/=\s]*", value):
+            out[kind] = value
         elif kind == "application/json" and len(json.dumps(value)) <= MOST_OUTPUT: out[kind] = value
         else: counts["kinds_left_out"] += 1
     for kind in data.keys() & {"text/html", "text/markdown"}: counts["cleaned"] += out.get(kind) != "".join(data[kind])
@@ -133,6 +142,7 @@ def shipped_cells()->frozenset[str]: # Sources
     books = [nbformat.read(f, 4) for f in bundled("runs").glob("*.ipynb")]
     return frozenset(c.source for nb in books for c in nb.cells if c.cell_type == "code")
 
+# %% ../../nbs/records/04_redact.ipynb #frames
 def _frames(traceback:list[str])->list[str]:
     "Places in a traceback: files that are there, and cells."
     text, out = plain("\n".join(traceback)), []
@@ -142,6 +152,7 @@ def _frames(traceback:list[str])->list[str]:
         elif cell: out.append(f"cell [{cell}], line {cell_line}")
     return out
 
+# %% ../../nbs/records/04_redact.ipynb #safe-error
 def safe_error(
     output:dict, # An error output
 )->dict:
@@ -160,6 +171,7 @@ class Policy:
     private:bool = False # A dataset of the run is private, and `reveal` is off
     shipped:frozenset = field(default_factory=shipped_cells) # Sources of cells that hide rows by themselves
 
+# %% ../../nbs/records/04_redact.ipynb #hides
 def _painted(value, counts:Counter):
     "Text with a secret behind colours loses the colours."
     if isinstance(value, list) and value and all(isinstance(v, str) for v in value):
@@ -169,6 +181,7 @@ def _painted(value, counts:Counter):
 
 def _hides(text:str)->bool: return "\x1b" in text and sum(scrub(plain(text))[1].values()) > sum(scrub(text)[1].values())
 
+# %% ../../nbs/records/04_redact.ipynb #safe-outputs
 def safe_outputs(
     cell,          # A code cell with its outputs
     policy:Policy, # Of the run
@@ -178,8 +191,9 @@ def safe_outputs(
     for o in _joined(cell.get("outputs", [])):
         kind = o["output_type"]
         if kind == "error" and policy.private: out.append(safe_error(o))
-        elif kind == "error": out.append({**o, "evalue": safe_text(_cut(o["evalue"])),
-            "traceback": _painted([safe_text(_cut(line)) for line in o["traceback"]], counts)})
+        elif kind == "error":
+            out.append({**o, "evalue": safe_text(_cut(o["evalue"])),
+                "traceback": _painted([safe_text(_cut(line)) for line in o["traceback"]], counts)})
         elif hide: counts["outputs_left_out"] += 1
         elif kind == "stream": out.append({**o, "text": _painted(safe_text(_cut(o["text"])), counts)})
         else: out.append({**o, "data": _safe_data(o["data"], counts), "metadata": {}})
@@ -222,7 +236,8 @@ def scrub_folder(
     from medllm.files import write_bytes
     counts = Counter()
     for file in sorted(Path(folder).iterdir()):
-        if file.suffix not in _TEXTS or file.name == "seal.json" or not file.is_file() or file.stat().st_size > 2**26: continue
+        if file.suffix not in _TEXTS or file.name == "seal.json" or not file.is_file() or file.stat().st_size > 2**26:
+            continue
         text = file.read_bytes().decode("utf-8", errors="surrogateescape")
         clean, found = scrub(text)
         if found: write_bytes(file, clean.encode("utf-8", errors="surrogateescape"))

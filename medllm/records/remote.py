@@ -28,22 +28,27 @@ def is_elsewhere(
     "Whether records go to, or are in, a place that is no folder of this machine."
     return "://" in str(runs) and not str(runs).startswith("file://")
 
+# %% ../../nbs/records/06_remote.ipynb #plain-path
 def plain_path(
     runs:str|Path, # A folder, or file://folder
 )->Path:
     "A local folder without its `file://`."
     return Path(str(runs).removeprefix("file://")).expanduser()
 
+# %% ../../nbs/records/06_remote.ipynb #check
 _SECRET = re.compile(r"key|secret|token|passw|sig|credential|auth", re.I)
 
 def _check(url:str):
     "Raise `UserError` for an address that holds a password or a key."
     parts = urlsplit(url)
     named = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True) if _SECRET.search(name)]
-    if parts.password or parts.username or "@" in parts.netloc or named: raise UserError(
-        f"--runs {parts.scheme}://…: the address holds {named[0] if named else 'a user or password'}, which would be written "
-        "down in many places; give keys by environment variables or the file system's own configuration")
+    if parts.password or parts.username or "@" in parts.netloc or named:
+        raise UserError(
+            f"--runs {parts.scheme}://…: the address holds "
+            f"{named[0] if named else 'a user or password'}, which would be written "
+            "down in many places; give keys by environment variables or the file system's own configuration")
 
+# %% ../../nbs/records/06_remote.ipynb #place
 @dataclass
 class Place:
     "A folder of a file system."
@@ -56,8 +61,10 @@ class Place:
     def files(self, below:str="")->dict[str, int]:
         "Path of every file, from here, and its size."
         found = self.fs.find(self.at(below), detail=True)
-        return {name[len(self.path):].lstrip("/"): info["size"] for name, info in found.items() if info["type"] == "file"}
+        return {name[len(self.path):].lstrip("/"): info["size"] for name, info in found.items()
+            if info["type"] == "file"}
 
+# %% ../../nbs/records/06_remote.ipynb #open-place
 def open_place(
     url:str, # s3://bucket/runs, memory://runs, gs://…, sftp://…
 )->Place:
@@ -70,6 +77,7 @@ def open_place(
     except (ValueError, ImportError) as e: raise UserError(f"--runs {url}: {e}") from None
     return Place(fs, path.rstrip("/"), url)
 
+# %% ../../nbs/records/06_remote.ipynb #s3
 def _s3():
     "S3 through pyarrow, as an fsspec file system; keys and region come from the environment."
     from fsspec.implementations.arrow import ArrowFSWrapper
@@ -82,6 +90,7 @@ def _s3():
 # %% ../../nbs/records/06_remote.ipynb #mirror
 _LAST = {"COMMIT.json": 1, "heartbeat.json": 2, "run.json": 3, "seal.json": 4}
 
+# %% ../../nbs/records/06_remote.ipynb #mirror-2
 @dataclass
 class Mirror:
     "Keeps a place equal to a local folder."
@@ -126,7 +135,8 @@ class Mirror:
         try: self.step()
         except Exception as e:                                          # each file system has errors of its own
             new = f"{type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else ''}"
-            if not self.trouble: say(f"cannot copy to {self.place.url} now ({new}); the run goes on, and it is tried again")
+            if not self.trouble:
+                say(f"cannot copy to {self.place.url} now ({new}); the run goes on, and it is tried again")
             self.trouble = new
             return False
         self.trouble = ""
@@ -159,8 +169,9 @@ def landing(
         for wait in (0, 1, 3):
             time.sleep(wait)
             if mirror.try_step(): break
-    if mirror.trouble: raise UserError(f"the record could not be copied to {place.url} ({mirror.trouble}); "
-        f"it is whole in {folder}, and the next run with the same --runs copies it")
+    if mirror.trouble:
+        raise UserError(f"the record could not be copied to {place.url} ({mirror.trouble}); "
+            f"it is whole in {folder}, and the next run with the same --runs copies it")
 
 # %% ../../nbs/records/06_remote.ipynb #fetched
 def fetch(
@@ -179,6 +190,7 @@ def fetch(
         place.fs.get_file(place.at(name), str(target))
     with ThreadPoolExecutor(8) as pool: list(pool.map(one, found))
 
+# %% ../../nbs/records/06_remote.ipynb #fetched-2
 @contextlib.contextmanager
 def fetched(
     url:str,                      # Of a folder of records, or of one record

@@ -35,6 +35,7 @@ def _alive(folder:Path, state:dict)->bool:
         if not state and status_of(folder, {"status": "running"}) == "running": return True
     return _locked(folder)
 
+# %% ../../nbs/records/14_retention.ipynb #locked
 def _locked(folder:Path)->bool:
     "Whether training holds the folder's lock."
     if not (folder/".lock").exists(): return False
@@ -47,11 +48,13 @@ def _named(state:dict)->list[str]:
     "Folders that a record descends from."
     parent, given = state.get("parent") or {}, state.get("parameters") or {}
     given = given | (given.get("extra") if isinstance(given.get("extra"), dict) else {})
-    asked = [part for name in MODELS for part in str(given.get(name) or "").split(",")]     # before training notes what it took
+    # before training notes what it took
+    asked = [part for name in MODELS for part in str(given.get(name) or "").split(",")]
     stages = [s.get("folder") or "" for s in state.get("stages") or []]
     return [c["place"] for c in state.get("consumed") or []] + list(parent.values()) + stages + [
         str(find_path(name)) for name in asked if name and place(name)]
 
+# %% ../../nbs/records/14_retention.ipynb #named-by
 def _strings(value)->list[str]:
     "Every text in a JSON value that may be a path."
     if isinstance(value, str): return [value]*place(value)
@@ -64,6 +67,7 @@ def _named_by(folder:Path, state:dict)->list[str]:
     try: return _strings(read_json(folder/"run.json"))
     except (OSError, ValueError): return []
 
+# %% ../../nbs/records/14_retention.ipynb #parents
 def _parents(states:dict[Path, dict])->set[Path]:
     "Records that others descend from."
     known, found = {f.resolve(): f for f in states}, set()
@@ -74,13 +78,16 @@ def _parents(states:dict[Path, dict])->set[Path]:
             found |= {known[p] for p in (where, *where.parents) if p in known and known[p] != folder}
     return found
 
+# %% ../../nbs/records/14_retention.ipynb #records-folder
 def records_folder()->Path:
     "Where promoted records are: `nbs/_records` of the checkout. Raises `UserError` without one."
     root = project_root()
-    if root is None: raise UserError(
-        "records are promoted to nbs/_records of a checkout, and there is none here; name a folder with --to")
+    if root is None:
+        raise UserError(
+            "records are promoted to nbs/_records of a checkout, and there is none here; name a folder with --to")
     return root/"nbs/_records"
 
+# %% ../../nbs/records/14_retention.ipynb #promoted
 def _promoted(folder:Path)->bool:
     "Whether a record was promoted, from here or into the checkout."
     with contextlib.suppress(OSError, ValueError):
@@ -99,6 +106,7 @@ class Waste:
     @property
     def place(self)->Path: return self.folder if self.name == "." else self.folder/self.name
 
+# %% ../../nbs/records/14_retention.ipynb #bytes
 FREED = ".freed-"   # begin of the name of a folder that is being deleted
 _FAILED = ("failed", "killed", "lost", "timed_out", "rejected")
 
@@ -107,6 +115,7 @@ def _bytes(place:Path)->int:
     sizes = (f.lstat() for f in place.rglob("*") if f.is_symlink() or f.is_file())
     return sum(s.st_size for s in sizes if s.st_nlink == 1)
 
+# %% ../../nbs/records/14_retention.ipynb #kept
 def _kept(folder:Path, numbered:list[Path])->set[Path]:
     "The last and the best checkpoint of a run."
     try:
@@ -121,12 +130,14 @@ def _kept(folder:Path, numbered:list[Path])->set[Path]:
             best |= {folder/Path(state["best_model_checkpoint"]).name} if state.get("best_model_checkpoint") else set()
     return {*newest, *best}
 
+# %% ../../nbs/records/14_retention.ipynb #ended-at
 def _ended_at(folder:Path, state:dict)->datetime:
     "When a run ended, as it says; else when its run.json was written."
     try: told = datetime.fromisoformat(state.get("ended") or state.get("started") or "")
     except ValueError: return datetime.fromtimestamp((folder/"run.json").lstat().st_mtime, timezone.utc)
     return told if told.tzinfo else told.replace(tzinfo=timezone.utc)
 
+# %% ../../nbs/records/14_retention.ipynb #of-run
 def _of_run(folder:Path, state:dict, failed_days:float|None)->list[Waste]:
     "What one record could do without."
     status = status_of(folder, state or None)
@@ -171,13 +182,15 @@ def _free(w:Waste):
         shutil.rmtree(w.place)
     else: drop(w.place)
 
+# %% ../../nbs/records/14_retention.ipynb #collect-2
 def collect(
     found:list[Waste], # From `waste`
 )->int:                # Freed [bytes]
     "Free what was found, unless it has come to life meanwhile."
     freed = 0
     for w in found:
-        if not w.place.exists() or (not w.folder.name.startswith(FREED) and _alive(w.folder, read_state(w.folder))): continue
+        if not w.place.exists() or (not w.folder.name.startswith(FREED) and _alive(w.folder, read_state(w.folder))):
+            continue
         _free(w)
         freed += w.bytes
     return freed

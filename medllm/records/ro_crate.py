@@ -21,26 +21,31 @@ from .record import read_state, status_of, why_torn
 from .verdict import as_markdown
 
 # %% ../../nbs/records/17_ro_crate.ipynb #read
-_FILES = ("run.json", "record.ipynb", "source.ipynb", "events.jsonl", "history.jsonl", "metrics.json", "loss.png", "seal.json",
-    "seal.json.sig", "contract.json", "report_card.json", "report_card.png", "table.md", "sweep.png", "card.json", "card.md")
+_FILES = ("run.json", "record.ipynb", "source.ipynb", "events.jsonl", "history.jsonl", "metrics.json", "loss.png",
+    "seal.json",
+    "seal.json.sig", "contract.json", "report_card.json", "report_card.png", "table.md", "sweep.png", "card.json",
+    "card.md")
 
 def _ended(folder:Path)->dict:
     "run.json of a run that is over."
     if not (folder/"run.json").exists(): raise UserError(f"{folder} holds no record: there is no run.json in it")
-    if not (state := read_state(folder)): raise UserError(
-        f"{folder}/run.json cannot be read: the record was torn ({why_torn(folder)})")
+    if not (state := read_state(folder)):
+        raise UserError(f"{folder}/run.json cannot be read: the record was torn ({why_torn(folder)})")
     if (status := status_of(folder, state)) in ("created", "running"): raise UserError(f"{folder} is still running")
     return state | {"status": status}
 
+# %% ../../nbs/records/17_ro_crate.ipynb #data-hashes
 def _new(output:str|Path, name:str)->Path:
     "A new folder below the output."
     folder = Path(output).expanduser()/(re.sub(r"[^\w.-]", "_", name)[:120] or "record")
-    if folder.exists() and any(folder.iterdir()): raise UserError(f"{folder} exists already; name another folder with --output")
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} exists already; name another folder with --output")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 def _data_hashes(d:dict)->list[str]: return list((d.get("sha256") or {}).values())
 
+# %% ../../nbs/records/17_ro_crate.ipynb #plain
 def _plain(value):
     "Text that a reader of a file sees, and a number that JSON has."
     if isinstance(value, float) and not isfinite(value): return str(value)
@@ -54,32 +59,38 @@ _STATUS = {"completed": "http://schema.org/CompletedActionStatus"}
 def _entity(crate, id_:str, **properties):
     "A thing that the crate speaks of."
     from rocrate.model import ContextEntity
-    return crate.add(ContextEntity(crate, id_, properties={k: _plain(v) for k, v in properties.items() if v not in ("", None)}))
+    return crate.add(ContextEntity(crate, id_, properties={k: _plain(v) for k, v in properties.items()
+        if v not in ("", None)}))
 
+# %% ../../nbs/records/17_ro_crate.ipynb #inputs
 def _inputs(crate, state:dict)->list:
     "Data sets, models and parameters that the run started from."
     out = []
     for n, d in enumerate((state.get("inputs") or {}).get("data") or [], 1):
-        out.append(_entity(crate, f"#data-{n}", **{"@type": "Dataset"}, name=d.get("name") or "", license=d.get("licence", ""),
+        out.append(_entity(crate, f"#data-{n}", **{"@type": "Dataset"}, name=d.get("name") or "",
+            license=d.get("licence", ""),
             identifier=[f"sha256:{h}" for h in _data_hashes(d)], version=d.get("revision", "")))
     for n, c in enumerate(state.get("consumed") or [], 1):
         hashes = [f"sha256:{h}" for h in (c.get("weights") or {}).values()]
         name = f"{c.get('role')}: {Path(str(c.get('name'))).name}"
         out.append(_entity(crate, f"#model-{n}", **{"@type": "CreativeWork"}, name=name, identifier=hashes))
-    given = {k: v for k, v in flat(state.get("parameters") or {}) if k not in ("output_dir", "runs_dir") and v is not None}
+    given = {k: v for k, v in flat(state.get("parameters") or {}) if k not in ("output_dir", "runs_dir")
+        and v is not None}
     for name, value in given.items():
         plain = value if isinstance(value, str | int | float) else json.dumps(value)
         id_ = f"#parameter-{_plain(name).replace(' · ', '.')}"
         out.append(_entity(crate, id_, **{"@type": "PropertyValue"}, name=name, value=plain))
     return out
 
+# %% ../../nbs/records/17_ro_crate.ipynb #results
 def _results(crate, folder:Path, state:dict)->list:
     "Files of the record with their hashes, and the weights by their hashes."
     out = []
     for name in _FILES:
         file = folder/name
-        if file.is_file() and not file.is_symlink(): out.append(crate.add_file(str(file), name, properties={
-            "name": name, "contentSize": str(file.stat().st_size), "sha256": sha256(file)}))
+        if file.is_file() and not file.is_symlink():
+            out.append(crate.add_file(str(file), name, properties={
+                "name": name, "contentSize": str(file.stat().st_size), "sha256": sha256(file)}))
     for name, digest in (state.get("weights") or {}).items():
         out.append(_entity(
             crate, f"#weights-{_plain(name)}", **{"@type": "CreativeWork"}, name=name, identifier=f"sha256:{digest}"))
@@ -92,7 +103,8 @@ def export_crate(
 )->Path:                     # ro-crate-metadata.json
     "Write a record as a Process Run Crate. Raises `UserError` without the extra, or for a run that is not over."
     try: from rocrate.rocrate import ROCrate
-    except ImportError: raise UserError("--as rocrate needs the package rocrate: pip install \"medllm[rocrate]\"") from None
+    except ImportError:
+        raise UserError("--as rocrate needs the package rocrate: pip install \"medllm[rocrate]\"") from None
     folder = Path(folder).expanduser()
     state, crate = _ended(folder), ROCrate()
     where = _new(output, f"{folder.resolve().name}-crate")
@@ -102,7 +114,8 @@ def export_crate(
     crate.description = "An experiment of medllm"
     crate.root_dataset["conformsTo"] = _entity(
         crate, _PROFILE, **{"@type": "CreativeWork"}, name="Process Run Crate", version="0.5")
-    version = " ".join(filter(None, (code.get("version"), code.get("commit"), "with changes" if code.get("dirty") else "")))
+    version = " ".join(filter(None, (code.get("version"), code.get("commit"),
+        "with changes" if code.get("dirty") else "")))
     program = _entity(crate, "#medllm", **{"@type": "SoftwareApplication"}, name="medllm", softwareVersion=version)
     action = _entity(
         crate, "#run", **{"@type": "CreateAction"}, name=crate.name, startTime=state.get("started"),
@@ -137,8 +150,10 @@ def _card_data(state:dict, title:str):
     if base.count("/") != 1 or base.startswith((".", "/")): base = model                 # a folder's path says nothing
     return ModelCardData(model_name=title, base_model=base or None,
         datasets=names(data.replace(", ", ",")) or None, library_name="peft" if adapter else "transformers",
-        tags=["medical", "medllm", str(state.get("stage", ""))], pipeline_tag="text-generation", eval_results=results or None)
+        tags=["medical", "medllm", str(state.get("stage", ""))], pipeline_tag="text-generation",
+        eval_results=results or None)
 
+# %% ../../nbs/records/17_ro_crate.ipynb #rows
 def _section(title:str, text:str)->str: return f"## {title}\n\n{text}\n\n" if text else ""
 
 def _rows(pairs)->str:
@@ -157,19 +172,22 @@ def card_text(
     from huggingface_hub import ModelCard
     folder = Path(folder).expanduser()
     state = _ended(folder)
-    if state["status"] != "completed" or state.get("stage") in ("data", "pipeline", "sweep"): raise UserError(
-        f"{folder} is {state['status']}, a {state.get('stage')} run: there is no model to describe")
-    title, rows = title or folder.resolve().name, {r.get("name"): r for r in (state.get("inputs") or {}).get("rows") or []}
+    if state["status"] != "completed" or state.get("stage") in ("data", "pipeline", "sweep"):
+        raise UserError(f"{folder} is {state['status']}, a {state.get('stage')} run: there is no model to describe")
+    title, rows = title or folder.resolve().name, {r.get("name"): r for r in (state.get("inputs") or {}).get("rows")
+        or []}
     data = [{"data": d.get("name") or "", "licence": d.get("licence") or "not stated",
         "rows used": rows.get(d.get("name"), {}).get("kept", ""), "sha256": " ".join(h[:16] for h in _data_hashes(d))}
         for d in (state.get("inputs") or {}).get("data") or []]
     m, code = state.get("metrics") or {}, (state.get("provenance") or {}).get("code") or {}
-    numbers = [(k.replace("_", " "), as_said(v)) for k, v in m.items() if isinstance(v, int | float) and not isinstance(v, bool)]
+    numbers = [(k.replace("_", " "), as_said(v)) for k, v in m.items() if isinstance(v, int | float)
+        and not isinstance(v, bool)]
     settings = [(k, as_said(v)) for k, v in flat(state.get("parameters") or {})
         if k not in ("output_dir", "runs_dir", "note", "dataset_dir") and v is not None]
     hashes = [*(state.get("weights") or {}).items(), ("code", f"{code.get('version', '')} {code.get('commit', '')}")]
-    head_of = lambda rows: {name: "" for row in rows for name in row}
-    table = lambda rows: as_markdown([head_of(rows) | row for row in rows], coloured=False) if any(rows or ()) else ""
+    def head_of(rows): return {name: "" for row in rows for name in row}
+    def table(rows):
+        return as_markdown([head_of(rows) | row for row in rows], coloured=False) if any(rows or ()) else ""
     verdict = f"{conclusion(state.get('verdict') or [])}\n\n{table(state.get('verdict'))}".strip()
     parts = (("Intended use, and what it is not for", _USE), ("Verdict", verdict), ("Data", table(data)),
         ("Metrics", _rows(numbers)), *more, ("Settings", _rows(settings)), ("Hashes", _rows(hashes)))
@@ -178,9 +196,11 @@ def card_text(
     text = f"---\n{head.to_yaml()}\n---\n\n# {KINDS.get(state.get('stage'), 'Model')}: {title}\n\n"
     text += "".join(_section(*p) for p in parts) + f"Made by `{made_by}` from the record of the run.\n"
     text = visible(text)
-    ModelCard(text)                                                                       # parses what a hub would parse
+    # parses what a hub would parse
+    ModelCard(text)
     return text
 
+# %% ../../nbs/records/17_ro_crate.ipynb #export-card
 def export_card(
     folder:str|Path,         # Of a record
     output:str|Path="export",# Where the card's folder goes

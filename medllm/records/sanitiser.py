@@ -17,7 +17,8 @@ from .seal import read_notebook
 # %% ../../nbs/records/15_sanitiser.ipynb #sanitised
 _KINDS = ("text/html", "text/markdown", "image/png", "image/jpeg", "text/plain")
 _LONGEST = {"text/html": 10**6, "image/png": 4*10**6, "image/jpeg": 4*10**6}   # of an output [characters]; else 10**5
-_TAGS = set("""a b blockquote br caption code col colgroup dd del details div dl dt em h1 h2 h3 h4 h5 h6 hr i img kbd li mark ol p
+_TAGS = set(
+    """a b blockquote br caption code col colgroup dd del details div dl dt em h1 h2 h3 h4 h5 h6 hr i img kbd li mark ol p
     pre s samp small span strong sub summary sup table tbody td tfoot th thead tr u ul""".split())
 _GONE = set("script style svg math iframe object embed template noscript textarea title select form button xmp".split())
 _ATTRIBUTES = {"*": {"class", "style", "title"}, "a": {"href"}, "img": {"src", "alt"}, "td": {"colspan", "rowspan"},
@@ -30,17 +31,20 @@ def _kept(tag:str, name:str, value:str)->str|None:
     if name == "href": return value if value.lower().startswith(("https://", "http://", "mailto:", "#")) else None
     return None if name == "style" and ("url" in value.lower() or "\\" in value) else value
 
+# %% ../../nbs/records/15_sanitiser.ipynb #sanitised-2
 def sanitised(
     html:str, # From anywhere
 )->str:       # HTML that runs nothing and asks nobody
     "What is left of HTML when only a short list of tags and attributes may stay."
     import nh3
     return nh3.clean(html, tags=_TAGS, clean_content_tags=_GONE, attributes=_ATTRIBUTES, attribute_filter=_kept,
-        filter_style_properties=_STYLES, url_schemes={"http", "https", "mailto", "data"}, link_rel="noopener noreferrer")
+        filter_style_properties=_STYLES, url_schemes={"http", "https", "mailto", "data"},
+        link_rel="noopener noreferrer")
 
 # %% ../../nbs/records/15_sanitiser.ipynb #notebook
 def _shortened(text:str, longest:int)->str:
-    return text if len(text) <= longest else f"{text[:longest]}\n… {len(text) - longest:,} characters are left out of this page"
+    return text if len(
+        text) <= longest else f"{text[:longest]}\n… {len(text) - longest:,} characters are left out of this page"
 
 _OUTPUT = {"output_type!": str, "text": (str, [str]), "data": {...: (str, [str], dict, list)}, "traceback": [str]}
 _LEFT_OUT = {"text/plain": "(an output too long or of a kind that a page does not show)"}
@@ -50,10 +54,12 @@ def _joined(text)->str:
     text = text if isinstance(text, str) else "".join(text) if isinstance(text, list) else ""
     return text.encode("utf-8", "replace").decode()               # half of a pair is no letter
 
+# %% ../../nbs/records/15_sanitiser.ipynb #showable
 def _showable(output:dict)->dict:
     "An output with the kinds that a page can show, no longer than a page can bear."
     kind = "" if misfit(output, _OUTPUT) else output["output_type"]
-    if kind == "stream": return {"output_type": kind, "name": "stdout", "text": _shortened(_joined(output.get("text")), 10**5)}
+    if kind == "stream":
+        return {"output_type": kind, "name": "stdout", "text": _shortened(_joined(output.get("text")), 10**5)}
     if kind == "error":
         lines = [_shortened(_joined("\n".join(output.get("traceback") or [])), 10**5)]
         return {"output_type": kind, "ename": "", "evalue": "", "traceback": lines}
@@ -64,6 +70,7 @@ def _showable(output:dict)->dict:
         else: data[k] = _shortened(text, longest)
     return {"output_type": "display_data", "data": {k: v for k, v in data.items() if v} or _LEFT_OUT, "metadata": {}}
 
+# %% ../../nbs/records/15_sanitiser.ipynb #cell
 def _cell(cell:dict)->dict:
     "A cell with what a page shows of it, and nothing else."
     source = _shortened(_joined(cell["source"]), 10**5)
@@ -72,6 +79,7 @@ def _cell(cell:dict)->dict:
     return {"cell_type": "code", "metadata": {}, "source": source, "outputs": [_showable(o) for o in outputs],
         "execution_count": count if isinstance(count, int) else None}
 
+# %% ../../nbs/records/15_sanitiser.ipynb #exporter
 @cache
 def _exporter():
     "nbconvert's exporter, which takes longer to make than a page."
@@ -80,6 +88,7 @@ def _exporter():
     log.setLevel(logging.ERROR)                                # it would complain of pictures without a text
     return HTMLExporter(template_name="basic", exclude_anchor_links=True, log=log)
 
+# %% ../../nbs/records/15_sanitiser.ipynb #notebook-html
 def notebook_html(
     file:str|Path,  # record.ipynb
 )->tuple[str, int]: # HTML for the middle of a page, and how many cells it shows; "" for a missing or torn one

@@ -26,6 +26,7 @@ def fingerprint(
     "Start of the SHA-256 of a value's canonical JSON."
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:16]
 
+# %% ../../nbs/records/07_seal.ipynb #flat
 def flat(
     value,       # Tables and lists within each other
     path:str="", # Where it stands
@@ -33,11 +34,13 @@ def flat(
     "Every value of a table of tables by its way from the top."
     if not isinstance(value, (dict, list)) or not value: return {path: value}
     pairs = value.items() if isinstance(value, dict) else enumerate(value)
-    return {deep: leaf for key, item in pairs for deep, leaf in flat(item, f"{path}.{key}" if path else str(key)).items()}
+    return {deep: leaf for key, item in pairs for deep, leaf in flat(item,
+        f"{path}.{key}" if path else str(key)).items()}
 
 # %% ../../nbs/records/07_seal.ipynb #cells
 MOST_NOTEBOOK = 256*2**20   # [bytes]
-_CELL = {"cell_type!": str, "source!": (str, [str]), "id": str, "metadata": {"tags": [str]}, "outputs": [{"output_type": str}]}
+_CELL = {"cell_type!": str, "source!": (str, [str]), "id": str, "metadata": {"tags": [str]},
+    "outputs": [{"output_type": str}]}
 _NOTEBOOK = {"cells!": [_CELL], "metadata": dict}
 
 def read_notebook(
@@ -48,6 +51,7 @@ def read_notebook(
     if why := misfit(found, _NOTEBOOK): raise ValueError(why)
     return found
 
+# %% ../../nbs/records/07_seal.ipynb #cell-names
 def cell_names(
     cells:list[dict], # Of a notebook
 )->list[str]:         # One for each: its id, or "number 3" without one
@@ -58,25 +62,31 @@ def cell_names(
         names.append(name if name not in names else f"{name} (number {n})")
     return names
 
+# %% ../../nbs/records/07_seal.ipynb #cell-hashes
 def cell_hashes(
     file:str|Path,     # A notebook
 )->dict[str, list]:    # Name to hash of source and hash of the rest; empty for a torn notebook
     "What each cell of a notebook is."
     try: cells = read_notebook(file)["cells"]
     except (OSError, ValueError): return {}
-    rest = lambda c: {k: v for k, v in c.items() if k not in ("source", "id")}
-    return {name: [fingerprint("".join(c["source"])), fingerprint(rest(c))] for name, c in zip(cell_names(cells), cells)}
+    def rest(c): return {k: v for k, v in c.items() if k not in ("source", "id")}
+    return {name: [fingerprint("".join(c["source"])), fingerprint(rest(c))]
+        for name, c in zip(cell_names(cells), cells)}
 
 # %% ../../nbs/records/07_seal.ipynb #seal
 _LIVING = ("seal.json", "seal.json.sig", "heartbeat.json", ".lock")
 
 def _names(folder:Path)->list[str]:
     "What a seal covers: all that is no folder, but for what lives on, and for what a commit covers."
-    committed = {f.parent for f in folder.glob("checkpoint-*/COMMIT.json") if re.fullmatch(r"checkpoint-\d+", f.parent.name)}
-    own = lambda f: f.is_symlink() or not committed.intersection(f.parents) or f.name == "COMMIT.json" and f.parent in committed
+    committed = {f.parent for f in folder.glob("checkpoint-*/COMMIT.json")
+        if re.fullmatch(r"checkpoint-\d+", f.parent.name)}
+    def own(f):
+        return f.is_symlink() or not committed.intersection(
+            f.parents) or f.name == "COMMIT.json" and f.parent in committed
     found = (f for f in folder.rglob("*") if (f.is_symlink() or not f.is_dir()) and own(f))
     return sorted(name for name in (f.relative_to(folder).as_posix() for f in found) if name not in _LIVING)
 
+# %% ../../nbs/records/07_seal.ipynb #entry
 def _kind(file:Path)->str:
     "What a path is, where it is no ordinary file."
     if file.is_symlink(): return f"a link to {os.readlink(file)}"
@@ -88,21 +98,25 @@ def _entry(file:Path)->dict|None:
     try: return {"sha256": sha256(file), "bytes": file.stat().st_size}
     except FileNotFoundError: return None
 
+# %% ../../nbs/records/07_seal.ipynb #hashes
 def hashes(
     files:list[Path], # Any files
 )->list[str]:         # SHA-256 of each
     "Hash files, four at a time."
     with ThreadPoolExecutor(4) as pool: return list(pool.map(sha256, files))
 
+# %% ../../nbs/records/07_seal.ipynb #fields
 def _digest(sealed:dict)->str:
     "Hash over all of a seal but itself."
-    return hashlib.sha256(json.dumps({k: v for k, v in sealed.items() if k != "digest"}, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps({k: v for k, v in sealed.items() if k != "digest"},
+        sort_keys=True).encode()).hexdigest()
 
 def _fields(folder:Path)->dict:
     "Hash of each value of run.json; empty when it is torn."
     try: return {path: fingerprint(leaf) for path, leaf in flat(read_json(folder/"run.json")).items()}
     except (OSError, ValueError): return {}
 
+# %% ../../nbs/records/07_seal.ipynb #seal-2
 def seal(
     folder:str|Path, # Of a record that has ended
 )->dict:             # As in seal.json
@@ -110,8 +124,8 @@ def seal(
     folder = Path(folder)
     names = _names(folder)
     with ThreadPoolExecutor(4) as pool: entries = list(pool.map(lambda name: _entry(folder/name), names))
-    sealed = {"schema": 1, "time": now(), "files": {n: e for n, e in zip(names, entries) if e}, "fields": _fields(folder),
-        "cells": {f.name: cell_hashes(f) for f in sorted(folder.glob("*.ipynb"))}}
+    sealed = {"schema": 1, "time": now(), "files": {n: e for n, e in zip(names, entries) if e},
+        "fields": _fields(folder), "cells": {f.name: cell_hashes(f) for f in sorted(folder.glob("*.ipynb"))}}
     sealed["digest"] = _digest(sealed)
     (folder/"seal.json.sig").unlink(missing_ok=True)          # it was of another seal
     write_json(folder/"seal.json", sealed)
@@ -119,7 +133,8 @@ def seal(
 
 # %% ../../nbs/records/07_seal.ipynb #left-out
 # what a record claims and shows; whatever the events say, nobody takes that away
-EVIDENCE = ("run.json", "record.ipynb", "source.ipynb", "metrics.json", "history.jsonl", "events.jsonl", "contract.json")
+EVIDENCE = ("run.json", "record.ipynb", "source.ipynb", "metrics.json", "history.jsonl", "events.jsonl",
+    "contract.json")
 _LARGE = 500_000   # [bytes]
 _MODEL = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".model")
 _TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json", "special_tokens_map.json")
@@ -141,26 +156,33 @@ class SealState:
     notes:list = field(default_factory=list)   # What is no defect, and has to be known: a sentence each
     sealed:dict = field(default_factory=dict)  # As in seal.json; empty when there is none that can be read
 
-_SEAL = {"files!": {...: {"sha256!": str, "bytes!": int, "kind": str}}, "fields!": {...: str}, "cells!": {...: {...: [str]}},
-    "digest": str, "time": str}
+# %% ../../nbs/records/07_seal.ipynb #outside
+_SEAL = {"files!": {...: {"sha256!": str, "bytes!": int, "kind": str}}, "fields!": {...: str},
+    "cells!": {...: {...: [str]}}, "digest": str, "time": str}
 
 def _outside(name:str)->bool:
     "Whether a sealed name leads out of the record."
     return not name or name.startswith("/") or "\0" in name or ".." in PurePosixPath(name).parts
 
+# %% ../../nbs/records/07_seal.ipynb #read-seal
 def _read_seal(folder:Path)->tuple[dict, str]:
     "A seal, or what is wrong with it."
     try: sealed = read_json(folder/"seal.json")
-    except FileNotFoundError: return {}, "seal.json is not there: the record was never sealed, so changes cannot be seen"
+    except FileNotFoundError:
+        return {}, "seal.json is not there: the record was never sealed, so changes cannot be seen"
     except (OSError, ValueError) as e: return {}, f"seal.json cannot be read: {e}"
     if why := misfit(sealed, _SEAL): return {}, f"seal.json cannot be read: {why}"
     if bad := list(filter(_outside, sealed["files"])): return {}, f"seal.json names a file outside the record: {bad[0]}"
-    if any(e["bytes"] < 0 for e in sealed["files"].values()): return {}, "seal.json cannot be read: a size is below zero"
+    if any(e["bytes"] < 0 for e in sealed["files"].values()):
+        return {}, "seal.json cannot be read: a size is below zero"
     return sealed, ""
 
+# %% ../../nbs/records/07_seal.ipynb #later-2
 def _later(folder:Path, sealed:dict)->tuple[list[dict], str]:
     "Events behind the seal that are ours, and what is wrong with the others."
-    try: data = read_bounded(folder/"events.jsonl", MOST_LINES)[sealed["files"].get("events.jsonl", {"bytes": 0})["bytes"]:]
+    try:
+        data = read_bounded(folder/"events.jsonl", MOST_LINES)[sealed["files"].get("events.jsonl",
+            {"bytes": 0})["bytes"]:]
     except FileNotFoundError: return [], ""
     except (OSError, ValueError): return [], "events.jsonl: it cannot be read"
     found, *rest = [], *data.split(b"\n")
@@ -174,6 +196,7 @@ def _later(folder:Path, sealed:dict)->tuple[list[dict], str]:
         found.append(event)
     return found, ""
 
+# %% ../../nbs/records/07_seal.ipynb #gone
 def _gone(folder:Path, sealed:dict)->tuple[dict, list]:
     "Files that are not there: those that nothing excuses, and sentences on the others."
     events, wrong = _later(folder, sealed)
@@ -185,9 +208,11 @@ def _gone(folder:Path, sealed:dict)->tuple[dict, list]:
         elif name in told["promoted"] and left_out(name, size): excused["promoted"].append(name)
         else: defects[name] = f"{name} was removed since the record was sealed"
     words = {"freed": "freed by gc", "promoted": "left out by promote"}
-    return defects, [f"not here: {', '.join(dict.fromkeys(names))} ({words[kind]}, says a line of events.jsonl behind the seal, "
+    return defects, [
+        f"not here: {', '.join(dict.fromkeys(names))} ({words[kind]}, says a line of events.jsonl behind the seal, "
         "which anybody could have added)" for kind, names in excused.items() if names]
 
+# %% ../../nbs/records/07_seal.ipynb #there
 def _there(folder:Path, name:str)->bool:
     "Whether there is something of a sealed name, and within the record."
     file = folder/name
@@ -198,11 +223,12 @@ def _changed_fields(folder:Path, sealed:dict)->dict:
     "Changed values of run.json."
     now, then = _fields(folder), sealed["fields"]
     if not now: return {"run.json": "run.json: it cannot be read any more"}
-    how = lambda path: "added" if path not in then else "removed" if path not in now else "changed"
+    def how(path): return "added" if path not in then else "removed" if path not in now else "changed"
     found = {f"run.json {path}": f"run.json: {path} was {how(path)} since the record was sealed"
         for path in [*then, *(p for p in now if p not in then)] if now.get(path) != then.get(path)}
     return found or {"run.json": "run.json: its bytes were changed, its values were not"}
 
+# %% ../../nbs/records/07_seal.ipynb #changed-cells
 def _changed_cells(file:Path, then:dict)->dict:
     "Changed cells of a notebook."
     now, found = cell_hashes(file), {}
@@ -214,6 +240,7 @@ def _changed_cells(file:Path, then:dict)->dict:
         found[f"{file.name} {name}"] = f"{file.name}: cell '{name}' {how}"
     return found or {file.name: f"{file.name}: its bytes were changed, its cells were not"}
 
+# %% ../../nbs/records/07_seal.ipynb #same
 def _same(file:Path, then:dict)->bool:
     "Whether a file is what it was; an event log may have grown."
     size = file.stat().st_size
@@ -221,11 +248,13 @@ def _same(file:Path, then:dict)->bool:
     if size < then["bytes"]: return False
     with open(file, "rb") as f: return hashlib.sha256(f.read(then["bytes"])).hexdigest() == then["sha256"]
 
+# %% ../../nbs/records/07_seal.ipynb #changed-2
 def _changed(folder:Path, name:str, sealed:dict)->dict:
     "What became of one sealed file that is there."
     file, then = folder/name, sealed["files"][name]
     if (kind := _kind(file)) != then.get("kind", ""):
-        return {name: f"{name}: it is {kind or 'a file'}, and was {then.get('kind') or 'a file'} when the record was sealed"}
+        return {name: f"{name}: it is {kind or 'a file'}, and was "
+            f"{then.get('kind') or 'a file'} when the record was sealed"}
     try: same = bool(kind) or _same(file, then)
     except OSError as e: return {name: f"{name}: it cannot be read ({e.strerror})"}
     if same: return {}
@@ -241,29 +270,34 @@ def look_at_seal(
     folder = Path(folder)
     sealed, why = _read_seal(folder)
     if why: return SealState({"seal.json": why})
-    defects = {} if _digest(sealed) == sealed.get("digest") else {"seal.json": "seal.json was changed after it was written"}
+    defects = {} if _digest(sealed) == sealed.get("digest") else {
+        "seal.json": "seal.json was changed after it was written"}
     missing, notes = _gone(folder, sealed)
     there = [name for name in sealed["files"] if _there(folder, name)]
     with ThreadPoolExecutor(4) as pool: each = list(pool.map(lambda name: _changed(folder, name, sealed), there))
     for found in (missing, *each): defects |= found
     defects |= {name: f"{name} was added since the record was sealed" for name in _names(folder)
         if name not in sealed["files"] and (name != "events.jsonl" or _kind(folder/name))}
-    defects |= {name: f"{name} is too large for what it should be, or no file; the seal does not cover it" for name in _LIVING[2:]
+    defects |= {name: f"{name} is too large for what it should be, or no file; the seal does not cover it"
+        for name in _LIVING[2:]
         if os.path.lexists(folder/name) and (_kind(folder/name) or (folder/name).stat().st_size > 4096)}
     return SealState(defects, notes, sealed)
 
+# %% ../../nbs/records/07_seal.ipynb #broken
 def broken(
     folder:str|Path,  # Of a record
 )->dict[str, str]:    # What ("run.json metrics.loss_last", "record.ipynb train", "model.safetensors") to a sentence
     "What is not as it was when the record was sealed."
     return look_at_seal(folder).defects
 
+# %% ../../nbs/records/07_seal.ipynb #unsealed-2
 def unsealed(
     folder:str|Path, # Of a record
 )->list[str]:        # A sentence each; empty when nothing was changed
     "What was changed since a record was sealed."
     return list(broken(folder).values())
 
+# %% ../../nbs/records/07_seal.ipynb #digest-of
 def digest_of(
     folder:str|Path, # Of a record
 )->str:              # 64 hex digits; "" without a seal that can be read

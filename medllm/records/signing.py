@@ -31,6 +31,7 @@ def _last(said:bytes)->str:
     "The last line that a program said."
     return (said.decode(errors="replace").strip().splitlines() or ["it did not say why"])[-1]
 
+# %% ../../nbs/records/08_signing.ipynb #sign-2
 def sign(
     folder:str|Path, # Of a sealed record
     key:str|Path,    # Private key, or the public one of a key that an agent or a token holds
@@ -39,16 +40,18 @@ def sign(
     folder, key = Path(folder), find_path(key)
     state = look_at_seal(folder)
     if state.defects: raise UserError(f"{folder} is not signed: {next(iter(state.defects.values()))}")
-    if (folder/"seal.json.sig").exists(): raise UserError(
-        f"{folder} is signed already; take its seal.json.sig away to sign it again")
-    if not key.is_file(): raise UserError(f"--key {key}: there is no such file; give an SSH key, such as ~/.ssh/id_ed25519")
+    if (folder/"seal.json.sig").exists():
+        raise UserError(f"{folder} is signed already; take its seal.json.sig away to sign it again")
+    if not key.is_file():
+        raise UserError(f"--key {key}: there is no such file; give an SSH key, such as ~/.ssh/id_ed25519")
     done = _ssh("sign", "-f", str(key), "-n", NAMESPACE, data=(folder/"seal.json").read_bytes())
     if done.returncode: raise UserError(f"--key {key}: ssh-keygen does not sign with it: {_last(done.stderr)}")
     write_bytes(folder/"seal.json.sig", done.stdout)
     return state.sealed["digest"]
 
 # %% ../../nbs/records/08_signing.ipynb #signed
-_UNSIGNED = ("not signed: whoever can write into the folder can change it and seal it anew, and that would not be seen here; "
+_UNSIGNED = (
+    "not signed: whoever can write into the folder can change it and seal it anew, and that would not be seen here; "
     "keep the digest elsewhere, or sign the record with medllm runs sign")
 
 def signature(
@@ -62,9 +65,11 @@ def signature(
         return ("seal.json.sig: the seal is not signed", "") if file else ("", _UNSIGNED)
     try: written, data = read_bounded(folder/"seal.json.sig", 2**16), read_bounded(folder/"seal.json")
     except (OSError, ValueError) as e: return f"seal.json.sig: it cannot be read: {e}", ""
-    if not file and not shutil.which("ssh-keygen"): return "", "signed, but by whom cannot be told without ssh-keygen (OpenSSH)"
+    if not file and not shutil.which("ssh-keygen"):
+        return "", "signed, but by whom cannot be told without ssh-keygen (OpenSSH)"
     with scratch() as d: return _signed(data, write_bytes(d/"seal.json.sig", written, sync=False), file)
 
+# %% ../../nbs/records/08_signing.ipynb #signed-2
 def _signed(data:bytes, sig:Path, allowed:Path|None)->tuple[str, str]:
     "A defect, a note."
     done = _ssh("check-novalidate", "-n", NAMESPACE, "-s", str(sig), data=data)
@@ -72,7 +77,8 @@ def _signed(data:bytes, sig:Path, allowed:Path|None)->tuple[str, str]:
     key = re.search(r"with (\S+ key \S+)", done.stdout.decode(errors="replace"))
     key = key[1] if key else "a key"
     if not allowed: return "", f"signed with {key}; whose key that is, --allowed-signers FILE can tell"
-    named = _ssh("find-principals", "-s", str(sig), "-f", str(allowed), data=b"").stdout.decode(errors="replace").splitlines()
+    named = _ssh("find-principals", "-s", str(sig), "-f", str(allowed),
+        data=b"").stdout.decode(errors="replace").splitlines()
     checks = {n: _ssh("verify", "-f", str(allowed), "-I", n, "-n", NAMESPACE, "-s", str(sig), data=data) for n in named}
     good = [name for name, check in checks.items() if check.returncode == 0]
     if good: return "", f"signed by {good[0]} with {key}"

@@ -22,6 +22,7 @@ def _counted(m:dict)->list[dict]:
     return [asked("validation loss against counting", f"below {limit:.3f}, a table of which token follows which",
         f"{m['eval_loss']:.3f} (perplexity {math.exp(min(m['eval_loss'], 700)):.3g})", m["eval_loss"] < limit)]
 
+# %% ../../nbs/records/01_verdict.ipynb #overfitting
 def _overfitting(m:dict)->list[dict]:
     "Whether what was learnt holds for rows that were not trained, and the end was not past the best."
     first, last, before, after = (m.get(k) for k in ("loss_first", "loss_last", "eval_loss_before", "eval_loss"))
@@ -40,25 +41,32 @@ def _losses(m:dict)->list[dict]:
     "Whether loss and validation went down."
     first, last = m.get("loss_first"), m.get("loss_last")
     rows = []
-    if first and last: rows.append(asked(
-        "training loss", f"below {first:.3f}, where it began", f"{last:.3f} ({last/first - 1:+.0%})", last < first))
-    if "eval_loss_before" in m: rows.append(asked("validation loss", f"below {m['eval_loss_before']:.3f}, untrained",
-        f"{m['eval_loss']:.3f}", m["eval_loss"] < m["eval_loss_before"]))
+    if first and last:
+        rows.append(asked(
+            "training loss", f"below {first:.3f}, where it began", f"{last:.3f} ({last/first - 1:+.0%})", last < first))
+    if "eval_loss_before" in m:
+        rows.append(asked("validation loss", f"below {m['eval_loss_before']:.3f}, untrained",
+            f"{m['eval_loss']:.3f}", m["eval_loss"] < m["eval_loss_before"]))
     return rows + _counted(m) + _overfitting(m)
 
+# %% ../../nbs/records/01_verdict.ipynb #rewards
 def _rewards(m:dict)->list[dict]:
     "Whether the reward went up, in training and on held-out questions."
     before, after = m["first_rollout"]["reward"], m["last_rollout"]["reward"]
     rows = [asked("mean reward", f"above {before:.3f}, where it began", f"{after:.3f}", after > before)]
-    if "eval_reward_before" in m: rows.append(asked("reward of held-out questions",
-        f"above {m['eval_reward_before']:.3f}, before", f"{m['eval_reward']:.3f}", m["eval_reward"] > m["eval_reward_before"]))
+    if "eval_reward_before" in m:
+        rows.append(asked("reward of held-out questions",
+            f"above {m['eval_reward_before']:.3f}, before", f"{m['eval_reward']:.3f}",
+            m["eval_reward"] > m["eval_reward_before"]))
     return rows
 
+# %% ../../nbs/records/01_verdict.ipynb #pairs
 def _pairs(m:dict)->list[dict]:
     "Whether held-out pairs are told apart."
     rows = []
-    if "eval_margin_before" in m: rows.append(asked("held-out margin", f"above {m['eval_margin_before']:.3f}, untrained",
-        f"{m['eval_margin']:.3f}", m["eval_margin"] > m["eval_margin_before"]))
+    if "eval_margin_before" in m:
+        rows.append(asked("held-out margin", f"above {m['eval_margin_before']:.3f}, untrained",
+            f"{m['eval_margin']:.3f}", m["eval_margin"] > m["eval_margin_before"]))
     if "pair_accuracy" in m:
         share, low, high = (m[f"pair_accuracy{end}"] for end in ("", "_low", "_high"))
         met = True if low > 0.5 else False if high < 0.5 else None
@@ -79,8 +87,9 @@ def verdict(
     table = (_rewards if "first_rollout" in metrics else _losses)(metrics) + _pairs(metrics)
     if read: table.append(asked("rows used", "at least 99%", f"{kept} of {read}", kept >= .99*read))
     ended = sum(a.ended for a in answers)
-    if answers: table.append(asked(
-        "answers that end by themselves", "most", f"{ended} of {len(answers)}", ended*2 > len(answers)))
+    if answers:
+        table.append(asked(
+            "answers that end by themselves", "most", f"{ended} of {len(answers)}", ended*2 > len(answers)))
     return table
 
 # %% ../../nbs/records/01_verdict.ipynb #tables
@@ -93,10 +102,12 @@ def changes(
     for key, before in metrics.items():
         found = re.fullmatch(rf"eval_(?:(.+)_)?({'|'.join(names)})_before", key)
         after = metrics.get(key.removesuffix("_before"))
-        if found and after is not None: table.append(
-            {"set": found[1] or "all", "what": found[2], "before": f"{before:.4g}", "after": f"{after:.4g}"})
+        if found and after is not None:
+            table.append(
+                {"set": found[1] or "all", "what": found[2], "before": f"{before:.4g}", "after": f"{after:.4g}"})
     return table
 
+# %% ../../nbs/records/01_verdict.ipynb #as-markdown
 def as_markdown(
     table:list[dict],     # Rows with the same keys
     coloured:bool = True, # Marks with a style that notebooks and exported pages keep
@@ -104,6 +115,7 @@ def as_markdown(
     "A table of dicts as Markdown; of a verdict, with its marks in words."
     return markdown_table(marked([{k: row[k] for k in table[0]} for row in table], coloured)) if table else ""
 
+# %% ../../nbs/records/01_verdict.ipynb #concluded
 def concluded(
     table:list[dict], # A verdict
 )->str:               # "" without rows

@@ -35,9 +35,11 @@ def _status(folder:Path, state:dict, found:dict)->str:
         found["status"] = f"run.json: status is {status}, the last event says {events[-1].get('status')}"
     return "status"
 
+# %% ../../nbs/records/13_verify.ipynb #checkpoints
 def _checkpoints(folder:Path, found:dict)->str:
     "Committed checkpoints against their commits."
-    commits = [f for f in sorted(folder.glob("checkpoint-*/COMMIT.json")) if re.fullmatch(r"checkpoint-\d+", f.parent.name)]
+    commits = [f for f in sorted(folder.glob("checkpoint-*/COMMIT.json"))
+        if re.fullmatch(r"checkpoint-\d+", f.parent.name)]
     if not commits: return ""
     try: from medllm.checkpoint.commit import check
     except ImportError: return ""
@@ -53,7 +55,8 @@ def _cells(folder:Path, state:dict, found:dict)->str:
     except (OSError, ValueError) as e:
         found["record.ipynb"] = f"record.ipynb: it cannot be read: {e}"
         return ""
-    code = [(name, c) for name, c in zip(cell_names(cells), cells) if c["cell_type"] == "code" and "".join(c["source"]).strip()]
+    code = [(name, c) for name, c in zip(cell_names(cells), cells) if c["cell_type"] == "code"
+        and "".join(c["source"]).strip()]
     counts = [(name, c.get("execution_count")) for name, c in code if f"record.ipynb {name}" not in found]
     ran = [n for _, n in counts if n is not None]
     if len(counts) == len(code) and ran != list(range(1, len(ran) + 1)):
@@ -64,6 +67,7 @@ def _cells(folder:Path, state:dict, found:dict)->str:
     _sources(dict(code), state, found)
     return f"cells in order ({len(code)})"
 
+# %% ../../nbs/records/13_verify.ipynb #sources
 def _sources(code:dict, state:dict, found:dict):
     "The code that is shown against the hashes of what was executed, where the record has them."
     from hashlib import sha256 as digest
@@ -78,7 +82,7 @@ def _sources(code:dict, state:dict, found:dict):
 def _metrics(folder:Path, state:dict, found:dict)->str:
     "run.json against metrics.json and history.jsonl."
     metrics = state.get("metrics") or {}
-    named = lambda path: f"run.json metrics.{path}" in found
+    def named(path): return f"run.json metrics.{path}" in found
     if (folder/"metrics.json").exists():
         for path, value in flat(_table(folder/"metrics.json", found)).items():
             here = field_of(metrics, path)
@@ -87,17 +91,20 @@ def _metrics(folder:Path, state:dict, found:dict)->str:
             found[f"metrics.json {path}"] = f"metrics.json: {path} is {value}, and {here} in run.json"
     losses = [h["loss"] for h in _history(folder, found) if "loss" in h]
     for path, at in (("loss_first", 0), ("loss_last", -1)):
-        if losses and metrics.get(path) is not None and not named(path) and fingerprint(metrics[path]) != fingerprint(losses[at]):
+        if losses and metrics.get(path) is not None and not named(path) and fingerprint(metrics[path]) != fingerprint(
+            losses[at]):
             found.pop("history.jsonl", None)
             found[f"history.jsonl {path}"] = (
                 f"history.jsonl: its {path.removeprefix('loss_')} loss is {losses[at]}, and {metrics[path]} in run.json")
     effective = state.get("effective") or {}
     for name, value in (state.get("parameters") or {}).items():
-        if name in effective and effective[name] != value and not {f"run.json {k}.{name}" for k in ("parameters", "effective")
+        if name in effective and effective[name] != value and not {f"run.json {k}.{name}"
+            for k in ("parameters", "effective")
                 } & found.keys() and name not in ("output_dir", "runs_dir"):
             found[f"effective {name}"] = f"run.json: parameter {name} is {value}, the kernel had {effective[name]}"
     return f"metrics ({len(flat(metrics))})" if metrics else ""
 
+# %% ../../nbs/records/13_verify.ipynb #history
 def _table(file:Path, found:dict)->dict:
     "A JSON table of a record; empty when it is torn, which is a defect."
     try: table = read_json(file)
@@ -120,6 +127,7 @@ def _is_file(file:Path)->bool:
     try: return file.is_file() and file.resolve().parts[:2] not in (("/", "proc"), ("/", "sys"), ("/", "dev"))
     except (OSError, ValueError): return False
 
+# %% ../../nbs/records/13_verify.ipynb #compared
 def _compared(what:str, files:dict[str, Path], wanted:dict[str, str])->dict:
     "Defects of files that should have given hashes."
     there = [n for n in wanted if _is_file(files[n]) and re.fullmatch("[0-9a-f]{64}", wanted[n])]
@@ -129,10 +137,12 @@ def _compared(what:str, files:dict[str, Path], wanted:dict[str, str])->dict:
         if not _is_file(files[name]): found[name] = f"{what} {files[name]} is not here (sha256 {digest})"
         elif digest.endswith(" bytes") and digest != (size := f"{files[name].stat().st_size} bytes"):
             found[name] = f"{what} {files[name]} was changed: {size} here, {digest} in the record"
-        elif name in now and now[name] != digest: found[name] = (
-            f"{what} {files[name]} was changed: sha256 {now[name][:_SHORT]}… here, {digest[:_SHORT]}… in the record")
+        elif name in now and now[name] != digest:
+            found[name] = (
+                f"{what} {files[name]} was changed: sha256 {now[name][:_SHORT]}… here, {digest[:_SHORT]}… in the record")
     return found
 
+# %% ../../nbs/records/13_verify.ipynb #data-here
 def data_here(
     state:dict,      # run.json
     known:dict = {}, # Defects so far
@@ -140,11 +150,13 @@ def data_here(
     "Data files that are not what the record names."
     found = {}
     for n, d in enumerate((state.get("inputs") or {}).get("data", [])):
-        wanted = {p: h for p, h in (d.get("sha256") or {}).items() if f"run.json inputs.data.{n}.sha256.{p}" not in known}
+        wanted = {p: h for p, h in (d.get("sha256") or {}).items()
+            if f"run.json inputs.data.{n}.sha256.{p}" not in known}
         bad = _compared("data file", {p: find_path(p) for p in wanted}, wanted)
         found |= {f"data {p}": text for p, text in bad.items()}
     return found
 
+# %% ../../nbs/records/13_verify.ipynb #models-here
 def models_here(
     state:dict,      # run.json
     known:dict = {}, # Defects so far
@@ -155,7 +167,7 @@ def models_here(
         wanted = dict(c.get("weights") or {})
         if c.get("role") == "base": wanted |= ((state.get("inputs") or {}).get("model") or {}).get("sha256") or {}
         place = Path(model_location("tiny") if c["name"] == "tiny" else c["place"])
-        edited = lambda f: {f"run.json consumed.{n}.weights.{f}", f"run.json inputs.model.sha256.{f}"} & known.keys()
+        def edited(f): return {f"run.json consumed.{n}.weights.{f}", f"run.json inputs.model.sha256.{f}"} & known.keys()
         found |= {f"model {f}": f"run.json: {c['role']} model names a file outside its folder: {f}"
             for f in wanted if Path(f).name != f}
         wanted = {f: h for f, h in wanted.items() if Path(f).name == f}
@@ -181,6 +193,7 @@ def packages_here(
         add(name, here, version, f"provenance.packages.{name}")
     return found
 
+# %% ../../nbs/records/13_verify.ipynb #parents
 def _parents(folder:Path, found:dict)->str:
     "The records that this one descends from: their weights, and their seals where they have one."
     seen = set()
@@ -188,15 +201,16 @@ def _parents(folder:Path, found:dict)->str:
         if a.place in seen: return
         seen.add(a.place)
         for parent in a.parents:
-            if parent.note and a.place != str(folder): found[f"parent {parent.place}"] = (
-                f"parent {a.place}: {parent.role} {parent.place}: {parent.note}")
+            if parent.note and a.place != str(folder):
+                found[f"parent {parent.place}"] = (f"parent {a.place}: {parent.role} {parent.place}: {parent.note}")
             if parent.state and (Path(parent.place)/"seal.json").exists():
-                for what, text in broken(parent.place).items(): found[f"parent {parent.place} {what}"] = (
-                    f"parent {parent.place}: {text}")
+                for what, text in broken(parent.place).items():
+                    found[f"parent {parent.place} {what}"] = (f"parent {parent.place}: {text}")
             walk(parent)
     walk(ancestry(folder))
     return f"ancestors ({len(seen) - 1})" if len(seen) > 1 else ""
 
+# %% ../../nbs/records/13_verify.ipynb #stages
 def _stages(state:dict, found:dict)->str:
     "The records of a pipeline's stages, or a sweep's points, that were completed: what they rest on is not in this folder."
     done = [s for s in state.get("stages") or [] if s.get("status") == "completed"]
@@ -222,6 +236,7 @@ class Verified:
         said = self.defects or [f"{self.folder} holds: {', '.join(self.checked)}"]
         return "\n".join(visible(text, lines=False) for text in (*said, *(f"  {note}" for note in self.notes)))
 
+# %% ../../nbs/records/13_verify.ipynb #verify-2
 def verify(
     folder:str|Path,              # Of a record
     record_only:bool = False,     # Leave data, models and packages of this machine out
@@ -238,20 +253,25 @@ def verify(
     checked = [_sealed(seal), _checkpoints(folder, found),
         _status(folder, state, found), _cells(folder, state, found), _metrics(folder, state, found)]
     if not record_only: checked += _machine(folder, state, found)
-    return Verified(folder, [c for c in checked if c], list(found.values()), notes + seal.notes, seal.sealed.get("digest", ""))
+    return Verified(folder, [c for c in checked if c], list(found.values()), notes + seal.notes,
+        seal.sealed.get("digest", ""))
 
+# %% ../../nbs/records/13_verify.ipynb #vouched
 def _vouched(folder:Path, seal:SealState, allowed, digest:str)->tuple[dict, list]:
     "Who made the seal, and when, as far as it is known: defects and notes."
-    if digest and not re.fullmatch("[0-9a-fA-F]{64}", digest): raise UserError(f"--digest {digest}: a digest has 64 hex digits")
+    if digest and not re.fullmatch("[0-9a-fA-F]{64}", digest):
+        raise UserError(f"--digest {digest}: a digest has 64 hex digits")
     have = seal.sealed.get("digest", "")
     if not seal.sealed: return {}, []
     wrong, told = signature(folder, allowed)
     found = {"seal.json.sig": wrong} if wrong else {}
     notes = [f"sealed {seal.sealed.get('time', 'at a time it does not tell')}, digest {have}"]
-    if digest and digest.lower() != have: found["digest"] = f"seal.json: its digest is {have}, and not the given {digest}"
+    if digest and digest.lower() != have:
+        found["digest"] = f"seal.json: its digest is {have}, and not the given {digest}"
     elif digest and told.startswith("not signed"): told = "not signed, but it is the seal whose digest was given"
     return found, notes + [told]*bool(told)
 
+# %% ../../nbs/records/13_verify.ipynb #machine
 def _sealed(seal:SealState)->str:
     "How much a seal covers, and the begin of its digest."
     if not seal.sealed: return ""
@@ -278,6 +298,7 @@ def _rounds_to(value:float, text:str)->bool:
     digits = len(mantissa.partition(".")[2]) - int(power or 0)
     return abs(value*(100 if share else 1) - float(number)) <= 0.5*10.0**-digits*(1 + 1e-9)
 
+# %% ../../nbs/records/13_verify.ipynb #check-tables
 def check_tables(
     file:str|Path,          # Markdown
     runs:str|Path = "runs", # Where records are looked for by name
@@ -294,10 +315,12 @@ def check_tables(
             found = _marked(file, before, name.strip(), path, runs, changed) if name and mark[0].endswith("-->") else [
                 f"a mark is written as <!-- record: FOLDER metrics.NAME -->, and not as {mark[0]}"]
             defects += [f"{file}:{number}: {text}" for text in found]
-    if not count: raise UserError(
-        f"--tables {file}: no number in it is marked; write <!-- record: FOLDER metrics.NAME --> behind one")
+    if not count:
+        raise UserError(
+            f"--tables {file}: no number in it is marked; write <!-- record: FOLDER metrics.NAME --> behind one")
     return Verified(file, [f"marked numbers ({count}), records ({len(changed)})"], defects)
 
+# %% ../../nbs/records/13_verify.ipynb #marked
 def _marked(file:Path, before:list[str], name:str, path:str, runs, changed:dict)->list[str]:
     "What is wrong with one marked number."
     try: folder = find_record(file.parent/name if (file.parent/name/"run.json").exists() else find_path(name), runs)

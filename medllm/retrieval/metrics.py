@@ -39,11 +39,13 @@ class Question(NamedTuple):
     answer:str    # What an answer must name
     titles:tuple[str, ...] # Titles of the passages that hold it; () when the sources hold nothing
 
+# %% ../../nbs/retrieval/03_metrics.ipynb #sentence
 def _sentence(items:list[str])->str:
     "Symptoms as somebody tells them."
     if items[0].isascii(): return f"I have {', '.join(item.lower() for item in items)}. What could it be?"
     return f"我有{'、'.join(items)}，可能是什么病？"
 
+# %% ../../nbs/retrieval/03_metrics.ipynb #list-questions
 def list_questions(
     names:str|Sequence[str], # Tables
     column:str,              # One that holds lists
@@ -59,6 +61,7 @@ def list_questions(
     if not found: raise UserError(f"no row has a list in a column '{column}'")
     return list(found.values())
 
+# %% ../../nbs/retrieval/03_metrics.ipynb #part
 def part(
     questions:Sequence[Question], # All
     share:float,                  # Of them, from the beginning of the order that the seed gives
@@ -69,6 +72,7 @@ def part(
     cut = round(share*len(order))
     return order[:cut], order[cut:]
 
+# %% ../../nbs/retrieval/03_metrics.ipynb #row-questions
 def row_questions(
     dataset:str,              # Registered name or file; rows with a question, an answer and a title
     dataset_dir:str = "data", # Folder with dataset_info.json
@@ -90,9 +94,10 @@ DEEP = 10 # Hits looked at
 
 def _facts(questions:Sequence[Question])->dict:
     "What tells these questions, and the words around passages, from any others."
-    digest = lambda text: hashlib.sha256(text.encode()).hexdigest()
+    def digest(text): return hashlib.sha256(text.encode()).hexdigest()
     return {"dataset_sha256": digest(json.dumps(questions)), "prompt_sha256": digest(with_passages("?", []))}
 
+# %% ../../nbs/retrieval/03_metrics.ipynb #search-result
 def search_result(
     index:Index,                  # What is searched
     questions:Sequence[Question], # With and without titles
@@ -110,6 +115,7 @@ def search_result(
     facts |= _facts(questions) | {"passages": len(index.passages), "deep": DEEP, "grounding": vars(how)}
     return Result(name, "retrieval", facts, lines)
 
+# %% ../../nbs/retrieval/03_metrics.ipynb #summarise-search
 @summarises("retrieval")
 def summarise_search(
     items:list[dict], # From `search_result`
@@ -123,6 +129,7 @@ def summarise_search(
         "silent_though_it_holds": share([item["silent"] for item in inside]),
         "silent_when_it_should": share([item["silent"] for item in outside])}
 
+# %% ../../nbs/retrieval/03_metrics.ipynb #compare-search
 @compares("retrieval")
 def compare_search(
     base:Result,  # One index
@@ -130,7 +137,7 @@ def compare_search(
 )->dict:
     "Two ways of searching, by reciprocal rank."
     inside = [i for i, item in enumerate(base.items) if item["inside"]]
-    ranks = lambda r: [1/r.items[i]["rank"] if r.items[i]["rank"] else 0.0 for i in inside]
+    def ranks(r): return [1/r.items[i]["rank"] if r.items[i]["rank"] else 0.0 for i in inside]
     return compare_scores(ranks(base), ranks(tuned)) | {"measure": "reciprocal_rank"}
 
 # %% ../../nbs/retrieval/03_metrics.ipynb #answers
@@ -146,7 +153,7 @@ def grounded_result(
     table, texts = read_names(), [q.text for q in questions]
     plain = chat.answers([chat.prompt([Turn("user", text)]) for text in texts], how)
     based = grounded_answers(chat, grounding, texts, how)
-    right = lambda text, q: bool(q.titles) and asserts(text, [q.answer], table)
+    def right(text, q): return bool(q.titles) and asserts(text, [q.answer], table)
     lines = []
     for q, without, with_ in zip(questions, plain, based):
         states = [c.state for c in with_.citations]
@@ -159,6 +166,7 @@ def grounded_result(
     facts |= model_facts(chat) | _facts(questions) | {"grounding": vars(grounding.how), "sampling": vars(how)}
     return Result(name, "grounded", facts | {"passages": len(grounding.index.passages)}, lines)
 
+# %% ../../nbs/retrieval/03_metrics.ipynb #summarise-answers
 @summarises("grounded")
 def summarise_answers(
     items:list[dict], # From `grounded_result`
@@ -171,11 +179,12 @@ def summarise_answers(
     gain = paired(without, with_, None, "share")
     written = [1]*sum(item["kept"] for item in items) + [0]*sum(item["removed"] for item in items)
     spoken = [item["cited"]/item["sentences"] for item in items if item["sentences"]]
-    return {"n": len(items), "skipped": {}, "right_with_passages": share(with_), "right_without": share(without), "gain": gain,
-        "p": p, "verdict": verdict_words(gain["value"] or 0.0, p), "passage_was_given": share(
+    return {"n": len(items), "skipped": {}, "right_with_passages": share(with_), "right_without": share(without),
+        "gain": gain, "p": p, "verdict": verdict_words(gain["value"] or 0.0, p), "passage_was_given": share(
             [item["given"] for item in items if item["inside"]]), "silent": share([item["silent"] for item in items]),
         "citations_that_hold": share(written), "sentences_cited": mean(spoken, unit="share")}
 
+# %% ../../nbs/retrieval/03_metrics.ipynb #compare-answers
 @compares("grounded")
 def compare_answers(
     base:Result,  # Before
@@ -198,12 +207,14 @@ class KnowledgeTask:
     dense:str = ""             # Local folder of a sentence-embedding model
     max_new_tokens:int = 128   # Longest answer [tokens]
 
+# %% ../../nbs/retrieval/03_metrics.ipynb #ready
 def _ready(task:Task)->tuple[KnowledgeTask, list[Question], Grounding, dict]:
     "Options, questions, index and facts of a task."
     known = [f.name for f in fields(KnowledgeTask)]
     for option in task.options:
-        if option not in known: raise UserError(f"'{option}' is no option of a {task.kind} task{nearest(option, known)}; "
-            f"known are {', '.join(known)}")
+        if option not in known:
+            raise UserError(f"'{option}' is no option of a {task.kind} task{nearest(option, known)}; "
+                f"known are {', '.join(known)}")
     how, names = KnowledgeTask(**task.options), None
     names = [n.strip() for n in how.knowledge.split(",") if n.strip()]
     if not names: raise UserError(f"task '{task.name}': option knowledge names the sources")
@@ -216,6 +227,7 @@ def _ready(task:Task)->tuple[KnowledgeTask, list[Question], Grounding, dict]:
         "column": how.column, "items": how.items, "dataset": task.dataset}
     return how, questions, Grounding(index, GroundingPlan(how.passages, how.least, how.holds)), facts
 
+# %% ../../nbs/retrieval/03_metrics.ipynb #measure-search
 @measures("retrieval")
 def measure_search(
     chat:ChatModel, # Not asked anything
@@ -225,6 +237,7 @@ def measure_search(
     _, questions, grounding, facts = _ready(task)
     return search_result(grounding.index, questions, task.name, grounding.how, **facts)
 
+# %% ../../nbs/retrieval/03_metrics.ipynb #measure-answers
 @measures("grounded")
 def measure_answers(
     chat:ChatModel, # Who answers

@@ -60,8 +60,10 @@ LONGEST = 1000 # Characters of a passage
 _SHORT = 60    # Columns below are kept together [characters]
 _counts = re.compile(r"(?:idx|id|index|no|num|序号|编号)$", re.IGNORECASE)
 
-_named = lambda column: re.sub(r"(?<=[a-z])(?=[A-Z])|_+", " ", column).strip()  # commonMedications: common Medications
+# commonMedications: common Medications
+def _named(column): return re.sub(r"(?<=[a-z])(?=[A-Z])|_+", " ", column).strip()
 
+# %% ../../nbs/retrieval/00_passages.ipynb #said
 def _said(value)->str:
     "A value as text; a list as its items."
     if isinstance(value, str) and value.strip()[:1] in ("[", "{"):
@@ -73,6 +75,7 @@ def _said(value)->str:
     if isinstance(value, (list, tuple)): return ", ".join(filter(None, map(_said, value)))
     return "" if value is None else str(value)
 
+# %% ../../nbs/retrieval/00_passages.ipynb #cut
 def _cut(text:str, longest:int)->Iterator[str]:
     "A text in pieces, between sentences where that is possible."
     room = ""
@@ -88,6 +91,7 @@ def _cut(text:str, longest:int)->Iterator[str]:
         room += sentence
     if room.strip(): yield room
 
+# %% ../../nbs/retrieval/00_passages.ipynb #row-passages
 def row_passages(
     row:Row,              # Of a table, or an object of a JSON file
     longest:int = LONGEST, # Characters of a passage
@@ -104,7 +108,8 @@ def row_passages(
         if len(v) >= _SHORT: groups.append(line)
         else: open_group.append(line)
     if open_group: groups.append("\n".join(open_group))
-    return [Passage(title, piece.strip(), row.file, row.line, number=row.number) for g in groups for piece in _cut(g, longest)]
+    return [Passage(title, piece.strip(), row.file, row.line, number=row.number) for g in groups
+        for piece in _cut(g, longest)]
 
 # %% ../../nbs/retrieval/00_passages.ipynb #texts
 _heading = re.compile(r"(#{1,6})\s+(.*?)\s*#*$")
@@ -124,6 +129,7 @@ def _paragraphs(lines:Iterable[tuple[int, str]])->Iterator[tuple[int, str, str]]
             begin = begin if room else n
             room.append(text.strip())
 
+# %% ../../nbs/retrieval/00_passages.ipynb #text-passages
 def text_passages(
     lines:Iterable[tuple[int, str]], # Line from 1, and its text
     file:str,                        # What the text is called
@@ -149,6 +155,7 @@ def find_knowledge(
     if not names: raise UserError("no source of knowledge is named; give files to --knowledge")
     return find_sources(names, dataset_dir)
 
+# %% ../../nbs/retrieval/00_passages.ipynb #lines
 def _rows(rows:Iterable[Row|Bad])->list[Row]:
     "All rows, read. Raises the error of one that cannot be."
     rows = list(rows)
@@ -163,6 +170,7 @@ def _lines(file:Path, encoding:str)->list[tuple[int, str]]:
         if isinstance(text, Bad): raise text.error()
     return [(n, text.rstrip("\r\n")) for n, text in lines]
 
+# %% ../../nbs/retrieval/00_passages.ipynb #passages
 def _passages(source:Source, longest:int)->Iterator[Passage]:
     "The passages of a source."
     files = source.files
@@ -174,6 +182,7 @@ def _passages(source:Source, longest:int)->Iterator[Passage]:
             else: yield from (p for row in _rows(read_rows(source)) for p in row_passages(row, longest))
     else: yield from (p for row in _rows(read_rows(source)) for p in row_passages(row, longest))
 
+# %% ../../nbs/retrieval/00_passages.ipynb #read-passages
 def read_passages(
     sources:list[Source],  # From `find_knowledge`
     longest:int = LONGEST, # Characters of a passage
@@ -183,8 +192,8 @@ def read_passages(
     for source in sources:
         for passage in _passages(source, longest):
             before = found.setdefault(passage.whole, passage)
-            if before is not passage and passage.place != before.place: found[passage.whole] = before._replace(
-                also=(*before.also, passage.place))
+            if before is not passage and passage.place != before.place:
+                found[passage.whole] = before._replace(also=(*before.also, passage.place))
     if not found: raise UserError(f"{', '.join(s.place for s in sources)}: holds no text")
     return list(found.values())
 

@@ -42,8 +42,9 @@ class RaftPlan:
     def __post_init__(self):
         if self.distractors < 1: raise UserError(f"--distractors {self.distractors}: must be at least 1")
         if not 0 <= self.without < 1: raise UserError(f"--without {self.without:g}: must be from 0 to below 1")
-        if self.when_without not in (known := ("abstain", "answer")): raise UserError(
-            f"--when_without {self.when_without}: must be abstain or answer{nearest(self.when_without, known)}")
+        if self.when_without not in (known := ("abstain", "answer")):
+            raise UserError(
+                f"--when_without {self.when_without}: must be abstain or answer{nearest(self.when_without, known)}")
 
 # %% ../../nbs/retrieval/04_raft.ipynb #asked
 class Asked(NamedTuple):
@@ -53,6 +54,7 @@ class Asked(NamedTuple):
     golden:Passage  # That holds the answer
     licence:str = "" # Of question and answer, where a dataset brought them
 
+# %% ../../nbs/retrieval/04_raft.ipynb #first
 _cell = re.compile(r"([^:\n]{1,60}): ([^\n]+)")
 _SHAPES = ("What is known about the {column} of {title}?", "{title}: {column}?", "Tell me about {title}: {column}.")
 _HAN_SHAPES = ("{title}的{column}是什么？", "{title}有哪些{column}？", "请介绍{title}的{column}。")
@@ -65,6 +67,7 @@ def _first(text:str, most:int=400)->str:
         kept += sentence
     return kept.strip()
 
+# %% ../../nbs/retrieval/04_raft.ipynb #passage-questions
 def passage_questions(
     passages:Iterable[Passage], # Of an index
     seed:int = 0,               # Of the wording
@@ -84,6 +87,7 @@ def passage_questions(
             plain = f"{p.title}：资料怎么说？" if zh else f"What is known about {p.title}?"
             yield Asked(p.title if p.title[-1] in "?？" else plain, _first(p.text), p)
 
+# %% ../../nbs/retrieval/04_raft.ipynb #dataset-questions
 def dataset_questions(
     source:Source, # Questions with answers
     index:Index,   # Where the golden passages are
@@ -108,7 +112,8 @@ def _distractors(one:Asked, index:Index, plan:RaftPlan, many:int)->list[Passage]
     "Passages that look right and are not."
     parts = sentences(one.answer)
     tempting = (h.passage for h in index.search(one.question, 20 + 4*many))
-    others = iter(random.Random(f"{plan.seed} others {one.question}").sample(index.passages, min(len(index.passages), 50)))
+    others = iter(random.Random(f"{plan.seed} others {one.question}").sample(index.passages,
+        min(len(index.passages), 50)))
     found:list[Passage] = []
     for p in (*tempting, *others):
         if len(found) == many: break
@@ -116,6 +121,7 @@ def _distractors(one:Asked, index:Index, plan:RaftPlan, many:int)->list[Passage]
         found.append(p)
     return found
 
+# %% ../../nbs/retrieval/04_raft.ipynb #raft-row
 def raft_row(
     one:Asked,     # Question, answer, golden passage
     index:Index,   # Where distractors are found
@@ -137,6 +143,7 @@ def raft_row(
         "golden": 0 if left_out else context.index(one.golden) + 1, "places": [p.place for p in context],
         "golden_place": one.golden.place, "question": one.question}
 
+# %% ../../nbs/retrieval/04_raft.ipynb #raft-rows
 def raft_rows(
     asked:Iterable[Asked|str], # From `passage_questions` or `dataset_questions`
     index:Index,               # Of the sources
@@ -149,8 +156,8 @@ def raft_rows(
         row = one if isinstance(one, str) else raft_row(one, index, plan)
         if isinstance(row, str): lost[row] += 1
         elif rows.setdefault(row["question"], row) is not row: lost["the same question twice"] += 1
-    if not rows: raise UserError(
-        f"no row came of {len(asked)} questions: {', '.join(f'{w} ({n})' for w, n in lost.items())}")
+    if not rows:
+        raise UserError(f"no row came of {len(asked)} questions: {', '.join(f'{w} ({n})' for w, n in lost.items())}")
     return list(rows.values()), lost
 
 # %% ../../nbs/retrieval/04_raft.ipynb #write
@@ -159,9 +166,10 @@ def check_trainable(
 ):
     "Raise `UserError` for a source that is for evaluation only."
     for source in sources:
-        if source.eval_only: raise UserError(
-            f"dataset '{source.name}' is for evaluation only: no training rows are made of it")
+        if source.eval_only:
+            raise UserError(f"dataset '{source.name}' is for evaluation only: no training rows are made of it")
 
+# %% ../../nbs/retrieval/04_raft.ipynb #write-raft
 def write_raft(
     rows:Sequence[dict],   # From `raft_rows`
     folder:str|Path,       # Where dataset_info.json and the rows go
@@ -176,17 +184,19 @@ def write_raft(
     registry = folder/"dataset_info.json"
     entries = read_registry(str(folder)) if registry.exists() else {}
     licences = sorted({s.licence or plan.licence or "unknown" for s in sources})
-    if "unknown" in licences: say(
-        "the licence of a source is not known; name it with --licence, or register the source with one")
+    if "unknown" in licences:
+        say("the licence of a source is not known; name it with --licence, or register the source with one")
     file = write_bytes(folder/f"{name}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows).encode())
     made = {"plan": asdict(plan), "rows": len(rows), "without_golden": sum(not r["golden"] for r in rows),
         "sources": {Path(path).name: digest for path, digest in source_hashes(sources).items()}}
     entries[name] = {"file_name": file.name, "formatting": "alpaca", "columns": {"prompt": "instruction", "query": "",
         "response": "output"}, "group": "title", "file_sha256": sha256(file), "licence": " AND ".join(licences),
-        "private": any(s.private for s in sources), "description": "Retrieval-augmented rows (RAFT): " + json.dumps(made)}
+        "private": any(s.private for s in sources), "description": "Retrieval-augmented rows (RAFT): "
+        + json.dumps(made)}
     write_json(registry, entries)
     return file
 
+# %% ../../nbs/retrieval/04_raft.ipynb #make-raft
 def make_raft(
     knowledge:KnowledgePlan,  # Sources of passages
     plan:RaftPlan,            # How rows are made

@@ -56,6 +56,7 @@ def _library(name:str):
     try: return importlib.import_module(name)
     except ImportError: raise UserError("retrieval needs the extra: pip install 'medllm[knowledge]'") from None
 
+# %% ../../nbs/retrieval/01_search.ipynb #stem
 @cache
 def _stop()->frozenset: return frozenset(_library("bm25s.stopwords").STOPWORDS_EN_PLUS)
 
@@ -63,6 +64,7 @@ def _stem(word:str)->str:
     if not hasattr(_own, "stemmer"): _own.stemmer = _library("Stemmer").Stemmer("english")
     return _own.stemmer.stemWord(word) if word.isascii() else word
 
+# %% ../../nbs/retrieval/01_search.ipynb #han
 def _han(run:str, at:int)->Iterator[tuple[str, int, int]]:
     "Bigrams of a run of Chinese characters; a lone character is one word."
     begin = 0
@@ -72,6 +74,7 @@ def _han(run:str, at:int)->Iterator[tuple[str, int, int]]:
         for i in range(begin, end - 1): yield run[i:i + 2], at + i, at + i + 2
         begin = cut.end() if cut else end
 
+# %% ../../nbs/retrieval/01_search.ipynb #placed-terms
 def placed_terms(
     text:str,               # In NFKC
     asking:bool = False,    # Whether it is a question
@@ -84,6 +87,7 @@ def placed_terms(
                 if len(word) > 1 - word.isdigit() and word not in _stop() and not (asking and word in ASKING):
                     yield _stem(word), *chunk.span()
 
+# %% ../../nbs/retrieval/01_search.ipynb #terms-2
 def terms(
     text:str,            # Any text
     asking:bool = False, # Whether it is a question
@@ -97,6 +101,7 @@ def _held(text:str)->frozenset[str]:
     "The terms of a passage."
     return frozenset(terms(text))
 
+# %% ../../nbs/retrieval/01_search.ipynb #places-2
 def places(
     placed:Iterable[tuple[str, int, int]], # From `placed_terms`
 )->dict[tuple, set[str]]:                  # A word or a Chinese character -> the terms it is part of
@@ -116,6 +121,7 @@ class Hit(NamedTuple):
     words:float     # How many words these are; a Chinese character is half a word
     near:float|None = None # Cosine to the question, with dense vectors
 
+# %% ../../nbs/retrieval/01_search.ipynb #index-2
 class Index:
     "Passages that can be searched. Nothing in it changes after it was made, so threads may share it."
     def __init__(self,
@@ -167,6 +173,7 @@ def _fused(*lists:np.ndarray)->np.ndarray:
         total[first] += 1/(60 + np.arange(1, len(first) + 1, dtype=np.float32))
     return total
 
+# %% ../../nbs/retrieval/01_search.ipynb #make-index
 def make_index(
     passages:list[Passage], # N passages
 )->Index:
@@ -183,12 +190,14 @@ class Dense:
         folder:str|Path, # Model folder that sentence-transformers wrote
     ):
         self.folder, self.vectors = find_path(folder), None
-        if not self.folder.is_dir(): raise UserError(
-            f"the model of embeddings {folder} is no local folder; download it first, nothing is fetched here")
+        if not self.folder.is_dir():
+            raise UserError(
+                f"the model of embeddings {folder} is no local folder; download it first, nothing is fetched here")
         try: from sentence_transformers import SentenceTransformer
         except ImportError: raise UserError("dense vectors need the extra: pip install 'medllm[dense]'") from None
         with foreign(f"the model of embeddings {folder}", "have it saved anew; code of its own is not run"):
-            self.model = SentenceTransformer(str(self.folder), local_files_only=True, trust_remote_code=False, device="cpu")
+            self.model = SentenceTransformer(str(self.folder), local_files_only=True, trust_remote_code=False,
+                device="cpu")
         self.lock = threading.Lock()
 
     def encode(self,
@@ -217,6 +226,7 @@ class KnowledgePlan:
     def __post_init__(self):
         if self.longest < 100: raise UserError(f"--longest {self.longest}: a passage needs at least 100 characters")
 
+# %% ../../nbs/retrieval/01_search.ipynb #source-hashes
 def _folder_hash(folder:Path)->dict:
     "SHA-256 of each file in a folder."
     return {str(f.relative_to(folder)): sha256(f) for f in sorted(folder.rglob("*")) if f.is_file()}
@@ -227,6 +237,7 @@ def source_hashes(
     "What the sources hold."
     return {str(f): sha256(f) for s in sources for f in s.files}
 
+# %% ../../nbs/retrieval/01_search.ipynb #key
 def _key(sources:list[Source], plan:KnowledgePlan, files:dict)->str:
     "A hash of all that an index depends on."
     modules = ("medllm.retrieval.passages", "medllm.retrieval.search", "medllm.audit.words", "medllm.data.readers",
@@ -237,6 +248,7 @@ def _key(sources:list[Source], plan:KnowledgePlan, files:dict)->str:
         "dense": _folder_hash(find_path(plan.dense)) if plan.dense else {}}
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:32]
 
+# %% ../../nbs/retrieval/01_search.ipynb #write
 def _write(index:Index, folder:Path):
     "All files of an index; index.json last, with the hashes of the others."
     index.bm25.save(folder/"bm25", show_progress=False)
@@ -246,6 +258,7 @@ def _write(index:Index, folder:Path):
     if index.dense: np.save(folder/"vectors.npy", index.dense.vectors)
     write_json(folder/"index.json", _folder_hash(folder))
 
+# %% ../../nbs/retrieval/01_search.ipynb #read
 def _read(folder:Path, dense:Dense|None)->Index|None:
     "An index from its files; None when there is none, or a damaged one."
     note = folder/"index.json"
@@ -269,8 +282,8 @@ def open_index(
     "The index of sources, from the cache or made now. Raises `UserError` for a source that is missing or cannot be read."
     _library("bm25s")
     sources = find_knowledge(plan.knowledge, plan.dataset_dir)
-    if lost := [s.name for s in sources if not s.files]: raise UserError(
-        f"knowledge must be in local files, and {lost[0]} is not; download it first")
+    if lost := [s.name for s in sources if not s.files]:
+        raise UserError(f"knowledge must be in local files, and {lost[0]} is not; download it first")
     dense = Dense(plan.dense) if plan.dense else None
     files = source_hashes(sources)
     with placed(): keep = cache_folder(cache_home()/"knowledge")
@@ -281,7 +294,8 @@ def open_index(
         if dense:
             dense.vectors = dense.encode([p.whole for p in index.passages], False)
             index.dense = dense
-        if source_hashes(sources) != files: raise UserError("a source of knowledge changed while it was read; start again")
+        if source_hashes(sources) != files:
+            raise UserError("a source of knowledge changed while it was read; start again")
         with beside(place) as part:
             part.chmod(0o700)
             _write(index, part)

@@ -49,8 +49,8 @@ class GrpoLoss:
     unbiased:bool = True           # Weigh the KL by the ratio, so that its gradient is that of the KL
 
     def __post_init__(self):
-        if self.kind not in GRPO_LOSSES: raise UserError(
-            f"--grpo_loss {self.kind}: must be one of {', '.join(GRPO_LOSSES)}")
+        if self.kind not in GRPO_LOSSES:
+            raise UserError(f"--grpo_loss {self.kind}: must be one of {', '.join(GRPO_LOSSES)}")
         if not 0 <= self.epsilon < 1: raise UserError(f"--epsilon {self.epsilon}: must be at least 0 and below 1")
         if (self.epsilon_high or 0) < 0: raise UserError(f"--epsilon_high {self.epsilon_high}: must be at least 0")
         if self.kl_coef < 0: raise UserError(f"--kl_coef {self.kl_coef}: must be at least 0")
@@ -124,6 +124,7 @@ def make_trainer(
     trainer.made = {"reference": reference.record() if reference else None, "rewards": parts.record}
     return trainer
 
+# %% ../../nbs/rl/05_grpo.ipynb #finish
 def finish(
     trainer:RolloutTrainer, # After training
     args:Arguments,         # From `parse`

@@ -39,6 +39,7 @@ def mean_kl(
 class Halted(UserError):
     "Training that the monitor stopped; the sentence says why."
 
+# %% ../../nbs/rl/03_monitor.ipynb #monitor-2
 @dataclass
 class Monitor:
     "Looks at rollouts one after the other; raises `Halted` for what training cannot mend."
@@ -71,15 +72,19 @@ class Monitor:
         self.flat += flat
         at_best = self.varied and reward >= self.best - 1e-6
         empty = (lengths <= 1).float().mean().item() > 0.9
-        if self._last("short", empty or length <= first_length/10 and reward <= first_reward): raise Halted(
-            f"answers have collapsed to {length:.1f} tokens from {first_length:.1f}, without earning more: raise "
-            "--kl_coef, or reward what an answer must contain")
-        if self._last("certain", entropy < self.certain and not at_best): raise Halted(
-            f"the policy's entropy has fallen to {entropy:.5f} nat/token at a mean reward of {reward:.3f}: it explores "
-            "no more; lower --learning_rate, or raise --kl_coef")
+        if self._last("short", empty or length <= first_length/10 and reward <= first_reward):
+            raise Halted(
+                f"answers have collapsed to {length:.1f} tokens from {first_length:.1f}, without earning more: raise "
+                "--kl_coef, or reward what an answer must contain")
+        if self._last("certain", entropy < self.certain and not at_best):
+            raise Halted(
+                f"the policy's entropy has fallen to {entropy:.5f} nat/token at a mean reward "
+                f"of {reward:.3f}: it explores "
+                "no more; lower --learning_rate, or raise --kl_coef")
         if self._last("flat", flat):
-            if not at_best: raise Halted(f"in {self.patience} batches no group of answers had different rewards (now "
-                f"{reward:.3f} on average): nothing can be learnt; look at --reward_funcs, or take other questions")
+            if not at_best:
+                raise Halted(f"in {self.patience} batches no group of answers had different rewards (now "
+                    f"{reward:.3f} on average): nothing can be learnt; look at --reward_funcs, or take other questions")
             self.finished = True
 
 # %% ../../nbs/rl/03_monitor.ipynb #memory
@@ -91,6 +96,7 @@ def state(self:Monitor)->dict:
     return {name: list(v) if isinstance(v, deque) else v.copy() if isinstance(v, (list, dict)) else v
         for name in _KEPT for v in (getattr(self, name),)}
 
+# %% ../../nbs/rl/03_monitor.ipynb #load-state
 @patch
 def load_state(self:Monitor,
     state:dict, # From `state`
@@ -109,9 +115,11 @@ def check_kl(self:Monitor,
     while len(self.recent) > self.window: self.recent.popleft()
     x = np.array(self.recent)
     errors = 5 if len(x) >= 32 else 8
-    if len(x) >= 8 and x.mean() + errors*x.std(ddof=1)/len(x)**.5 < -1e-3: raise Halted(
-        f"the KL to the reference reads {x.mean():.4f} nat/answer over {len(x)} answers, below zero by more than "
-        "chance: they were not drawn from the policy that is trained; leave --top_p at 1 and --top_k at 0, and "
-        "look at --ref_policy")
-    if not kl <= self.kl_limit: raise Halted(f"the KL to the reference is {kl:.1f} nat/answer, over --kl_limit "
-        f"{self.kl_limit:g}: lower --learning_rate, or raise --kl_coef")
+    if len(x) >= 8 and x.mean() + errors*x.std(ddof=1)/len(x)**.5 < -1e-3:
+        raise Halted(
+            f"the KL to the reference reads {x.mean():.4f} nat/answer over {len(x)} answers, below zero by more than "
+            "chance: they were not drawn from the policy that is trained; leave --top_p at 1 and --top_k at 0, and "
+            "look at --ref_policy")
+    if not kl <= self.kl_limit:
+        raise Halted(f"the KL to the reference is {kl:.1f} nat/answer, over --kl_limit "
+            f"{self.kl_limit:g}: lower --learning_rate, or raise --kl_coef")

@@ -113,8 +113,8 @@ class KlWeight:
 
     def __post_init__(self):
         if self.value < 0: raise UserError(f"--kl_coef {self.value:g}: must not be negative")
-        if self.target < 0: raise UserError(
-            f"--ppo_target {self.target:g}: must not be negative; 0 keeps --kl_coef as it is")
+        if self.target < 0:
+            raise UserError(f"--ppo_target {self.target:g}: must not be negative; 0 keeps --kl_coef as it is")
 
     def update(self,
         kl:float, # Measured [nat/answer]
@@ -122,6 +122,7 @@ class KlWeight:
         "Follow a measured KL, arXiv:1909.08593 section 2.2."
         if self.target: self.value *= 1 + self.speed*max(-.2, min(.2, kl/self.target - 1))
 
+# %% ../../nbs/rl/06_ppo.ipynb #running-scale
 @dataclass
 class RunningScale:
     "Mean and deviation of all scores so far."
@@ -169,7 +170,8 @@ def attach_critic(
         model.critic = ModelCritic(scorer)
     known = reward and (reward.role or plan.kind != "lora")
     beginning = f"the reward model {reward.folder}" if known else "a copy of the policy, all values 0"
-    say(f"the value model begins as {beginning}, {'a role on its base' if plan.kind == 'lora' else 'a model of its own'}")
+    say(f"the value model begins as {beginning}, "
+        f"{'a role on its base' if plan.kind == 'lora' else 'a model of its own'}")
 
 # %% ../../nbs/rl/06_ppo.ipynb #settings
 @dataclass
@@ -214,7 +216,7 @@ class PpoObjective(RolloutObjective):
     def advantages(self, trainer, drawn, scores:torch.Tensor, values:torch.Tensor)->tuple[torch.Tensor, torch.Tensor]:
         "Advantages and returns of a rollout, (N, L) each."
         s, a = self.settings, trainer.accelerator
-        total = lambda sums: a.reduce(sums.to(a.device), "sum").cpu() if a.num_processes > 1 else sums
+        def total(sums): return a.reduce(sums.to(a.device), "sum").cpu() if a.num_processes > 1 else sums
         if s.score_norm:
             self.scale.add(a.gather(scores.to(a.device)).cpu())
             scores = self.scale(scores)
@@ -251,11 +253,13 @@ class PpoTrainer(RolloutTrainer):
     "A `RolloutTrainer` whose model carries a value model."
     def saved_elsewhere(self, name): return is_critic(name)
 
+# %% ../../nbs/rl/06_ppo.ipynb #critic
 @patch
 def _critic(self:PpoTrainer)->dict:
     "The trained parameters of the value model."
     return {name: p for name, p in self.model.named_parameters() if is_critic(name) and p.requires_grad}
 
+# %% ../../nbs/rl/06_ppo.ipynb #save-2
 @patch
 def _save(self:PpoTrainer, output_dir:str|None=None, state_dict:dict|None=None):
     "Save the policy; into a checkpoint also the value model."
@@ -269,17 +273,19 @@ def _save(self:PpoTrainer, output_dir:str|None=None, state_dict:dict|None=None):
     save_file({name: p.detach().contiguous().cpu() for name, p in self._critic().items()},
     folder/"critic.safetensors")
 
+# %% ../../nbs/rl/06_ppo.ipynb #load-from-checkpoint
 @patch
 def _load_from_checkpoint(self:PpoTrainer, resume_from_checkpoint:str, model=None):
     "Load the policy and the value model."
     from safetensors.torch import load_file
     folder, trains = Path(resume_from_checkpoint), self._critic()
     super(PpoTrainer, self)._load_from_checkpoint(resume_from_checkpoint, model)
-    if not (folder/"critic.safetensors").exists(): raise UserError(
-        f"{folder} holds no value model (critic.safetensors): it is no checkpoint of stage ppo")
+    if not (folder/"critic.safetensors").exists():
+        raise UserError(f"{folder} holds no value model (critic.safetensors): it is no checkpoint of stage ppo")
     kept = load_file(folder/"critic.safetensors")
-    if kept.keys() != trains.keys(): raise UserError(
-        f"the value model in {folder} is of another kind: resume with the flags of the run that is resumed")
+    if kept.keys() != trains.keys():
+        raise UserError(
+            f"the value model in {folder} is of another kind: resume with the flags of the run that is resumed")
     for name, p in trains.items():
         p.data.copy_(kept[name])
         p.requires_grad_(True)
@@ -306,6 +312,7 @@ def make_trainer(
     trainer.made = {"reference": reference.record(), "rewards": parts.record}
     return trainer
 
+# %% ../../nbs/rl/06_ppo.ipynb #finish
 def finish(
     trainer:PpoTrainer, # After training
     args:Arguments,     # From `parse`

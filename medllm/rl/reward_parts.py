@@ -34,6 +34,7 @@ class RewardModelPlan:
     role:bool           # An adapter on the policy's own base
     bits:int|None       # Quantisation of a model of its own
 
+# %% ../../nbs/rl/02_reward_parts.ipynb #plan-reward-model
 def plan_reward_model(
     args:Arguments, # From `parse`
 )->RewardModelPlan|None: # None where only rules reward
@@ -47,10 +48,11 @@ def plan_reward_model(
     folder = given[0] if given else r.reward_model
     config = find_path(folder)/"adapter_config.json"
     kind = "lora" if config.exists() else "full"
-    if r.reward_model_type not in (None, kind): raise UserError(
-        f"--reward_model_type {r.reward_model_type}: {folder} holds {'an adapter' if kind == 'lora' else 'a model'}")
-    if given and kind == "full": raise UserError(
-        f"--reward_model_adapters {folder} is not an adapter: it has no adapter_config.json")
+    if r.reward_model_type not in (None, kind):
+        raise UserError(
+            f"--reward_model_type {r.reward_model_type}: {folder} holds {'an adapter' if kind == 'lora' else 'a model'}")
+    if given and kind == "full":
+        raise UserError(f"--reward_model_adapters {folder} is not an adapter: it has no adapter_config.json")
     if kind == "full": return RewardModelPlan(folder, None, False, r.reward_model_quantization_bit)
     base, bare = r.reward_model if given else base_of(folder), plan.kind == "lora" and (
         not plan.adapters or len(plan.adapters) == 1 and not plan.new_adapter)
@@ -67,6 +69,7 @@ def whole_rows(
     answers = zip(rollout.prompts, rollout.answers.numpy(), rollout.lengths.tolist())
     return [np.concatenate([prompt, answer[:n]]) for prompt, answer, n in answers]
 
+# %% ../../nbs/rl/02_reward_parts.ipynb #role-scorer
 class RoleScorer:
     "A reward model that is a role on the policy's base."
     def __init__(self,
@@ -109,8 +112,9 @@ def load_scores(
         return scorer, plan, facts
     load = replace(args.load_plan(), bits=plan.bits, frozen=True)
     where = plan.base or plan.folder
-    if load_tokenizer(where, load).get_vocab() != tokenizer.get_vocab(): raise UserError(
-        f"--reward_model {plan.folder} has another vocabulary than the policy; it cannot read its answers")
+    if load_tokenizer(where, load).get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"--reward_model {plan.folder} has another vocabulary than the policy; it cannot read its answers")
     scorer = load_reward_model(plan.folder, plan.base, load, str(args.training.device))
     return (lambda rollout: score_rows(scorer, whole_rows(rollout), pad_id=tokenizer.pad_token_id or 0)), plan, facts
 
@@ -122,22 +126,25 @@ class RewardParts:
     record:dict                      # For the metrics: names, weights, the reward model and its accuracy
     model:RewardModelPlan|None = None# The reward model, if there is one
 
+# %% ../../nbs/rl/02_reward_parts.ipynb #weights
 def _weights(args:Arguments, count:int)->list[float]:
     "The weights of the parts."
     given = args.reward.reward_weights
     try: found = [float(w) for w in given.split(",")] if given else [1.0]*count
-    except ValueError: raise UserError(
-        f"--reward_weights {given}: must be numbers with commas between them") from None
+    except ValueError:
+        raise UserError(f"--reward_weights {given}: must be numbers with commas between them") from None
     if len(found) != count: raise UserError(f"--reward_weights has {len(found)} numbers for {count} rewards")
     return found
 
+# %% ../../nbs/rl/02_reward_parts.ipynb #sample-of
 def _sample_of(data:TrainingData, most:int=2000)->tuple[list[str], list[str]]:
     "Golds and questions of the rows, of some of them where there are many."
     rows = data.train.rows
     at = np.linspace(0, len(rows) - 1, min(len(rows), most)).astype(int) if len(rows) else ()
-    decode = lambda ids: data.renderer.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+    def decode(ids): return data.renderer.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
     return [rows.note(i) for i in at], [decode(rows[i]["input_ids"]) for i in at]
 
+# %% ../../nbs/rl/02_reward_parts.ipynb #reward-parts
 def reward_parts(
     args:Arguments,    # From `parse`
     data:TrainingData, # From `prepare_data`

@@ -59,7 +59,7 @@ class AnswerLayout:
             forks.append((end, end, end + pads))
             ids, places = [*ids, np.full(pads, self.pad_id)], [*places, np.arange(pads)]
         answers = [answer for group in together for answer in group]
-        whole = lambda parts: torch.from_numpy(np.concatenate(parts).astype(np.int64))
+        def whole(parts): return torch.from_numpy(np.concatenate(parts).astype(np.int64))
         return {"input_ids": whole(ids)[None], "position_ids": whole(places)[None], "borders": tuple(forks),
             "positions": whole(at), "targets": whole(answers),
             "row_of": whole([np.full(len(a), i) for i, a in enumerate(answers)]),
@@ -115,10 +115,12 @@ def carried(self:Rollout,
 )->dict:      # Tensors and numbers by name
     "What is needed to learn from these answers again."
     prompts = self.prompts[::self.each]
-    return {"prompts": torch.from_numpy(np.concatenate(prompts)), "prompt_lengths": torch.tensor([len(p) for p in prompts]),
+    return {"prompts": torch.from_numpy(np.concatenate(prompts)),
+        "prompt_lengths": torch.tensor([len(p) for p in prompts]),
         "answers": self.answers, "lengths": self.lengths, "ended": self.ended, "each": self.each,
         **{f"value_{name}": value for name, value in values.items() if value is not None}}
 
+# %% ../../nbs/rl/00_rollout.ipynb #rollout-again
 def rollout_again(
     saved:dict, # From `Rollout.carried`
 )->tuple[Rollout, dict]:
@@ -143,6 +145,7 @@ class Reward:
         "A part from a function of answers, golds and prompts, each N texts."
         return cls(name, lambda r: function(r.texts, r.notes, r.questions), weight)
 
+# %% ../../nbs/rl/00_rollout.ipynb #add-rewards
 def add_rewards(
     parts:Sequence[Reward], # At least one
     rollout:Rollout,        # Answers
@@ -151,6 +154,7 @@ def add_rewards(
     found = {}
     for part in parts:
         found[part.name] = values = torch.as_tensor(part.score(rollout), dtype=torch.float32).cpu()
-        if values.shape != (len(rollout),) or values.isinf().any(): raise UserError(
-            f"reward {part.name} must give a finite number for each answer, or NaN where it does not apply")
+        if values.shape != (len(rollout),) or values.isinf().any():
+            raise UserError(
+                f"reward {part.name} must give a finite number for each answer, or NaN where it does not apply")
     return found, sum(part.weight*found[part.name].nan_to_num(0) for part in parts)

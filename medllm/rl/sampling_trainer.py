@@ -41,8 +41,9 @@ class RolloutBatches(Sampler):
         self.prompts, self.size, self.repeat, self.seed = prompts, size, repeat, seed
         self.rank, self.world, self.shuffled = rank, world, shuffled
         self.batch_size, self.drop_last, self.epoch = size, drop_last, 0
-        if not self.rounds: raise UserError(f"--dataloader_drop_last leaves nothing to train on: {prompts} prompts are fewer "
-            f"than the {size*world} of a rollout")
+        if not self.rounds:
+            raise UserError(f"--dataloader_drop_last leaves nothing to train on: {prompts} prompts are fewer "
+                f"than the {size*world} of a rollout")
     def set_epoch(self, epoch:int): self.epoch = epoch
     @property
     def rounds(self)->int:
@@ -75,6 +76,7 @@ class RolloutObjective(Objective):
     def state(self): return self.trainer.carried() if self.trainer else {}
     def load_state(self, state): self.trainer.take_carried(state)
 
+# %% ../../nbs/rl/04_sampling_trainer.ipynb #rollout-plan
 @dataclass(frozen=True)
 class RolloutPlan:
     "What a `RolloutTrainer` is told beside the objective."
@@ -90,8 +92,9 @@ def keeps_texts(
     private:bool, # Whether a dataset is private
 )->bool:
     "Whether questions and answers go into the record; says so when they were asked for and are private."
-    if asked and private: say("--log_completions is not followed: the dataset is private, as every one is whose entry in "
-        'dataset_info.json does not say "private": false')
+    if asked and private:
+        say("--log_completions is not followed: the dataset is private, as every one is whose entry in "
+            'dataset_info.json does not say "private": false')
     return asked and not private
 
 # %% ../../nbs/rl/04_sampling_trainer.ipynb #trainer
@@ -103,15 +106,19 @@ def _without_dropout(model):
         if getattr(m, "attention_dropout", 0): found, m.attention_dropout = True, 0.0
     if found: say("dropout is off: answers are drawn and learnt from by one policy")
 
+# %% ../../nbs/rl/04_sampling_trainer.ipynb #longest
 def _longest(model, several:list, how:Sampling)->int:
     "Tokens of the longest prompt with the longest answer. Raises `UserError` for more than the model has positions."
     prompt = max((int(units.lengths.max()) for units in several if units is not None and len(units)), default=0)
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if most and prompt + how.max_new_tokens > most: raise UserError(
-        f"prompts of {prompt} tokens and answers of {how.max_new_tokens} are more than the model's {most} positions: "
-        "lower --max_new_tokens or --cutoff_len")
+    if most and prompt + how.max_new_tokens > most:
+        raise UserError(
+            f"prompts of {prompt} tokens and answers of {how.max_new_tokens} are more than "
+            f"the model's {most} positions: "
+            "lower --max_new_tokens or --cutoff_len")
     return prompt + how.max_new_tokens
 
+# %% ../../nbs/rl/04_sampling_trainer.ipynb #rollout-trainer
 class RolloutTrainer(StageTrainer):
     "A `StageTrainer` over `Prompts`; writes `rollouts.jsonl` beside the history."
     def __init__(self,
@@ -123,13 +130,13 @@ class RolloutTrainer(StageTrainer):
         eval_units = None,# `Prompts`, or several by name
         pack_to:int|None = None, # Lay the rows of a micro-batch end to end
     ):
-        if plan.how.temperature == 0: raise UserError(
-            "--temperature 0: answers that are always the same teach nothing; 1 is usual")
+        if plan.how.temperature == 0:
+            raise UserError("--temperature 0: answers that are always the same teach nothing; 1 is usual")
         _without_dropout(model)
         super().__init__(model, args, objective, train_units, eval_units, plan.renderer.tokenizer, False, pack_to)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled: raise UserError(
-            "PPO and GRPO draw answers from whole weights: run them without FSDP and DeepSpeed "
-            "(--quantization_bit 4 saves memory)")
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise UserError("PPO and GRPO draw answers from whole weights: run them without FSDP and DeepSpeed "
+                "(--quantization_bit 4 saves memory)")
         self.plan, self.monitor, objective.trainer = plan, Monitor(plan.kl_limit), self
         held = eval_units.values() if isinstance(eval_units, dict) else [eval_units]
         self.longest = _longest(model, [train_units, *held], plan.how)
@@ -137,9 +144,11 @@ class RolloutTrainer(StageTrainer):
         objective.layout.shared = objective.each > 1 and not args.torch_compile and all(
             [branched(m, self.longest) for m in (self.model, *others)])
         per_step = args.per_device_train_batch_size*args.gradient_accumulation_steps
-        if per_step*objective.steps % objective.each: raise UserError(
-            f"--per_device_train_batch_size x --gradient_accumulation_steps is {per_step}: it must be a multiple of "
-            f"the {objective.each} answers to a prompt (--num_generations)")
+        if per_step*objective.steps % objective.each:
+            raise UserError(
+                "--per_device_train_batch_size x --gradient_accumulation_steps is "
+                f"{per_step}: it must be a multiple of "
+                f"the {objective.each} answers to a prompt (--num_generations)")
         self.size, self.drawn, self.queue, self.kept = per_step*objective.steps//objective.each, None, [], None
         self.rollouts, self.spent = Path(args.output_dir)/"rollouts.jsonl", 0.0
         self.noted, self.ends, self.totals = [], ({}, {}), {"rollouts": 0, "answers": 0, "seconds": 0.0}
@@ -159,6 +168,7 @@ def get_train_dataloader(self:RolloutTrainer):
         a.seed if a.data_seed is None else a.data_seed, a.process_index, a.world_size, a.dataloader_drop_last,
         a.train_sampling_strategy != "sequential"), stays=True)
 
+# %% ../../nbs/rl/04_sampling_trainer.ipynb #get-batch-samples
 @patch
 def get_batch_samples(self:RolloutTrainer, epoch_iterator, num_batches:int, device)->tuple:
     "The micro-batches of the coming optimiser step."
@@ -172,6 +182,7 @@ def get_batch_samples(self:RolloutTrainer, epoch_iterator, num_batches:int, devi
     coming = self.queue[step*num_batches:(step + 1)*num_batches]
     return super(RolloutTrainer, self).get_batch_samples(iter(coming), num_batches, device)
 
+# %% ../../nbs/rl/04_sampling_trainer.ipynb #micro-batches
 @patch
 def micro_batches(self:RolloutTrainer,
     rollout:Rollout, # From `sample`
@@ -210,6 +221,7 @@ def token_logps(self:RolloutTrainer,
             whole[torch.from_numpy(rows)] = part
     return out
 
+# %% ../../nbs/rl/04_sampling_trainer.ipynb #answer
 @patch
 def answer(self:RolloutTrainer,
     prompts:list[dict], # From `Prompts`
@@ -224,12 +236,13 @@ def answer(self:RolloutTrainer,
     answers, lengths, ended = sample_answers(
         self.model, ids, table, how, plan.renderer.stop_ids, plan.renderer.tokenizer.pad_token_id or 0,
         rows_that_fit(self.model, self.longest))
-    decode = lambda rows: plan.renderer.tokenizer.batch_decode(
-        rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def decode(rows):
+        return plan.renderer.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     texts = decode([row[:n - end].tolist() for row, n, end in zip(answers, lengths.tolist(), ended.tolist())])
     return Rollout(each_of(ids), answers, lengths, ended, each, each_of([p["note"] for p in prompts]),
         np.array(each_of([p["index"] for p in prompts])), texts, each_of(decode([i.tolist() for i in ids])))
 
+# %% ../../nbs/rl/04_sampling_trainer.ipynb #sample-2
 @patch
 def sample(self:RolloutTrainer,
     prompts:list[dict], # From `Prompts`
@@ -240,6 +253,7 @@ def sample(self:RolloutTrainer,
     if self.plan.reference: rollout.reference, = self.token_logps(rollout, lambda b: (self.reference_logps(b, heat),))
     return rollout
 
+# %% ../../nbs/rl/04_sampling_trainer.ipynb #reference-logps
 @patch
 def reference_logps(self:RolloutTrainer,
     batch:dict,              # A micro-batch on the device
@@ -247,8 +261,9 @@ def reference_logps(self:RolloutTrainer,
 )->torch.Tensor:             # (M,), [nat]
     "Log-probability of each target under the reference."
     reference = self.plan.reference
-    with reference.answering(self.model) as asked: return (reference.head or self.head).token_logps(
-        asked, *(batch[k] for k in ("input_ids", "positions", "targets")), temperature, **self.apart(batch))
+    with reference.answering(self.model) as asked:
+        return (reference.head or self.head).token_logps(
+            asked, *(batch[k] for k in ("input_ids", "positions", "targets")), temperature, **self.apart(batch))
 
 # %% ../../nbs/rl/04_sampling_trainer.ipynb #watch
 @patch
@@ -258,7 +273,7 @@ def watch(self:RolloutTrainer,
     rewards:torch.Tensor, # Their weighted sum, (N,)
 ):
     "Note and record a rollout, and have the monitor look at it. Raises `Halted`."
-    gather = lambda x: self.accelerator.gather(x.to(self.args.device)).cpu()
+    def gather(x): return self.accelerator.gather(x.to(self.args.device)).cpu()
     parts, rewards = {name: gather(values) for name, values in parts.items()}, gather(rewards)
     lengths, ended, entropy = gather(rollout.lengths), gather(rollout.ended), gather(rollout.sums(rollout.entropy))
     groups = rewards.view(-1, rollout.each if rollout.each > 1 else len(rewards))
@@ -277,14 +292,17 @@ def watch(self:RolloutTrainer,
         noted["kl"] = mean_kl(k1, k3)
         self.monitor.check_kl(k1, noted["kl"])
     self.monitor(lengths, noted["entropy"], rewards, flat == 1)
-    if flat == 1 and self.monitor.streaks["flat"] in (1, 5, 10): say(
-        f"step {self.state.global_step}: no group of answers has different rewards ({rewards.mean():.3f} on average): "
-        "nothing is learnt from this batch")
+    if flat == 1 and self.monitor.streaks["flat"] in (1, 5, 10):
+        say(
+            f"step {self.state.global_step}: no group of answers has different rewards "
+            f"({rewards.mean():.3f} on average): "
+            "nothing is learnt from this batch")
     if self.monitor.finished and not self.control.should_training_stop:
         say(f"step {self.state.global_step}: for {self.monitor.patience} batches all answers have had the best reward "
             "there is; training ends here")
         self.control.should_training_stop = True
 
+# %% ../../nbs/rl/04_sampling_trainer.ipynb #record
 @patch
 def _record(self:RolloutTrainer, rollout:Rollout, parts:dict, lengths:torch.Tensor, ended:torch.Tensor):
     "A line of rollouts.jsonl."
@@ -296,9 +314,10 @@ def _record(self:RolloutTrainer, rollout:Rollout, parts:dict, lengths:torch.Tens
     if not self.is_world_process_zero(): return
     rounded = {name: [None if v != v else round(v, 4) for v in values.tolist()] for name, values in parts.items()}
     self.rollouts.parent.mkdir(parents=True, exist_ok=True)
-    with open(self.rollouts, "a" if self.state.global_step else "w", encoding="utf-8") as f: f.write(json.dumps({
-        "step": self.state.global_step, "prompts": index.tolist(), "rewards": rounded, "lengths": lengths.tolist(),
-        "ended": ended.int().tolist(), **texts}, ensure_ascii=False) + "\n")
+    with open(self.rollouts, "a" if self.state.global_step else "w", encoding="utf-8") as f:
+        f.write(json.dumps({
+            "step": self.state.global_step, "prompts": index.tolist(), "rewards": rounded, "lengths": lengths.tolist(),
+            "ended": ended.int().tolist(), **texts}, ensure_ascii=False) + "\n")
 
 # %% ../../nbs/rl/04_sampling_trainer.ipynb #summary
 @patch
@@ -317,8 +336,9 @@ def log(self:RolloutTrainer, logs:dict, start_time:float|None=None):
         names = dict.fromkeys(name for noted in self.noted for name in noted)
         logs |= {name: float(np.nanmean([n[name] for n in self.noted if name in n])) for name in names}
         seconds = max(time.perf_counter() - self._since, 1e-9)
-        if self.noted: logs |= {
-            "rollout_share": round(min(self.spent/seconds, 1), 4), "flat_batches": self.monitor.flat}
+        if self.noted:
+            logs |= {
+                "rollout_share": round(min(self.spent/seconds, 1), 4), "flat_batches": self.monitor.flat}
         self.totals["seconds"] += self.spent
         self.noted, self.spent = [], 0.0
     super(RolloutTrainer, self).log(logs, start_time)
@@ -333,12 +353,14 @@ def carried(self:RolloutTrainer)->dict:
     number, rollout, values = self.kept
     return copied | {"number": number} | rollout.carried(**values)
 
+# %% ../../nbs/rl/04_sampling_trainer.ipynb #take-carried
 @patch
 def take_carried(self:RolloutTrainer,
     state:dict, # From `carried`
 ):
     "Go on with that."
-    self.noted, self.ends, self.totals, self.spent = state["noted"], tuple(state["ends"]), state["totals"], state["spent"]
+    self.noted, self.ends, self.totals, self.spent = state["noted"], tuple(state["ends"]), state["totals"], state[
+        "spent"]
     self.monitor.load_state(state["monitor"])
     self.drawn, self.kept = None, (state["number"], *rollout_again(state)) if "number" in state else None
 
@@ -357,11 +379,13 @@ def _total(self:RolloutTrainer, model, units)->torch.Tensor:
         self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
     return self.accelerator.reduce(total, "sum") if self.args.world_size > 1 else total
 
+# %% ../../nbs/rl/04_sampling_trainer.ipynb #named
 @patch
 def _named(self:RolloutTrainer, prefix:str, total:torch.Tensor)->dict:
     "Metrics from sums."
     reward, length, ended = (total[:3]/total[-1].clamp(min=1)).tolist()
-    sums, counts = total[3:-1].chunk(2)                            # a part is a mean over the answers that it applies to
+    # a part is a mean over the answers that it applies to
+    sums, counts = total[3:-1].chunk(2)
     parts = (sums/counts.clamp(min=1)).tolist()
     named = {f"reward_{part.name}": value for part, value in zip(self.objective.rewards, parts)}
     return {f"{prefix}_{name}": value for name, value in (

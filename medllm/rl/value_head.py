@@ -19,6 +19,7 @@ def _values(hidden:torch.Tensor, positions:torch.Tensor, head)->torch.Tensor:
     states = hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions)
     with torch.autocast(states.device.type, enabled=False): return head(states.float())[:, 0]
 
+# %% ../../nbs/rl/01_value_head.ipynb #role-critic
 class RoleCritic(torch.nn.Module):
     "Values from an adapter named critic on the policy's base."
     def __init__(self,
@@ -30,10 +31,11 @@ class RoleCritic(torch.nn.Module):
 
     def forward(self, trainer, batch:dict)->torch.Tensor: # (M,)
         "The value before each answer token of a batch."
-        with speaking(trainer.model, "critic"): hidden = trainer.head._hidden(
-            trainer.model, batch["input_ids"], **trainer.apart(batch))
+        with speaking(trainer.model, "critic"):
+            hidden = trainer.head._hidden(trainer.model, batch["input_ids"], **trainer.apart(batch))
         return _values(hidden, batch["positions"], self.head)
 
+# %% ../../nbs/rl/01_value_head.ipynb #model-critic
 class ModelCritic(torch.nn.Module):
     "Values from a model of their own."
     def __init__(self, scorer): # From `load_scorer`, adapted
@@ -49,6 +51,7 @@ class ModelCritic(torch.nn.Module):
         finally: del head.forward
         return _values(caught[0], batch["positions"], plain)
 
+# %% ../../nbs/rl/01_value_head.ipynb #is-critic
 def is_critic(
     name:str, # Of a parameter
 )->bool:
@@ -69,5 +72,6 @@ def remember_speaker(
         enable(activation_checkpointing_kwargs=(activation_checkpointing_kwargs or {}) | {
             "use_reentrant": False, "context_fn": contexts}, **more)
     model.activation_checkpointing_enable = enable_remembering                                    # Trainer calls this
-    model.gradient_checkpointing_enable = (                                                       # and others its old name
+    # and others its old name
+    model.gradient_checkpointing_enable = (
         lambda gradient_checkpointing_kwargs=None, **more: enable_remembering(gradient_checkpointing_kwargs, **more))

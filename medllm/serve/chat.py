@@ -46,7 +46,7 @@ class Conversation:
         turns, passages = [*self.turns, Turn("user", text.strip())], []
         asked, self.sources = turns, ""
         room = self.chat.longest - min(self.how.max_new_tokens, self.chat.longest//4)
-        fits = lambda turns: len(self.chat.prompt(turns, self.system)) <= room
+        def fits(turns): return len(self.chat.prompt(turns, self.system)) <= room
         if self.grounding: asked, passages = self.grounding.turns(turns, fits)
         if self.grounding and not passages:                     # nothing was found, so the model is not asked
             said = self.grounding.nothing(turns)
@@ -54,15 +54,18 @@ class Conversation:
             yield said
             return
         prompt = self.chat.prompt(asked, self.system)
-        if len(prompt) >= self.chat.longest: raise UserError(
-            f"the conversation has {len(prompt)} tokens and the model reads {self.chat.longest}: go back with /undo, or /new")
+        if len(prompt) >= self.chat.longest:
+            raise UserError(
+                f"the conversation has {len(prompt)} tokens and the model reads "
+                f"{self.chat.longest}: go back with /undo, or /new")
         seed = secrets.randbits(40) if self.seed is None else self.seed + len(turns)//2
         said, reason = "", ""
         try:
             for piece in self.queue.pieces(prompt, self.how, seed):
                 said, reason = said + piece.text, piece.reason
-                if reason == "error": raise UserError(
-                    piece.fault or "the model failed on this question; out of memory is the usual reason")
+                if reason == "error":
+                    raise UserError(
+                        piece.fault or "the model failed on this question; out of memory is the usual reason")
                 if piece.text and not self.grounding: yield piece.text
             if self.grounding:
                 said, told = self.grounding.checked(said, passages)
@@ -79,6 +82,7 @@ class Conversation:
         "Let the model's thread end."
         self.queue.close()
 
+# %% ../../nbs/serve/03_chat.ipynb #answer
 def _answer(text:str)->Turn:
     "An answer as a turn, its thoughts taken out."
     try: return answer_turn(text.strip())
@@ -89,7 +93,7 @@ def _answer(text:str)->Turn:
 def as_messages(self:Conversation)->list[dict]: # In OpenAI's form
     "The conversation, ready for a file or a request."
     system = [{"role": "system", "content": self.system}] if self.system else []
-    said = lambda t: f"<think>{t.thought}</think>{t.text}" if t.thought else t.text
+    def said(t): return f"<think>{t.thought}</think>{t.text}" if t.thought else t.text
     return system + [{"role": t.role, "content": said(t)} for t in self.turns]
 
 # %% ../../nbs/serve/03_chat.ipynb #words
@@ -169,6 +173,7 @@ def _lines(prompt:str)->Iterator[str]:
             if not part.endswith("\\"): break
         if text := "\n".join(parts).strip(): yield text
 
+# %% ../../nbs/serve/03_chat.ipynb #print-answer
 def _print_answer(talk:Conversation, question:str):
     "An answer as it comes; Ctrl-C stops it."
     answer = talk.say(question)
@@ -180,6 +185,7 @@ def _print_answer(talk:Conversation, question:str):
         print(" …", end="")
     print()
 
+# %% ../../nbs/serve/03_chat.ipynb #chat-in-terminal
 def chat_in_terminal(
     talk:Conversation,      # With whom
     line:str = disclaimer(), # Shown at the beginning; "" for none

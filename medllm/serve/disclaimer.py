@@ -19,6 +19,6 @@ def disclaimer(
 )->str:              # "" when it is off
     "The line to show beside answers. Raises `UserError` for a text that is no line."
     if said.lower() in ("on", "off"): return DISCLAIMER if said.lower() == "on" else ""
-    if not said.strip() or len(said) > 500 or not said.isprintable(): raise UserError(
-        "--disclaimer: give on, off, or one line of at most 500 characters")
+    if not said.strip() or len(said) > 500 or not said.isprintable():
+        raise UserError("--disclaimer: give on, off, or one line of at most 500 characters")
     return said.strip()

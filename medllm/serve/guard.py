@@ -25,9 +25,9 @@ class Keys:
         keys:Sequence[str] = (), # As clients send them
     ):
         for key in keys:
-            if len(key) < 16 or not key.isascii() or not key.isprintable() or " " in key: raise UserError(
-                "a key must be at least 16 ASCII characters without blanks; "
-                "make one with: python -c 'import secrets; print(secrets.token_urlsafe())'")
+            if len(key) < 16 or not key.isascii() or not key.isprintable() or " " in key:
+                raise UserError("a key must be at least 16 ASCII characters without blanks; "
+                    "make one with: python -c 'import secrets; print(secrets.token_urlsafe())'")
         self.digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     def __bool__(self): return bool(self.digests)
@@ -46,8 +46,8 @@ class Keys:
 
 # %% ../../nbs/serve/05_guard.ipynb #words
 _HEADERS = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer", "cache-control": "no-store",
-    "x-frame-options": "DENY", "cross-origin-resource-policy": "same-origin", "cross-origin-opener-policy": "same-origin",
-    "permissions-policy": "camera=(), microphone=(), geolocation=()",
+    "x-frame-options": "DENY", "cross-origin-resource-policy": "same-origin",
+    "cross-origin-opener-policy": "same-origin", "permissions-policy": "camera=(), microphone=(), geolocation=()",
     "content-security-policy": "default-src 'none'; frame-ancestors 'none'; base-uri 'none'"}
 _ROUTES = ("/", "/health", "/v1/models", "/v1/chat/completions", "/v1/completions")
 _METHODS = ("GET", "HEAD", "POST", "OPTIONS", "PUT", "DELETE", "PATCH")
@@ -58,6 +58,7 @@ def log_line(
     "Write a line to stderr."
     print(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), text, file=sys.stderr, flush=True)
 
+# %% ../../nbs/serve/05_guard.ipynb #told
 def told(
     scope:dict, # Of a request that is over
 )->str:         # No word of the request
@@ -68,6 +69,7 @@ def told(
     more = "".join(f" {k}={seen[k]}" for k in ("prompt", "answer", "fault") if k in seen)
     return f"{seen['id']} {method} {route} {seen['status'] or 'gone'} {1000*(time.perf_counter() - seen['since']):.0f}ms{more}"
 
+# %% ../../nbs/serve/05_guard.ipynb #refusal
 def refusal(
     e:Refused,          # What is wrong
     scope:dict|None = None, # Of the request, to ask a browser for the key
@@ -75,13 +77,15 @@ def refusal(
     "An error as an HTTP response."
     from starlette.responses import JSONResponse
     heads = {}
-    if e.status == 401: heads["www-authenticate"] = 'Basic realm="medllm"' if scope and scope["path"] == "/" else "Bearer"
+    if e.status == 401:
+        heads["www-authenticate"] = 'Basic realm="medllm"' if scope and scope["path"] == "/" else "Bearer"
     if e.status == 429: heads["retry-after"] = str(e.param)
     return JSONResponse(e.body() if e.status != 429 else Refused(429, e.message, e.code).body(), e.status, heads)
 
 # %% ../../nbs/serve/05_guard.ipynb #guard
 _is_local = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?", re.IGNORECASE).fullmatch
 
+# %% ../../nbs/serve/05_guard.ipynb #guard-2
 class Guard:
     "ASGI application around another: keys, where a request comes from, headers, log."
     def __init__(self,
@@ -122,6 +126,6 @@ class Guard:
             else: await self.app(scope, receive, out)
         except Exception as e:                                       # its message may hold words of a request
             seen["fault"] = type(e).__name__
-            if not seen["status"]: await refusal(Refused(500, "the server failed on this request", "server_error"))(
-                scope, receive, out)
+            if not seen["status"]:
+                await refusal(Refused(500, "the server failed on this request", "server_error"))(scope, receive, out)
         finally: self.log(told(scope))

@@ -47,6 +47,7 @@ class ServeChoice:
         for name in ("patience", "grace", "connections", "max_new_tokens"):
             if getattr(self, name) <= 0: raise UserError(f"--{name} {getattr(self, name)}: must be above 0")
 
+# %% ../../nbs/serve/07_lifecycle.ipynb #read-keys
 def read_keys(
     file:str|None, # Keys, one a line; lines that begin with # are notes
 )->Keys:
@@ -54,13 +55,14 @@ def read_keys(
     found = [os.environ["MEDLLM_API_KEY"]] if os.environ.get("MEDLLM_API_KEY") else []
     if file:
         try: lines = [line.strip() for line in find_path(file).read_text(encoding="utf-8").splitlines()]
-        except (OSError, UnicodeDecodeError) as e: raise UserError(
-            f"--api_key_file {file} cannot be read ({type(e).__name__})") from None
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f"--api_key_file {file} cannot be read ({type(e).__name__})") from None
         own = [line for line in lines if line and line[0] != "#"]
         if not own: raise UserError(f"--api_key_file {file} holds no key")
         found += own
     return Keys(found)
 
+# %% ../../nbs/serve/07_lifecycle.ipynb #listen
 def listen(
     host:str, # Name or address
     port:int, # 0: any
@@ -71,10 +73,13 @@ def listen(
     except (OSError, UnicodeError):
         raise UserError(f"--host {host} is no address of this machine; the default is 127.0.0.1") from None
     local = ipaddress.ip_address(address[0].partition("%")[0]).is_loopback
-    if not local and not keys: raise UserError(
-        f"--host {host} can be reached by others, so a key is needed: put one into a file and name it with --api_key_file")
+    if not local and not keys:
+        raise UserError(
+            f"--host {host} can be reached by others, so a key is needed: put one into a file "
+            "and name it with --api_key_file")
     try: return socket.create_server(address[:2], family=family, backlog=1024), local
-    except OSError as e: raise UserError(f"cannot listen on {host} port {port} ({e.strerror}); choose another --port") from None
+    except OSError as e:
+        raise UserError(f"cannot listen on {host} port {port} ({e.strerror}); choose another --port") from None
 
 # %% ../../nbs/serve/07_lifecycle.ipynb #protocol
 class Patient:
@@ -158,12 +163,15 @@ def build_server(
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi"):     # their words may hold a request's
         logging.getLogger(name).handlers, logging.getLogger(name).propagate = [logging.NullHandler()], False
     server = type("Server", (Orderly, uvicorn.Server), {})(uvicorn.Config(
-        build_app(service, keys, local, **more), http=protocol, ws="none", lifespan="off", log_config=None, access_log=False,
-        server_header=False, date_header=False, proxy_headers=False, timeout_keep_alive=5, h11_max_incomplete_event_size=32768,
+        build_app(service, keys, local, **more), http=protocol, ws="none", lifespan="off", log_config=None,
+        access_log=False,
+        server_header=False, date_header=False, proxy_headers=False, timeout_keep_alive=5,
+        h11_max_incomplete_event_size=32768,
         timeout_graceful_shutdown=choice.grace + 2))    # answers end at the grace; this is for clients that do not listen
     server.service, server.grace = service, choice.grace
     return server
 
+# %% ../../nbs/serve/07_lifecycle.ipynb #build-service
 def build_service(
     model:ModelChoice,   # Which model answers
     choice:ServeChoice,  # How the server runs
@@ -176,6 +184,7 @@ def build_service(
     house = AnswerQueue(chat, choice.rows, choice.waiting)
     return Service(chat, house, name, Limits(tokens=choice.max_new_tokens), line, grounding)
 
+# %% ../../nbs/serve/07_lifecycle.ipynb #serve
 def serve(
     model:ModelChoice = ModelChoice(),   # Which model answers
     choice:ServeChoice = ServeChoice(),  # How the server runs

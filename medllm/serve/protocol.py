@@ -37,12 +37,14 @@ class Refused(Exception):
         kind = "server_error" if self.status >= 500 else kinds.get(self.status, "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
+# %% ../../nbs/serve/04_protocol.ipynb #not-served
 def not_served(
     models:Sequence[str], # Names of what is served
 )->Refused:
     "What a request for another model is told: the names that it may use."
     return Refused(404, f"this model is not served here; ask for {' or '.join(models)}", "model_not_found", "model")
 
+# %% ../../nbs/serve/04_protocol.ipynb #limits-2
 @dataclass(frozen=True)
 class Limits:
     "The most that a request may ask for."
@@ -65,7 +67,8 @@ def read_body(
 )->dict:
     "The object in a request's body. Raises `Refused`."
     try: value = json.loads(raw.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError): raise Refused(400, "the body is not valid JSON in UTF-8", "invalid_json") from None
+    except (ValueError, RecursionError):
+        raise Refused(400, "the body is not valid JSON in UTF-8", "invalid_json") from None
     if not isinstance(value, dict): raise Refused(400, "the body must be a JSON object", "invalid_json")
     return value
 
@@ -73,10 +76,11 @@ def read_body(
 _COMMON = {"model", "max_tokens", "temperature", "top_p", "top_k", "n", "stop", "seed", "stream", "stream_options"}
 USED = {"chat": _COMMON | {"messages", "max_completion_tokens"}, "text": _COMMON | {"prompt"}}
 IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
-ONLY = {"presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},), "logprobs": (False, 0), "top_logprobs": (0,),
+ONLY = {"presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},), "logprobs": (False, 0),
+    "top_logprobs": (0,),
     "response_format": ({"type": "text"},), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
-    "modalities": (["text"],), "audio": (), "prediction": (), "web_search_options": (), "reasoning_effort": (), "verbosity": (),
-    "function_call": ("none", "auto"), "suffix": ("",), "echo": (False,), "best_of": (1,)}
+    "modalities": (["text"],), "audio": (), "prediction": (), "web_search_options": (), "reasoning_effort": (),
+    "verbosity": (), "function_call": ("none", "auto"), "suffix": ("",), "echo": (False,), "best_of": (1,)}
 
 def check_fields(
     body:dict, # Of a request
@@ -86,9 +90,12 @@ def check_fields(
     for name, value in body.items():
         if name in USED[kind] or name in IGNORED or value is None: continue
         shown = name if name.isidentifier() and len(name) < 40 else "a field"
-        if name not in ONLY: raise Refused(400,
-            f"{shown} is not known{nearest(name, [*USED[kind], *ONLY]) if shown == name else ''}", "unknown_field", shown)
-        if value not in ONLY[name]: raise Refused(400, f"{name} is not supported with this value", "unsupported_value", name)
+        if name not in ONLY:
+            raise Refused(400,
+                f"{shown} is not known{nearest(name, [*USED[kind], *ONLY]) if shown == name else ''}", "unknown_field",
+                shown)
+        if value not in ONLY[name]:
+            raise Refused(400, f"{name} is not supported with this value", "unsupported_value", name)
 
 # %% ../../nbs/serve/04_protocol.ipynb #numbers
 def _number(body:dict, name:str, low, high, default=None, whole:bool=False):
@@ -97,19 +104,24 @@ def _number(body:dict, name:str, low, high, default=None, whole:bool=False):
     if value is None: return default
     kind = "a whole number" if whole else "a number"
     right = type(value) is int or type(value) is float and not whole and math.isfinite(value)
-    if not right or not low <= value <= high: raise Refused(400, f"{name} must be {kind} from {low} to {high}", param=name)
+    if not right or not low <= value <= high:
+        raise Refused(400, f"{name} must be {kind} from {low} to {high}", param=name)
     return value
 
+# %% ../../nbs/serve/04_protocol.ipynb #stops
 def _stops(body:dict, limits:Limits)->tuple[str, ...]:
     "Stop strings."
     value = body.get("stop")
     value = [value] if isinstance(value, str) else value or []
     wrong = not isinstance(value, list) or len(value) > limits.stops or not all(
         isinstance(s, str) and 0 < len(s) <= limits.stop_length for s in value)
-    if wrong: raise Refused(400, f"stop must be text, or at most {limits.stops} texts of 1 to {limits.stop_length} characters",
-        param="stop")
+    if wrong:
+        raise Refused(
+            400, f"stop must be text, or at most {limits.stops} texts of 1 to {limits.stop_length} characters",
+            param="stop")
     return tuple(value)
 
+# %% ../../nbs/serve/04_protocol.ipynb #flag
 def _flag(body:dict, name:str)->bool:
     if not isinstance(body.get(name) or False, bool): raise Refused(400, f"{name} must be true or false", param=name)
     return bool(body.get(name))
@@ -119,44 +131,53 @@ def _text(content, where:str)->str:
     "The text of a message."
     if isinstance(content, list):
         for part in content:
-            if not isinstance(part, dict) or part.get("type") != "text": raise Refused(400, f"{where}.content: only parts of "
-                "type text are read; pictures, sound, files and addresses are not", param="messages")
+            if not isinstance(part, dict) or part.get("type") != "text":
+                raise Refused(400, f"{where}.content: only parts of "
+                    "type text are read; pictures, sound, files and addresses are not", param="messages")
         content = "".join(p["text"] if isinstance(p.get("text"), str) else "\ud800" for p in content)
-    if not isinstance(content, str) or not _is_text(content): raise Refused(400,
-        f"{where}.content must be text", param="messages")
+    if not isinstance(content, str) or not _is_text(content):
+        raise Refused(400,
+            f"{where}.content must be text", param="messages")
     return content.strip()
 
+# %% ../../nbs/serve/04_protocol.ipynb #is-text
 def _is_text(text:str)->bool:
     "Whether all characters are whole; half of one cannot be written as UTF-8."
     try: text.encode("utf-8")
     except UnicodeEncodeError: return False
     return True
 
+# %% ../../nbs/serve/04_protocol.ipynb #read-messages
 def read_messages(
     messages,      # Of a request
     limits:Limits, # How many
 )->tuple[list[Turn], str]: # Turns and system text
     "A conversation that asks for an answer. Raises `Refused`."
-    if not isinstance(messages, list) or not 1 <= len(messages) <= limits.messages: raise Refused(400,
-        f"messages must be a list of 1 to {limits.messages} messages", param="messages")
+    if not isinstance(messages, list) or not 1 <= len(messages) <= limits.messages:
+        raise Refused(400,
+            f"messages must be a list of 1 to {limits.messages} messages", param="messages")
     turns, system = [], ""
     for i, m in enumerate(messages):
         where = f"messages[{i}]"
         role = m.get("role") if isinstance(m, dict) else None
-        if role not in ("system", "developer", "user", "assistant"): raise Refused(400,
-            f"{where}.role must be system, user or assistant", param="messages")
-        if any(m[key] for key in set(m) - {"role", "content", "name", "refusal"}): raise Refused(400,
-            f"{where}: only role and content are read", "unknown_field", "messages")
+        if role not in ("system", "developer", "user", "assistant"):
+            raise Refused(400,
+                f"{where}.role must be system, user or assistant", param="messages")
+        if any(m[key] for key in set(m) - {"role", "content", "name", "refusal"}):
+            raise Refused(400,
+                f"{where}: only role and content are read", "unknown_field", "messages")
         text = _text(m.get("content"), where)
         if role in ("system", "developer"):
             if i: raise Refused(400, f"{where}: a system message can only be the first", param="messages")
             system = text
             continue
-        if role != ("user", "assistant")[len(turns) % 2] or not text: raise Refused(400,
-            f"{where}: user and assistant must alternate, beginning with user, and say something", param="messages")
+        if role != ("user", "assistant")[len(turns) % 2] or not text:
+            raise Refused(400,
+                f"{where}: user and assistant must alternate, beginning with user, and say something", param="messages")
         try: turns.append(Turn("user", text) if role == "user" else answer_turn(text))
         except Rejected: turns.append(Turn("assistant", text))       # a thought that was cut off
-    if not turns or turns[-1].role != "user": raise Refused(400, "the last message must be the user's", param="messages")
+    if not turns or turns[-1].role != "user":
+        raise Refused(400, "the last message must be the user's", param="messages")
     return turns, system
 
 # %% ../../nbs/serve/04_protocol.ipynb #request
@@ -174,15 +195,18 @@ class Wanted:
     stream:bool           # In pieces
     usage:bool            # Whether a stream ends with its counts
 
+# %% ../../nbs/serve/04_protocol.ipynb #prompts
 def _prompts(body:dict, limits:Limits)->tuple[Turn, ...]:
     "Texts to be continued."
     value = body.get("prompt")
     value = [value] if isinstance(value, str) else value
     if not isinstance(value, list) or not 1 <= len(value) <= limits.n or not all(
-            isinstance(t, str) and t and _is_text(t) for t in value): raise Refused(400,
-        f"prompt must be text, or 1 to {limits.n} texts; token ids are not read", param="prompt")
+            isinstance(t, str) and t and _is_text(t) for t in value):
+                raise Refused(400,
+            f"prompt must be text, or 1 to {limits.n} texts; token ids are not read", param="prompt")
     return tuple(Turn("document", text) for text in value)
 
+# %% ../../nbs/serve/04_protocol.ipynb #read-request
 def read_request(
     body:dict,             # From `read_body`
     kind:str,              # "chat" or "text"
@@ -201,9 +225,11 @@ def read_request(
     n = _number(body, "n", 1, max(1, limits.n//len(turns)) if kind == "text" else limits.n, 1, whole=True)
     seed = _number(body, "seed", 0, 2**63 - 1, None, whole=True)
     options = body.get("stream_options") or {}
-    if not isinstance(options, dict) or set(options) - {"include_usage", "include_obfuscation"}: raise Refused(400,
-        "stream_options may hold include_usage only", param="stream_options")
-    return Wanted(kind, tuple(turns), system, how, longest is not None, n, secrets.randbits(40) if seed is None else seed,
+    if not isinstance(options, dict) or set(options) - {"include_usage", "include_obfuscation"}:
+        raise Refused(400,
+            "stream_options may hold include_usage only", param="stream_options")
+    return Wanted(kind, tuple(turns), system, how, longest is not None, n,
+        secrets.randbits(40) if seed is None else seed,
         _stops(body, limits), _flag(body, "stream"), _flag(options, "include_usage"))
 
 # %% ../../nbs/serve/04_protocol.ipynb #reply
@@ -258,6 +284,7 @@ class Reply:
         "The last piece of a stream that was asked for its counts."
         return self.piece(0, "") | {"choices": [], "usage": usage}
 
+# %% ../../nbs/serve/04_protocol.ipynb #event
 def event(
     value:dict|str, # An object, or "[DONE]"
 )->bytes:

@@ -32,6 +32,7 @@ class Piece(NamedTuple):
     reason:str = "" # Why this is the last piece: stop, length, cancelled, error; "" for one that is not
     fault:str = ""  # What was wrong with the model, in words without the prompt's; "" when that is not known
 
+# %% ../../nbs/serve/02_queue.ipynb #question
 @dataclass(eq=False)
 class Question:
     "A prompt that waits for its answer, or gets it."
@@ -61,6 +62,7 @@ class Question:
         try: self.put(Piece(text, len(self.tokens), reason, fault))
         except Exception: self.cancelled = True
 
+# %% ../../nbs/serve/02_queue.ipynb #full
 class Full(Exception):
     "No more questions can wait."
 
@@ -75,6 +77,7 @@ def _widened(x:torch.Tensor, width:int)->torch.Tensor:
     have = x.shape[-2]
     return x[..., have - width:, :] if have >= width else torch.nn.functional.pad(x, (0, 0, width - have, 0))
 
+# %% ../../nbs/serve/02_queue.ipynb #fit
 def _fit(cache, width:int):
     "Let a cache have `width` columns."
     for layer in cache.layers:
@@ -82,6 +85,7 @@ def _fit(cache, width:int):
         if layer.is_sliding: kept, layer.cumulative_length = min(width, layer.sliding_window - 1), width
         layer.keys, layer.values = _widened(layer.keys, kept), _widened(layer.values, kept)
 
+# %% ../../nbs/serve/02_queue.ipynb #batch-2
 class _Batch:
     "Rows that get their next token together."
     def __init__(self, row:Question):
@@ -117,7 +121,8 @@ class _Batch:
         width, mask = self.width, None
         if (self.lengths < width).any():
             mask = (torch.arange(width + 1) >= (width - self.lengths)[:, None]).long().to(device)
-        return dict(input_ids=ids.to(device), attention_mask=mask, position_ids=places.to(device), past_key_values=self.cache)
+        return dict(input_ids=ids.to(device), attention_mask=mask, position_ids=places.to(device),
+            past_key_values=self.cache)
 
 # %% ../../nbs/serve/02_queue.ipynb #queue
 class AnswerQueue:
@@ -129,7 +134,8 @@ class AnswerQueue:
         chunk:int = 512,   # Tokens of a prompt read at a time
     ):
         for name, value in (("--rows", rows), ("--waiting", waiting), ("--chunk", chunk)):
-            if value < (name != "--waiting"): raise UserError(f"{name} {value}: must be at least {int(name != '--waiting')}")
+            if value < (name != "--waiting"):
+                raise UserError(f"{name} {value}: must be at least {int(name != '--waiting')}")
         self.chat, self.waiting, self.chunk = chat, waiting, chunk
         self.rows = min(rows, rows_that_fit(chat.model, min(chat.longest, 32768)))
         self._new, self._reading, self._batches = deque(), deque(), []
@@ -137,7 +143,8 @@ class AnswerQueue:
         self.count, self.faults, self.seconds = 0, 0, 1.0  # questions in the house; faults in a row; how long one takes
         self._last = {"logits_to_keep": 1} if takes(chat.model, "logits_to_keep") else {}
         self._placed = takes(chat.model, "position_ids")
-        self.fault = self._illness()                       # what is wrong with the model whatever it is asked; "" for nothing
+        # what is wrong with the model whatever it is asked; "" for nothing
+        self.fault = self._illness()
         self._thread = threading.Thread(target=self._run, name="answers", daemon=True)
         self._thread.start()
 
@@ -174,6 +181,7 @@ def hold(self:AnswerQueue,
         if n > 0 and (self._closed or not self.alive or self.full(n)): raise Full
         self.count += n
 
+# %% ../../nbs/serve/02_queue.ipynb #ask-2
 @patch
 def ask(self:AnswerQueue,
     questions:Sequence[Question], # Taken together or not at all
@@ -182,8 +190,10 @@ def ask(self:AnswerQueue,
     "Put questions in. Raises `Full` when they are too many, `UserError` when one leaves no room for its answer."
     for q in questions:
         room = self.chat.longest - len(q.prompt)
-        if room < 1: raise UserError(
-            f"a prompt of {len(q.prompt)} tokens leaves no room for an answer: the model has {self.chat.longest} positions")
+        if room < 1:
+            raise UserError(
+                f"a prompt of {len(q.prompt)} tokens leaves no room for an answer: the model has "
+                f"{self.chat.longest} positions")
         q.how = replace(q.how, max_new_tokens=min(q.how.max_new_tokens, room))
         q.uniforms, q.since = uniform_table(1, q.how.max_new_tokens, q.seed)[0], time.monotonic()
         q.growing = GrowingText(self.chat.tokenizer, self.chat.renderer.stop_ids, q.stops, self.chat.silent)
@@ -202,6 +212,7 @@ def _end(self:AnswerQueue, row:Question, text:str, reason:str, fault:str=""):
         self.faults, self.fault, self.seconds = 0, "", .9*self.seconds + .1*(time.monotonic() - row.since)
     row.say(text, reason, fault)
 
+# %% ../../nbs/serve/02_queue.ipynb #grew
 @patch
 def _grew(self:AnswerQueue, row:Question, token:int)->bool:
     "Put a token behind a row; whether it goes on."
@@ -212,6 +223,7 @@ def _grew(self:AnswerQueue, row:Question, token:int)->bool:
     else: row.say(text)
     return not row.over
 
+# %% ../../nbs/serve/02_queue.ipynb #failed
 @patch
 def _failed(self:AnswerQueue, rows:list[Question], error:Exception):
     "Read rows again, each alone; those that were alone have failed."
@@ -224,6 +236,7 @@ def _failed(self:AnswerQueue, rows:list[Question], error:Exception):
             self._reading.append(row)
     if self.chat.device.type == "cuda": torch.cuda.empty_cache()
 
+# %% ../../nbs/serve/02_queue.ipynb #drop-cancelled
 @patch
 def _drop_cancelled(self:AnswerQueue):
     "Let go of what nobody waits for."
@@ -250,6 +263,7 @@ def _drawn(self:AnswerQueue, rows:list[Question], logits:torch.Tensor)->list[int
         for i, token in zip(mine, draw_tokens(logits[mine], uniforms, rows[mine[0]].how).tolist()): tokens[i] = token
     return tokens
 
+# %% ../../nbs/serve/02_queue.ipynb #forward
 @patch
 def _forward(self:AnswerQueue, position_ids:torch.Tensor, **inputs):
     "Logits of the last tokens (R, V), and the cache."
@@ -257,6 +271,7 @@ def _forward(self:AnswerQueue, position_ids:torch.Tensor, **inputs):
     out = self.chat.model(**inputs, use_cache=True, **self._last)
     return out.logits[:, -1], out.past_key_values
 
+# %% ../../nbs/serve/02_queue.ipynb #illness
 @patch
 def _illness(self:AnswerQueue)->str:
     "What is wrong with the model even for a prompt of one token."
@@ -266,6 +281,7 @@ def _illness(self:AnswerQueue)->str:
         if not_finite(logits).any(): return str(NotFinite())
     return ""
 
+# %% ../../nbs/serve/02_queue.ipynb #read
 @patch
 def _read(self:AnswerQueue):
     "Read a piece of the first prompt; a prompt that is read gets its first token and joins a batch."
@@ -283,6 +299,7 @@ def _read(self:AnswerQueue):
     if batch.joinable and company: company.join(batch)
     else: self._batches.append(batch)
 
+# %% ../../nbs/serve/02_queue.ipynb #step
 @patch
 def _step(self:AnswerQueue, batch:_Batch):
     "The next token of a batch."
@@ -314,6 +331,7 @@ def _turn(self:AnswerQueue):
             self._failed([row for row in batch.rows if not row.over], e)
     self._batches = [batch for batch in self._batches if batch.rows]
 
+# %% ../../nbs/serve/02_queue.ipynb #run-2
 @patch
 def _run(self:AnswerQueue):
     "The thread."
@@ -348,6 +366,7 @@ def pieces(self:AnswerQueue,
             if piece.reason: return
     finally: question.cancel()
 
+# %% ../../nbs/serve/02_queue.ipynb #answers
 @patch
 def answers(self:AnswerQueue,
     prompts:Sequence[np.ndarray], # P prompts

@@ -37,8 +37,9 @@ def chat_page(
     from markupsafe import Markup
     folder = bundled("page")
     css, js = ((folder/name).read_text(encoding="utf-8") for name in ("chat.css", "chat.js"))
-    hashed = lambda text: f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-    policy = (f"default-src 'none'; style-src {hashed(css)}; script-src {hashed(js)}; connect-src 'self'; img-src data:; "
+    def hashed(text): return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+    policy = (
+        f"default-src 'none'; style-src {hashed(css)}; script-src {hashed(js)}; connect-src 'self'; img-src data:; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
     template = Environment(loader=FileSystemLoader(folder), autoescape=True).get_template("chat.html")
     return template.render(css=Markup(css), js=Markup(js), model=model, line=line), policy
@@ -96,11 +97,13 @@ def _texts(wanted:Wanted)->list[str]:
     texts = [turn.text for turn in wanted.turns]
     return texts if wanted.kind == "text" else ["\n".join((wanted.system, *texts))]
 
+# %% ../../nbs/serve/06_server.ipynb #widest
 @patch(as_prop=True)
 def widest(self:Service)->int:
     "Characters of the longest token."
     return max(map(len, self.chat.tokenizer.get_vocab()))
 
+# %% ../../nbs/serve/06_server.ipynb #look-at-length
 @patch
 def look_at_length(self:Service,
     wanted:Wanted, # A request
@@ -111,6 +114,7 @@ def look_at_length(self:Service,
             raise _too_long(wanted, self.chat.longest)
     return max(map(len, texts))
 
+# %% ../../nbs/serve/06_server.ipynb #look-at-beginning
 @patch
 def look_at_beginning(self:Service,
     wanted:Wanted, # A request
@@ -132,16 +136,17 @@ def prompts(self:Service,
     try:
         if wanted.kind == "chat":
             answer = wanted.how.max_new_tokens if wanted.given else 1
-            fits = lambda turns: len(self.chat.prompt(turns, wanted.system)) + answer <= self.chat.longest
+            def fits(turns): return len(self.chat.prompt(turns, wanted.system)) + answer <= self.chat.longest
             if self.grounding: turns, passages = self.grounding.turns(turns, fits)
             prompts = [self.chat.prompt(turns, wanted.system)]
         else: prompts = [self.chat.renderer.encode([Example((t,))])[0][0][:-1] for t in turns]   # without the EOS behind
     except UserError as e: raise Refused(400, str(e), "cannot_render", "messages") from None
     most, room = max(map(len, prompts)), self.chat.longest
-    if most + (wanted.how.max_new_tokens if wanted.given else 1) > room: raise Refused(400,
-        f"the model's context is {room} tokens; the prompt has {most}" + (
-            f" and the answer asks for {wanted.how.max_new_tokens}" if wanted.given else ""),
-        "context_length_exceeded", "messages" if wanted.kind == "chat" else "prompt")
+    if most + (wanted.how.max_new_tokens if wanted.given else 1) > room:
+        raise Refused(400,
+            f"the model's context is {room} tokens; the prompt has {most}" + (
+                f" and the answer asks for {wanted.how.max_new_tokens}" if wanted.given else ""),
+            "context_length_exceeded", "messages" if wanted.kind == "chat" else "prompt")
     return prompts, passages
 
 # %% ../../nbs/serve/06_server.ipynb #cut
@@ -156,6 +161,7 @@ def cut(self:Service)->int: # How many there were
 class _Gone(Exception):
     "The client hung up."
 
+# %% ../../nbs/serve/06_server.ipynb #unless-gone
 async def _unless_gone(request, waiting):
     "The result of a coroutine; raises `_Gone` when the client hangs up before it is there."
     async def gone():
@@ -185,12 +191,13 @@ class _Answers:
         try:
             prompts, self.passages = await self.loop.run_in_executor(pen, self.service.prompts, self.wanted)
             self.prompt = seen["prompt"] = sum(map(len, prompts))
-            put = lambda at, piece: self.loop.call_soon_threadsafe(self.inbox.put_nowait, (at, piece))
+            def put(at, piece): return self.loop.call_soon_threadsafe(self.inbox.put_nowait, (at, piece))
             if not self.grounded or self.passages: self.asked = self.service.ask(self.wanted, prompts, put)
         finally:
             if not self.asked: self.service.queue.hold(-n)
         if self.asked: return
-        text = self.service.grounding.nothing(self.wanted.turns)                 # nothing was found: the model is not asked
+        # nothing was found: the model is not asked
+        text = self.service.grounding.nothing(self.wanted.turns)
         for at in range(n): self.inbox.put_nowait((at, Piece(text, 0, "stop")))
 
     @property
@@ -230,8 +237,8 @@ async def check(self:_Answers, at:int):
     where = {}
     for c in told:
         if c.state != "removed": where.setdefault(c.number, []).append(c.sentence)
-    self.cited.setdefault("citations", [[] for _ in self.texts])[at] = [{"number": n, "title": p.title, "place": p.place,
-        "text": p.text, "sentences": where[n]} for n, p in enumerate(self.passages, 1) if n in where]
+    self.cited.setdefault("citations", [[] for _ in self.texts])[at] = [{"number": n, "title": p.title,
+        "place": p.place, "text": p.text, "sentences": where[n]} for n, p in enumerate(self.passages, 1) if n in where]
 
 # %% ../../nbs/serve/06_server.ipynb #stream
 async def _events(answers:_Answers, reply:Reply, first:tuple):
@@ -241,7 +248,8 @@ async def _events(answers:_Answers, reply:Reply, first:tuple):
         while True:
             at, (text, _, reason, _) = item
             if held: text = answers.texts[at] if reason else ""
-            if text or reason: yield event(reply.piece(at, text, reason, at not in begun, answers.cited if reason else {}))
+            if text or reason:
+                yield event(reply.piece(at, text, reason, at not in begun, answers.cited if reason else {}))
             if text or reason: begun.add(at)
             if answers.over: break
             item = await answers.next()
@@ -263,7 +271,8 @@ async def respond(
         service.hold(1)
         service.queue.hold(-1)                               # there was room again in the meantime
     wanted = read_request(read_body(await _body(request, service.limits.body)), kind, [service.name], service.limits)
-    answers, reply = _Answers(service, wanted), Reply(wanted, service.name, {"disclaimer": service.line} if service.line else {})
+    answers, reply = _Answers(service, wanted), Reply(wanted, service.name,
+        {"disclaimer": service.line} if service.line else {})
     class Stream(StreamingResponse):
         async def __call__(self, scope, receive, send):
             try: await super().__call__(scope, receive, send)
@@ -285,6 +294,7 @@ async def respond(
         answers.close()
         raise
 
+# %% ../../nbs/serve/06_server.ipynb #body
 async def _body(request, most:int)->bytes:
     "The body of a request, as far as it may be long."
     too_long = Refused(413, f"the body is longer than {most} bytes", "body_too_large")
@@ -297,7 +307,8 @@ async def _body(request, most:int)->bytes:
     return bytes(body)
 
 # %% ../../nbs/serve/06_server.ipynb #errors
-_HTTP = {404: ("there is no such route here", "not_found"), 405: ("this route does not take this method", "method_not_allowed")}
+_HTTP = {404: ("there is no such route here", "not_found"),
+    405: ("this route does not take this method", "method_not_allowed")}
 
 def _answer_errors(app):
     "Errors in OpenAI's form, those of FastAPI too."

@@ -12,8 +12,10 @@ from collections.abc import Container, Sequence
 def _held(text:str, stops:Sequence[str])->int:
     "How many characters at the end of a text may be the beginning of a stop string."
     longest = max(map(len, stops), default=0)
-    return next((n for n in range(min(longest - 1, len(text)), 0, -1) if any(s.startswith(text[-n:]) for s in stops)), 0)
+    return next((n for n in range(min(longest - 1, len(text)), 0, -1) if any(s.startswith(text[-n:]) for s in stops)),
+        0)
 
+# %% ../../nbs/serve/01_stream.ipynb #growing-text
 class GrowingText:
     "The text of an answer whose tokens come one at a time."
     def __init__(self,

@@ -49,6 +49,7 @@ def _asked_processes(
     found = re.search(r"--num[_-]processes[= ](\d+)", line)
     return int(found[1]) if found else 1
 
+# %% ../../nbs/train/21_main.ipynb #launcher
 def _launcher():
     "The accelerate launcher that started this process alone on a CPU, if one did."
     if "ACCELERATE_MIXED_PRECISION" not in os.environ or "RANK" in os.environ: return None
@@ -56,6 +57,7 @@ def _launcher():
     import torch
     return None if torch.cuda.is_available() else psutil.Process().parent()
 
+# %% ../../nbs/train/21_main.ipynb #mend-launch
 def mend_launch(
     argv:Sequence[str], # Words for the training command
 )->int|None:            # Exit code of the processes started instead of this one; None: go on in this one
@@ -104,6 +106,7 @@ def main(
     from medllm.interruption import listening
     with listening(): return exit_code(lambda: _train(argv, own))
 
+# %% ../../nbs/train/21_main.ipynb #train
 def _train(argv:list[str], own:bool)->int:
     "The exit code of a training command; a signal ends it in a way that can be gone on from."
     settle_home()
@@ -113,9 +116,10 @@ def _train(argv:list[str], own:bool)->int:
     given = read_command(argv)
     if own: begin_anew(given.get("profile"))
     metrics = run(given)
-    if metrics.get("loss_first"): say(
-        f"{metrics['steps']} steps, loss {metrics['loss_first']:.4f} -> {metrics['loss_last']:.4f}, "
-        f"{metrics['trained_tokens_per_second']:.0f} trained tokens/s")
+    if metrics.get("loss_first"):
+        say(f"{metrics['steps']} steps, loss {metrics['loss_first']:.4f} -> {metrics['loss_last']:.4f}, "
+            f"{metrics['trained_tokens_per_second']:.0f} trained tokens/s")
     return 0
 
+# %% ../../nbs/train/21_main.ipynb #main-more
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())   # a notebook has no __file__

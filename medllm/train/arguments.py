@@ -24,13 +24,13 @@ from ..models.adapters import AdaptPlan, names
 from ..models.loading import LoadPlan, model_location
 from .flags import (OURS, DataArguments, FinetuningArguments, ModelArguments, PreferenceArguments,
     ReinforcementArguments, RewardArguments, known_flags)
-from .supported import (as_word, check_accelerator, check_compile, check_metric, check_optimiser, check_packages,
-    check_refused, more_is_better, reporters_of)
+from .supported import (as_word, check_accelerator, check_compile, check_metric, check_optimiser,
+    check_packages, check_refused, more_is_better, reporters_of)
 from .together import check_together, drop_unused
 from ..yaml_file import read_yaml
 
 # %% ../../nbs/train/03_arguments.ipynb #era
-_true = lambda value: str(value).lower() in ("true", "1", "yes", "")
+def _true(value): return str(value).lower() in ("true", "1", "yes", "")
 
 def _renamed(new:str): return lambda value: {new: value}
 
@@ -40,6 +40,7 @@ def _whole(name:str, value)->int:
     try: return int(value)
     except (ValueError, TypeError): raise UserError(f"--{name} {value}: must be a whole number") from None
 
+# %% ../../nbs/train/03_arguments.ipynb #era-more
 OLD_FLAGS = {
     **{old: _renamed(new) for old, new in {
         "lr": "learning_rate", "evaluation_strategy": "eval_strategy", "warmup_ratio": "warmup_steps",
@@ -166,6 +167,7 @@ def _defaults(given:dict)->dict:
 
 _BY_METRIC = ("reduce_lr_on_plateau", "greedy")      # schedules that go by a metric
 
+# %% ../../nbs/train/03_arguments.ipynb #chosen-by
 def _chosen_by(given:dict)->dict:
     "The metric that a choice goes by, and whether more of it is better."
     best = as_word(given.get("load_best_model_at_end")) == "true" or as_word(given.get("save_strategy")) == "best"
@@ -193,18 +195,21 @@ def _precision(given:dict)->dict:
 # %% ../../nbs/train/03_arguments.ipynb #parse
 def _words(given:dict)->list[str]:
     "Flags as words of a command line."
-    text = lambda v: v.value if isinstance(v, Enum) else json.dumps(v) if isinstance(v, (dict, list)) else str(v)
+    def text(v): return v.value if isinstance(v, Enum) else json.dumps(v) if isinstance(v, (dict, list)) else str(v)
     ours = {f.name for kind in OURS for f in fields(kind)}                 # our lists have commas between their words
-    listed = lambda name, v: ",".join(map(str, v)) if name in ours and isinstance(v, list) else text(v)
+    def listed(name, v): return ",".join(map(str, v)) if name in ours and isinstance(v, list) else text(v)
     return [f"--{name}={listed(name, value)}" for name, value in given.items() if value is not None]
 
+# %% ../../nbs/train/03_arguments.ipynb #check-known
 def _check_known(given:dict):
     "Raise `UserError` for flags that no dataclass has."
     known = known_flags()
     for name in given:
-        if name not in known: raise UserError(f"unknown flag --{name}{nearest(name, [*known, *OLD_FLAGS])}; "
-                                              "medllm train --help lists all")
+        if name not in known:
+            raise UserError(f"unknown flag --{name}{nearest(name, [*known, *OLD_FLAGS])}; "
+                                                  "medllm train --help lists all")
 
+# %% ../../nbs/train/03_arguments.ipynb #evaluation
 def _parser():
     "An argument parser that raises instead of leaving the program."
     from transformers import HfArgumentParser, TrainingArguments
@@ -224,27 +229,33 @@ _COUNTED = {"all": True, "no": False, "non_padding": True}     # the parser know
 
 def _torn(given:dict, error:json.JSONDecodeError)->str:
     "Which flag holds what only begins as JSON does."
-    flag = next((f"--{name} {value}" for name, value in given.items() if str(value).strip() == error.doc.strip()), error.doc)
+    flag = next((f"--{name} {value}" for name, value in given.items() if str(value).strip() == error.doc.strip()),
+        error.doc)
     return f"{flag}: not valid JSON ({error.msg}, character {error.pos + 1}); quote it whole, as '{{\"name\": 1}}'"
 
+# %% ../../nbs/train/03_arguments.ipynb #filled
 def _filled(given:dict)->list:
     "The dataclasses, filled. Raises `UserError` for a value that does not fit."
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:     # no group to have a backend; the processes of a record will have one
+    # no group to have a backend; the processes of a record will have one
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         given = {name: value for name, value in given.items() if name != "ddp_backend"}
     try: return list(_parser().parse_args_into_dataclasses(_words(given)))
     except json.JSONDecodeError as e: raise UserError(_torn(given, e)) from None
     except (ValueError, ImportError, OSError, TypeError, KeyError, RuntimeError) as e:
         raise UserError(" ".join(str(e).split())) from None
 
+# %% ../../nbs/train/03_arguments.ipynb #finished
 def _finished(args:Arguments)->Arguments:
     "The arguments with what follows from several of them."
     t, counted = args.training, as_word(args.given.get("include_num_input_tokens_seen"))
     if counted == "non_padding": t.include_num_input_tokens_seen = counted
     t.report_to = reporters_of(t.report_to)
-    if t.lr_scheduler_type.value in _BY_METRIC and t.greater_is_better and isinstance(t.lr_scheduler_kwargs, dict | None):
+    if t.lr_scheduler_type.value in _BY_METRIC and t.greater_is_better and isinstance(t.lr_scheduler_kwargs,
+        dict | None):
         t.lr_scheduler_kwargs = {"mode": "max"} | (t.lr_scheduler_kwargs or {})
     return args
 
+# %% ../../nbs/train/03_arguments.ipynb #parse-2
 def parse(
     given:dict, # Flag to value; names of 2023 allowed, values as text or as themselves
 )->Arguments:
@@ -279,10 +290,13 @@ def check_output_dir(
     where = Path(folder).expanduser()
     check_writable(where, "--output_dir")
     if overwrite or resume or not where.exists(): return
-    held = [f.name for f in where.iterdir() if f.name in _MODEL_FILES or checkpoints and f.name.startswith("checkpoint-")]
-    if held: raise UserError(f"--output_dir {folder} already holds a model ({sorted(held)[0]}); "
-                             "name another folder, or give --overwrite_output_dir")
+    held = [f.name for f in where.iterdir() if f.name in _MODEL_FILES or checkpoints
+        and f.name.startswith("checkpoint-")]
+    if held:
+        raise UserError(f"--output_dir {folder} already holds a model ({sorted(held)[0]}); "
+                                 "name another folder, or give --overwrite_output_dir")
 
+# %% ../../nbs/train/03_arguments.ipynb #resumes
 def resumes(
     args:Arguments, # From `parse`
 )->str:             # "", "true", "auto" or a path
@@ -291,12 +305,14 @@ def resumes(
     return {"1": "true", "0": "", "false": "", "none": ""}.get(asked.lower(), asked if asked.lower() not in (
         "true", "auto") else asked.lower())
 
+# %% ../../nbs/train/03_arguments.ipynb #goes-on-there
 def goes_on_there(
     args:Arguments, # From `parse`
 )->bool:
     "Whether --output_dir is where the checkpoint that is asked for lies."
     asked = resumes(args)
-    return asked in ("true", "auto") or bool(asked) and Path(asked).resolve().parent == Path(args.training.output_dir).resolve()
+    return asked in ("true", "auto") or bool(asked) and Path(asked).resolve().parent == Path(
+        args.training.output_dir).resolve()
 
 # %% ../../nbs/train/03_arguments.ipynb #fetched
 def check_fetched(
@@ -306,8 +322,10 @@ def check_fetched(
     m, p, r = args.model, args.preference, args.reward
     others = [named for named in (p.ref_model, r.reward_model) if named and not find_path(named).is_dir()]
     if not Path(model_location(m.model_name_or_path)).is_dir(): return
-    if m.model_revision != ModelArguments.model_revision: raise UserError(
-        f"--model_revision {m.model_revision}: {m.model_name_or_path} is a folder, which has no other revision; leave it out")
+    if m.model_revision != ModelArguments.model_revision:
+        raise UserError(
+            f"--model_revision {m.model_revision}: {m.model_name_or_path} is a folder, which has no "
+            "other revision; leave it out")
     if m.cache_dir and not others: say(f"--cache_dir {m.cache_dir} has no effect: no model is fetched from the hub")
 
 # %% ../../nbs/train/03_arguments.ipynb #preflight
@@ -321,9 +339,10 @@ def check_places(
         if not named or flag in later: continue
         if not (find_path(named)/"adapter_config.json").exists(): model_location(named)
     for named in names(p.ref_model_adapters or "") + names(r.reward_model_adapters or ""):
-        if not (find_path(named)/"adapter_config.json").exists(): raise UserError(
-            f"{named} is not an adapter: it has no adapter_config.json")
+        if not (find_path(named)/"adapter_config.json").exists():
+            raise UserError(f"{named} is not an adapter: it has no adapter_config.json")
 
+# %% ../../nbs/train/03_arguments.ipynb #set-names
 def set_names(
     sources:Sequence, # Of --eval_dataset
 )->list[str]:
@@ -334,6 +353,7 @@ def set_names(
         out.append(name if name not in out else f"{name}_{len(out)}")
     return out
 
+# %% ../../nbs/train/03_arguments.ipynb #preflight-2
 def preflight(
     args:Arguments, # From `parse`
 ):
@@ -348,6 +368,6 @@ def preflight(
     check_metric(args.finetuning.stage, args.training.metric_for_best_model, held)
     check_fetched(args)
     for folder in args.adapt_plan().adapters:
-        if not (find_path(folder)/"adapter_config.json").exists(): raise UserError(
-            f"{folder} is not an adapter: it has no adapter_config.json")
+        if not (find_path(folder)/"adapter_config.json").exists():
+            raise UserError(f"{folder} is not an adapter: it has no adapter_config.json")
     check_output_dir(args.training.output_dir, args.finetuning.overwrite_output_dir, goes_on_there(args))

@@ -30,7 +30,8 @@ def rows_hash(
     "A hash of everything that a loader can hand out, in its order."
     if units is None or not len(units): return ""
     rows, whole = getattr(units, "rows", units), hashlib.blake2b(digest_size=8)
-    handed = {name: column for name, column in rows.table.items() if name != "line"} # where a row stood is handed to nobody
+    # where a row stood is handed to nobody
+    handed = {name: column for name, column in rows.table.items() if name != "line"}
     for name, column in sorted(handed.items()): whole.update(name.encode() + np.ascontiguousarray(column).tobytes())
     for part in rows.parts:
         for array in part: whole.update(memoryview(np.ascontiguousarray(array)).cast("B") if len(array) else b"-")
@@ -42,9 +43,11 @@ _PACKAGES = "torch transformers peft accelerate bitsandbytes numpy safetensors t
 def package_hash()->str: # 16 hex digits
     "A hash of medllm's modules."
     whole, folder = hashlib.blake2b(digest_size=8), Path(util.find_spec("medllm").submodule_search_locations[0])
-    for file in sorted(folder.rglob("*.py")): whole.update(file.relative_to(folder).as_posix().encode() + file.read_bytes())
+    for file in sorted(folder.rglob("*.py")):
+        whole.update(file.relative_to(folder).as_posix().encode() + file.read_bytes())
     return whole.hexdigest()
 
+# %% ../../nbs/train/06_contract.ipynb #version
 def _version(package:str)->str:
     try: return metadata.version(package)
     except metadata.PackageNotFoundError: return ""
@@ -59,7 +62,7 @@ def contract_of(
 )->dict:               # Part to its value, or to a hash of it
     "What a run is made of."
     m, d, f, flags = args.model, args.data, args.finetuning, args.resolved()
-    several = lambda text: [weights_hash(name.strip()) for name in (text or "").split(",") if name.strip()]
+    def several(text): return [weights_hash(name.strip()) for name in (text or "").split(",") if name.strip()]
     plan, load = asdict(args.adapt_plan()), args.load_plan()
     return {
         "stage": f.stage, "dataset_rows": rows_hash(data.train), "rows": len(data.train),
@@ -76,8 +79,8 @@ def contract_of(
             for name, value in asdict(part).items() if name not in _ASIDE}
             | {name: flags[name] for name in ("replay_share", "replay_share_end")},
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
-        **{part: flags[names[0]] if len(names) == 1 else {name: flags[name] for name in names} for part, names in ALLOW.items()},
-        "validation": {name: rows_hash(rows) for name, rows in data.eval.items()},
+        **{part: flags[names[0]] if len(names) == 1 else {name: flags[name] for name in names}
+        for part, names in ALLOW.items()}, "validation": {name: rows_hash(rows) for name, rows in data.eval.items()},
         "looks": {name: flags[name] for name in _LOOKS},
         "versions": {name: _version(name) for name in _PACKAGES}, "medllm": package_hash()}
 
@@ -89,21 +92,27 @@ _PLAIN = ("sgd", "adagrad")                            # whose options can chang
 def _faults(of:dict, args:Arguments)->list[tuple]:
     "Pairs of a condition and what to say."
     parts, t = {name.split(".")[0] for name in of}, args.training
-    then = lambda name, now: of.get(name, (now, now))[0]
-    curve = {then("schedule.lr_scheduler_type", t.lr_scheduler_type.value), t.lr_scheduler_type.value} & {*_BY_VALIDATION}
+    def then(name, now): return of.get(name, (now, now))[0]
+    curve = {then("schedule.lr_scheduler_type", t.lr_scheduler_type.value),
+        t.lr_scheduler_type.value} & {*_BY_VALIDATION}
     optims = {then("optimiser.optim", t.optim.value), t.optim.value}
     return [
-        (curve and parts & {"lr", "schedule"}, "schedule: {} goes by what validation came to so far".format(*curve or [""])),
-        (len(optims) > 1 and not optims <= {*_SAME_MOMENTS},
-            "optimiser: the checkpoint holds the moments of {}, not those of {}".format(*of.get("optimiser.optim", ("", "")))),
+        (curve and parts & {"lr", "schedule"}, "schedule: {} goes by what validation came to so far".format(*curve
+        or [""])), (len(optims) > 1 and not optims <= {*_SAME_MOMENTS},
+            "optimiser: the checkpoint holds the moments of {}, not those of {}".format(*of.get("optimiser.optim",
+            ("", "")))),
         ({"optimiser.optim_args", "optimiser.optim_target_modules"} & of.keys() and not optims & {*_PLAIN},
             f"optimiser: what {t.optim.value} keeps depends on its --optim_args and --optim_target_modules"),
-        ("batch" in parts and args.finetuning.stage in ("ppo", "grpo"), "batch: answers that were drawn together belong to it"),
+        ("batch" in parts and args.finetuning.stage in ("ppo", "grpo"),
+        "batch: answers that were drawn together belong to it"),
         ("batch" in parts and args.data.replay_dataset, "batch: the plan of what is replayed when is made of it"),
-        (of.get("precision.fp16", (True, True)) == (False, True), "precision: the checkpoint holds no scale for float16"),
-        (t.deepspeed and parts & {"lr", "schedule", "optimiser", "steps", "batch"}, "{}: DeepSpeed restores its own optimiser "
+        (of.get("precision.fp16", (True, True)) == (False, True),
+        "precision: the checkpoint holds no scale for float16"),
+        (t.deepspeed and parts & {"lr", "schedule", "optimiser", "steps", "batch"},
+        "{}: DeepSpeed restores its own optimiser "
             "and schedule".format(",".join(sorted(parts & {"lr", "schedule", "optimiser", "steps", "batch"}))))]
 
+# %% ../../nbs/train/06_contract.ipynb #check-changes
 def check_changes(
     found:list[tuple], # From `medllm.checkpoint.compatibility.compare`
     args:Arguments,    # From `parse`

@@ -24,7 +24,7 @@ def followed(
         at = np.flatnonzero(row["labels"][1:] != -100)
         before.append(row["input_ids"][at])
         behind.append(row["labels"][at + 1])
-    whole = lambda parts: np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
+    def whole(parts): return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
     return whole(before), whole(behind)
 
 # %% ../../nbs/train/14_counting.ipynb #loss

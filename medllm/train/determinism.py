@@ -19,10 +19,12 @@ def _gpu_faults(args, processes:int)->list[tuple]:
     return [
         (processes > 1, "several GPU processes: NCCL does not fix the order of sums; use one process"),
         (any(word in str(getattr(t.optim, "value", t.optim)) for word in ("8bit", "paged", "bnb")),
-            f"--optim {getattr(t.optim, 'value', t.optim)}: bitsandbytes promises no order of sums on a GPU; use adamw_torch"),
+            f"--optim {getattr(t.optim, 'value', t.optim)}: bitsandbytes promises no order of "
+            "sums on a GPU; use adamw_torch"),
         (eight, "--quantization_bit 8: bitsandbytes promises no order of sums on a GPU; use 4 or none"),
         (bool(t.tf32), "--tf32: rounds differently from card to card; leave it out")]
 
+# %% ../../nbs/train/07_determinism.ipynb #check-exact
 def check_exact(
     args,             # From `parse`
     gpu:bool = False, # Whether the run is on a GPU
@@ -32,19 +34,23 @@ def check_exact(
     faults = [
         (t.torch_compile, "--torch_compile: kernels are chosen by timing them; leave it out"),
         (bool(t.deepspeed or t.fsdp), "--deepspeed and --fsdp: no order of sums is promised; leave them out"),
-        (world > int(os.environ.get("LOCAL_WORLD_SIZE", world)), "several machines: no order of sums is promised; use one"),
+        (world > int(os.environ.get("LOCAL_WORLD_SIZE", world)),
+        "several machines: no order of sums is promised; use one"),
         (t.auto_find_batch_size, "--auto_find_batch_size: it depends on who else uses the memory; set the batch size")]
     for holds, why in faults + (_gpu_faults(args, world) if gpu else []):
         if holds: raise UserError(f"--profile exact cannot be had with {why}, or use --profile repeatable")
 
+# %% ../../nbs/train/07_determinism.ipynb #check-overlap
 def check_overlap(
     data, # From `prepare_data`
 ):
     "Raise `UserError` when validation rows are also trained on."
     for name, rows in data.findings.items():
-        if name.startswith("overlap_"): raise UserError(
-            f"--profile exact: {rows} rows of the validation set '{name.removeprefix('overlap_')}' ask what is also trained "
-            "on (--eval_dataset); take them out of one of the two, or use --profile repeatable")
+        if name.startswith("overlap_"):
+            raise UserError(
+                f"--profile exact: {rows} rows of the validation set "
+                f"'{name.removeprefix('overlap_')}' ask what is also trained "
+                "on (--eval_dataset); take them out of one of the two, or use --profile repeatable")
 
 # %% ../../nbs/train/07_determinism.ipynb #apply
 PROMISES = {
@@ -65,9 +71,11 @@ def apply(
     if exact:
         check_exact(args, torch.cuda.is_available() and not args.training.use_cpu)
         if data is not None: check_overlap(data)
-        if missing := missing_at_start(profile): raise UserError(
-            f"--profile exact needs {' '.join(missing)} in the environment before Python starts: put it in front of the "
-            "command (medllm run and medllm train do so by themselves)")
+        if missing := missing_at_start(profile):
+            raise UserError(
+                f"--profile exact needs {' '.join(missing)} in the environment before Python "
+                "starts: put it in front of the "
+                "command (medllm run and medllm train do so by themselves)")
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.use_deterministic_algorithms(exact)
@@ -92,4 +100,5 @@ def in_force()->dict:
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "cpu": b.cpu.get_cpu_capability(), "mkl": b.mkl.is_available(), "onednn": b.mkldnn.is_available(),
         "hash_seed_fixed": not sys.flags.hash_randomization,
-        "environment": {name: held[name] for name in dict.fromkeys((*launch_environment("exact"), *_ASKED)) if name in held}}
+        "environment": {name: held[name] for name in dict.fromkeys((*launch_environment("exact"), *_ASKED))
+        if name in held}}

@@ -60,11 +60,13 @@ class DataArguments:
     train_on_prompt:bool = flag(False, "Count prompt tokens in the loss")
     group_by_length:bool = flag(True, "Put rows of similar length into a batch; saves padding")
     packing:bool = flag(False, "Pack whole rows to cutoff_len tokens, each kept apart from the others in attention; "
-        "a batch is then per_device_train_batch_size packs (of pairs: that many pairs without padding); default on for pt")
+        "a batch is then per_device_train_batch_size packs (of pairs: that many pairs "
+        "without padding); default on for pt")
     replay_dataset:str|None = flag(None, "General text mixed into pre-training against forgetting, comma list")
     replay_share:float = flag(0.25, "Share of replayed tokens at the beginning")
     replay_share_end:float|None = flag(None, "Share of replayed tokens at the end, reached in a line; default the same")
-    canaries:int = flag(0, "Plant so many artificial secrets among the rows, to measure what the model keeps of such (pt, sft)")
+    canaries:int = flag(
+        0, "Plant so many artificial secrets among the rows, to measure what the model keeps of such (pt, sft)")
     tokenized_path:str|None = flag(None, "Folder that keeps tokenised rows; default the user's cache")
     overwrite_cache:bool = flag(False, "Tokenise anew although nothing has changed")
     streaming:bool = flag(False, "Read hub datasets as they come; local files always stream")
@@ -73,8 +75,9 @@ class DataArguments:
         "`interleave_probs` as numbers."
         if not self.interleave_probs: return None
         try: return [float(word) for word in str(self.interleave_probs).strip("[]").split(",")]
-        except ValueError: raise UserError(
-            f"--interleave_probs {self.interleave_probs}: must be numbers with commas between them") from None
+        except ValueError:
+            raise UserError(
+                f"--interleave_probs {self.interleave_probs}: must be numbers with commas between them") from None
 
 # %% ../../nbs/train/00_flags.ipynb #ours-finetuning
 @dataclass
@@ -97,9 +100,11 @@ class FinetuningArguments:
     pure_bf16:bool = flag(False, "Train bfloat16 weights as they are, without a float32 copy")
     plot_loss:bool = flag(False, "Draw loss and learning rate as loss.png")
     overwrite_output_dir:bool = flag(False, "Write into a folder that already holds a model")
-    profile:str = flag("fast", "How repeatable the run is: fast (seeds only), repeatable (the same curve), or exact (the "
+    profile:str = flag(
+        "fast", "How repeatable the run is: fast (seeds only), repeatable (the same curve), or exact (the "
         "same weights bit for bit; refuses what cannot be)")
-    allow:str|None = flag(None, "What may differ from the checkpoint that is resumed, comma list: lr, seed, batch, steps …")
+    allow:str|None = flag(
+        None, "What may differ from the checkpoint that is resumed, comma list: lr, seed, batch, steps …")
 
 # %% ../../nbs/train/00_flags.ipynb #ours-preference
 @dataclass
@@ -148,7 +153,8 @@ class ReinforcementArguments:
     epsilon_high:float|None = flag(None, "GRPO: clip of the probability ratio, above 1; default epsilon")
     kl_coef:float|None = flag(None, "Weight of the KL to the reference; default 0.04 for grpo, 0.2 at the start of ppo")
     kl_unbiased:bool = flag(
-        True, "GRPO: weigh the KL by the probability ratio, which makes its gradient right; false is the first paper's form")
+        True, "GRPO: weigh the KL by the probability ratio, which makes its gradient right; "
+            "false is the first paper's form")
     kl_limit:float = flag(50.0, "Stop when the mean KL to the reference is above this [nat/answer]")
     temperature:float = flag(1.0, "Sampling temperature")
     top_p:float = flag(1.0, "Sample from the most probable tokens up to this mass; 1 is off")
@@ -168,7 +174,8 @@ class ReinforcementArguments:
     log_completions:bool = flag(False, "Write sampled answers into the record; never those to a private dataset")
 
 # %% ../../nbs/train/00_flags.ipynb #known
-OURS = (ModelArguments, DataArguments, FinetuningArguments, PreferenceArguments, RewardArguments, ReinforcementArguments)
+OURS = (ModelArguments, DataArguments, FinetuningArguments, PreferenceArguments, RewardArguments,
+    ReinforcementArguments)
 
 def known_flags()->dict:
     "All flags: name to dataclass field."

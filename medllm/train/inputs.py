@@ -45,10 +45,13 @@ class TrainingData:
     @property
     def private(self)->bool: return any(s.private for s in self.sources)
 
+# %% ../../nbs/train/05_inputs.ipynb #for-documents
 def _for_documents(tokenizer)->str:
     "The template of a run on documents, which need none; the tokenizer's own, where it can ask the questions afterwards."
-    if tokenizer.eos_token is None: raise UserError(
-        "the tokenizer has no EOS token to put behind a document; name one as eos_token in its tokenizer_config.json")
+    if tokenizer.eos_token is None:
+        raise UserError(
+            "the tokenizer has no EOS token to put behind a document; name one as eos_token "
+            "in its tokenizer_config.json")
     if not tokenizer.chat_template: return "vanilla@2023"
     try: Renderer(tokenizer)
     except UserError as e:
@@ -56,6 +59,7 @@ def _for_documents(tokenizer)->str:
         return "vanilla@2023"
     return "auto"
 
+# %% ../../nbs/train/05_inputs.ipynb #use-token
 def use_token(
     args:Arguments, # From `parse`
 ):
@@ -63,6 +67,7 @@ def use_token(
     token = resolve(args.training.hub_token)
     if token: os.environ["HF_TOKEN"] = token
 
+# %% ../../nbs/train/05_inputs.ipynb #load-renderer
 def load_renderer(
     args:Arguments, # From `parse`
 )->Renderer:
@@ -89,10 +94,12 @@ def _units(args:Arguments, rows:TokenRows)->TokenRows|Units:
     kind = _UNITS.get(KINDS[args.finetuning.stage])
     return kind(rows, args.training.seed) if kind else rows
 
+# %% ../../nbs/train/05_inputs.ipynb #seed
 def _seed(name:str, seed:int)->int:
     "A seed of its own for each dataset."
     return zlib.crc32(f"{seed} {name}".encode())
 
+# %% ../../nbs/train/05_inputs.ipynb #load-rows
 def load_rows(
     args:Arguments,     # From `parse`
     dataset:str,        # Names or paths, separated by commas
@@ -104,15 +111,18 @@ def load_rows(
     for name in sorted({s.name for s in sources if sum(s.name == other.name for other in sources) > 1}):
         say(f"dataset '{name}' is named more than once; its rows count as often")
     for source in sources:
-        if training and source.eval_only: raise UserError(
-            f"dataset '{source.name}' is for evaluation only (eval_only in dataset_info.json); take it out of --dataset")
+        if training and source.eval_only:
+            raise UserError(
+                f"dataset '{source.name}' is for evaluation only (eval_only in "
+                "dataset_info.json); take it out of --dataset")
         rows, account = cached_rows(
             source, renderer, _recipe(args), args.data.tokenized_path, args.data.overwrite_cache, watched)
         for line in (*account.lines(), *fault_lines(account)): say(line)
         rows = _units(args, rows)
         if source.num_samples is not None:
             rows = rows.pick(sample_order(len(rows), source.num_samples, _seed(source.name, args.training.seed)))
-        if not len(rows) and not training: raise UserError(f"dataset '{source.name}' leaves no row to validate on: {account}")
+        if not len(rows) and not training:
+            raise UserError(f"dataset '{source.name}' leaves no row to validate on: {account}")
         several.append(rows)
         accounts.append(account)
     return several, accounts, sources
@@ -134,8 +144,8 @@ def with_near_groups(
                 yield example
     names = leak_groups(sketch_examples(passing()), [str(key) for key in keys])
     known, first = np.unique(np.array(keys, np.uint64), return_index=True)
-    groups = lambda rows: names[first[np.searchsorted(known, rows.table["question"])]]
-    named = lambda rows: TokenRows.of(rows.parts, rows.table | {"question": groups(rows)})
+    def groups(rows): return names[first[np.searchsorted(known, rows.table["question"])]]
+    def named(rows): return TokenRows.of(rows.parts, rows.table | {"question": groups(rows)})
     return [type(u)(named(u.rows), u.seed) if isinstance(u, Units) else named(u) for u in several]
 
 # %% ../../nbs/train/05_inputs.ipynb #canaries
@@ -146,12 +156,12 @@ def planted_rows(
     "The canaries of a run. Raises `UserError` when they cannot be written, and when `cutoff_len` would cut them."
     folder, cutoff = args.training.output_dir, args.data.cutoff_len
     try: file = write_canaries(folder, args.data.canaries, args.training.seed, args.finetuning.stage)
-    except OSError as e: raise UserError(
-        f"--canaries cannot be written to {folder} ({e.strerror}); name another --output_dir") from None
+    except OSError as e:
+        raise UserError(f"--canaries cannot be written to {folder} ({e.strerror}); name another --output_dir") from None
     source = replace(find_sources(str(file))[0], name=CANARIES, private=False, language="en", made=True)
     rows, account = cached_rows(source, renderer, replace(_recipe(args), max_samples=None), args.data.tokenized_path)
-    if account.kept < account.read or len(rows) > account.read: raise UserError(
-        f"--canaries do not fit --cutoff_len {cutoff}; give them more room")
+    if account.kept < account.read or len(rows) > account.read:
+        raise UserError(f"--canaries do not fit --cutoff_len {cutoff}; give them more room")
     say(f"{account}; they are artificial, and {file} says which")
     return rows, account, source
 
@@ -168,6 +178,7 @@ def _mixed(args:Arguments, several:Sequence)->tuple[TokenRows|Units, TokenRows|U
     sizes = np.diff(np.searchsorted(kept, ends), prepend=0)
     return whole.pick(kept[mix_order(sizes, d.mix_strategy, d.probabilities(), args.training.seed)]), held
 
+# %% ../../nbs/train/05_inputs.ipynb #shared-questions
 def shared_questions(
     train:TokenRows|Units, # Trained on
     held:TokenRows|Units,  # Validated on
@@ -175,6 +186,7 @@ def shared_questions(
     "Validation rows whose question is also trained on."
     return int(np.isin(held.questions, train.questions).sum())
 
+# %% ../../nbs/train/05_inputs.ipynb #prepare-data
 def prepare_data(
     args:Arguments, # From `parse`
 )->TrainingData:

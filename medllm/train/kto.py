@@ -60,6 +60,7 @@ def _quiet(model):
         with torch.no_grad(): yield
     finally: model.train(training)
 
+# %% ../../nbs/train/19_kto.ipynb #batch-part
 def batch_part(
     batch:dict, # From `UnitCollate`, padded or packed
     begin:int,  # First row
@@ -126,7 +127,8 @@ class Kto(Objective):
     def means(self, sums, units):
         over = dict.fromkeys(sums, units) | {"liked_reward": sums["liked"], "disliked_reward": units - sums["liked"]}
         out = {name: total/over[name] for name, total in sums.items() if over[name] and name != "liked"}
-        if {"liked_reward", "disliked_reward"} <= out.keys(): out["margin"] = out["liked_reward"] - out["disliked_reward"]
+        if {"liked_reward", "disliked_reward"} <= out.keys():
+            out["margin"] = out["liked_reward"] - out["disliked_reward"]
         return out
 
 # %% ../../nbs/train/19_kto.ipynb #trainer
@@ -137,8 +139,9 @@ def make_trainer(
     "The trainer of a KTO run. Raises `UserError` for a reference that cannot be had."
     p, tokenizer, once = args.preference, data.renderer.tokenizer, computes_once(args, len(data.train))
     good = int((data.train.rows.table["liked"] == 1).sum()) if len(data.train) else 1
-    if len(data.train) and len(set(data.train.questions.tolist())) < 2: raise UserError(
-        "KTO needs answers to two questions at least: its KL is estimated from answers to other questions")
+    if len(data.train) and len(set(data.train.questions.tolist())) < 2:
+        raise UserError(
+            "KTO needs answers to two questions at least: its KL is estimated from answers to other questions")
     if advice := weight_advice(good, max(len(data.train), 2) - good, p.kto_chosen_weight, p.kto_rejected_weight):
         say(advice)
     model = start_model(args, data)
@@ -149,6 +152,7 @@ def make_trainer(
     if once: precompute(args, trainer, reference)
     return trainer
 
+# %% ../../nbs/train/19_kto.ipynb #finish
 def finish(
     trainer:StageTrainer, # After training
     args:Arguments,       # From `parse`

@@ -40,6 +40,7 @@ def read_history(
     lines = Path(file).read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1] if line]
 
+# %% ../../nbs/train/20_loop.ipynb #smooth
 def _smooth(values:list, weight:float=0.6)->list:
     "Running mean, corrected for its start."
     out, mean = [], 0.0
@@ -48,14 +49,16 @@ def _smooth(values:list, weight:float=0.6)->list:
         out.append(mean/(1 - weight**n))
     return out
 
+# %% ../../nbs/train/20_loop.ipynb #plot-loss
 def plot_loss(
     history:list[dict],       # From `read_history`
     file:str|Path|None=None,  # Where to save a PNG
     watched:tuple[str, ...]=(), # More that was logged, one panel each: "accuracy", "margin", …
 ):
     "A matplotlib figure of loss, learning rate and what is watched over steps; saved to `file` if given."
-    column = lambda key: (
-        zip(*[(h["step"], h[key]) for h in history if key in h]) if any(key in h for h in history) else ((), ()))
+    def column(key):
+        return (zip(*[(h["step"], h[key]) for h in history if key in h]) if any(key in h for h in history)
+            else ((), ()))
     shown = [name for name in watched if any(name in h or f"eval_{name}" in h for h in history)]
     figure = picture(6.4, 4.2 + 1.6*len(shown))
     top, *middle, low = figure.subplots(2 + len(shown), 1, sharex=True, height_ratios=(3, *(1.6 for _ in shown), 1))
@@ -74,8 +77,8 @@ def plot_loss(
     return figure
 
 # %% ../../nbs/train/20_loop.ipynb #train
-_MODULES = {"pt": "train.pretrain", "sft": "train.sft", "rm": "train.reward", "dpo": "train.preference", "kto": "train.kto",
-    "ppo": "rl.ppo", "grpo": "rl.grpo"}
+_MODULES = {"pt": "train.pretrain", "sft": "train.sft", "rm": "train.reward", "dpo": "train.preference",
+    "kto": "train.kto", "ppo": "rl.ppo", "grpo": "rl.grpo"}
 
 def stage_module(
     stage:str, # One of `medllm.train.arguments.STAGES`
@@ -87,7 +90,8 @@ def stage_module(
 def find_checkpoint(
     args:Arguments, # From `parse`
 )->Path|None:       # None: begin anew
-    ("The checkpoint that a run goes on from. Raises `UserError` when there is none to be found or it is not whole, and when "
+    ("The checkpoint that a run goes on from. Raises `UserError` when there is none to be found "
+        "or it is not whole, and when "
         "beginning anew would replace what the folder holds.")
     asked, folder = resumes(args), args.training.output_dir
     if asked in ("", "true", "auto"):
@@ -102,20 +106,24 @@ def find_checkpoint(
     if not goes_on_there(args): check_output_dir(folder, args.finetuning.overwrite_output_dir)
     return Path(asked)
 
+# %% ../../nbs/train/20_loop.ipynb #agreed
 def _agreed(args:Arguments, contract:dict, checkpoint:Path):
     "Compare a checkpoint's contract with the run's, and record what differs. Raises `UserError` for what may not."
     then = json.loads((checkpoint/"contract.json").read_text(encoding="utf-8"))
     found = compare(then, contract, checkpoint.name, args.finetuning.allow)
     check_changes(found, args, checkpoint.name)
     say(f"going on from {checkpoint.name}" + (f"; not as it was: {', '.join(map(as_change, found))}" if found else ""))
-    if is_first_process(): append_event(args.training.output_dir, "resumed", checkpoint=checkpoint.name,
-        differences=[dict(zip(("name", "then", "now", "kind"), d)) for d in found])
+    if is_first_process():
+        append_event(args.training.output_dir, "resumed", checkpoint=checkpoint.name,
+            differences=[dict(zip(("name", "then", "now", "kind"), d)) for d in found])
 
+# %% ../../nbs/train/20_loop.ipynb #validated
 def _validated(trainer, checkpoint:Path|None)->dict:
     "Metrics before the first step; of a resumed run those that it had then."
     if checkpoint and trainer.history.exists():
         for line in read_history(trainer.history):
-            if line["step"] == 0 and "eval_loss" in line: return {k: v for k, v in line.items() if k.startswith("eval_")}
+            if line["step"] == 0 and "eval_loss" in line:
+                return {k: v for k, v in line.items() if k.startswith("eval_")}
     return trainer.evaluate()
 
 # %% ../../nbs/train/20_loop.ipynb #clear
@@ -124,15 +132,18 @@ def _remove(folder:Path, *patterns:str):
     for pattern in patterns:
         for file in folder.glob(pattern): file.unlink()
 
+# %% ../../nbs/train/20_loop.ipynb #save
 def _save(trainer, args:Arguments, folder:Path):
     "Save what was trained, in the place of what was there; an adapter on top of merged ones names them."
-    if is_first_process(): _remove(folder, "adapter_config.json", "merged_adapters.json", "config.json",
-        "adapter_model.safetensors", "model*.safetensors", "model.safetensors.index.json")
+    if is_first_process():
+        _remove(folder, "adapter_config.json", "merged_adapters.json", "config.json",
+            "adapter_model.safetensors", "model*.safetensors", "model.safetensors.index.json")
     trainer.save_model()
     trainer.save_state()
     merged = [str(Path(f).expanduser().resolve()) for f in args.adapt_plan().merges()]
     if is_first_process() and merged: write_json(folder/"merged_adapters.json", merged)
 
+# %% ../../nbs/train/20_loop.ipynb #clear-2
 def _clear(folder:Path):
     "Remove the results and the checkpoints of an earlier run."
     _remove(folder, "history.jsonl", "rejects.jsonl", "rollouts.jsonl", "metrics.json", "loss.png", "report_card.*")
@@ -143,8 +154,10 @@ def train(
     args:Arguments,    # From `parse`
     data:TrainingData, # From `prepare_data`
 )->dict:               # The metrics, as in metrics.json
-    ("Train, and write model, history, metrics and curve to the output folder. Raises `UserError` when the plan does not fit the "
-        "model, a checkpoint is of another run or a place cannot be written, `Interrupted` when the run was asked to stop.")
+    ("Train, and write model, history, metrics and curve to the output folder. Raises `UserError` "
+        "when the plan does not fit the "
+        "model, a checkpoint is of another run or a place cannot be written, `Interrupted` "
+        "when the run was asked to stop.")
     folder = Path(args.training.output_dir)
     check_metric(args.finetuning.stage, args.training.metric_for_best_model, list(data.eval))
     apply(args.finetuning.profile, args, data)
@@ -156,6 +169,7 @@ def train(
         if is_first_process(): _note_begin(args, folder, contract)
         return _train(args, data, contract, checkpoint)
 
+# %% ../../nbs/train/20_loop.ipynb #note-begin
 def _note_begin(args:Arguments, folder:Path, contract:dict):
     "Write the contract; and, where no record says it, what the run starts from: who asks later finds only the model."
     write_json(folder/"contract.json", contract)
@@ -178,9 +192,12 @@ def _train(args:Arguments, data:TrainingData, contract:dict, checkpoint:Path|Non
         if name.startswith("eval_") and not name.endswith("_runtime")}
     result = trainer.train(str(checkpoint) if checkpoint else None, checked=True) if t.do_train else None
     if result:
-        with polled(), whole_result(folder): _save(trainer, args, folder)      # a signal waits for the model to be whole
-        if stop.asked: raise Interrupted(
-            f"asked to stop after the last step; the model is in {folder}, its metrics are missing: {goes_on(folder)}")
+        # a signal waits for the model to be whole
+        with polled(), whole_result(folder): _save(trainer, args, folder)
+        if stop.asked:
+            raise Interrupted(
+                f"asked to stop after the last step; the model is in {folder}, its metrics "
+                f"are missing: {goes_on(folder)}")
         metrics |= _training_metrics(trainer, result, read_history(trainer.history) if is_first_process() else [])
     if args.data.packing and result and trainer.objective.unit == "tokens":
         metrics |= _packing_metrics(trainer, metrics["padding_share"])
@@ -194,13 +211,14 @@ def _train(args:Arguments, data:TrainingData, contract:dict, checkpoint:Path|Non
     gc.collect()
     return metrics
 
+# %% ../../nbs/train/20_loop.ipynb #write-results
 def _write_results(args:Arguments, data:TrainingData, trainer, metrics:dict):
     "The files beside the model."
     folder = Path(args.training.output_dir)
     write_rejects(data.accounts, folder/"rejects.jsonl")
     write_json(folder/"metrics.json", metrics)
-    if args.finetuning.plot_loss and args.training.do_train: plot_loss(
-        read_history(trainer.history), folder/"loss.png", trainer.objective.watched)
+    if args.finetuning.plot_loss and args.training.do_train:
+        plot_loss(read_history(trainer.history), folder/"loss.png", trainer.objective.watched)
 
 # %% ../../nbs/train/20_loop.ipynb #totals
 def _packing_metrics(trainer, packed:float)->dict:
@@ -214,6 +232,7 @@ def _packing_metrics(trainer, packed:float)->dict:
     return {"padding": shares | {"packed": packed},
         "packs": {"packs": packs, "documents": len(lengths), "full": float(lengths.sum()/(packs*trainer.pack_to))}}
 
+# %% ../../nbs/train/20_loop.ipynb #validation-metrics
 def _validation_metrics(trainer, data:TrainingData)->dict:
     "The best validation loss and its step; for tokens also the loss of a table that only counts."
     best = min((h["eval_loss"], h["step"]) for h in read_history(trainer.history) if "eval_loss" in h)
@@ -223,6 +242,7 @@ def _validation_metrics(trainer, data:TrainingData)->dict:
     return found | {"eval_loss_counted": counted_loss(data.train, TokenRows.join(list(data.eval.values())),
         len(data.renderer.tokenizer))}
 
+# %% ../../nbs/train/20_loop.ipynb #training-metrics
 def _training_metrics(trainer, result, history:list)->dict:
     "Totals over the whole run and all processes."
     import torch

@@ -53,6 +53,7 @@ def block_rows(vocabulary:int, device:str)->int:
     "Rows of a block of float32 logits."
     return max(_BLOCK_BYTES.get(device, 2**28)//(4*vocabulary), 16)
 
+# %% ../../nbs/train/09_objectives.ipynb #block
 def _block(hidden, weight, targets, z, smoothing)->torch.Tensor:
     "Summed loss of a block; leaves its gradient by the logits in `z`."
     if z.dtype == hidden.dtype: torch.mm(hidden, weight.T, out=z)
@@ -95,6 +96,7 @@ class _HeadLoss(torch.autograd.Function):
         return (None if d_hidden is None else d_hidden*scale.to(d_hidden.dtype),
                 None if d_weight is None else (d_weight*scale).to(ctx.dtypes), None, None, None, None)
 
+# %% ../../nbs/train/09_objectives.ipynb #head-loss
 def head_loss(
     hidden:torch.Tensor,  # (M, H), the selected hidden states
     weight:torch.Tensor,  # (V, H), of the LM head
@@ -114,6 +116,7 @@ def _is_plain(head)->bool:
     "Whether the head is an ordinary linear layer."
     return type(head) is torch.nn.Linear and head.bias is None and head.weight.dtype.is_floating_point
 
+# %% ../../nbs/train/09_objectives.ipynb #hidden
 @patch
 def _hidden(self:SelectedHead, model, input_ids:torch.Tensor, **inputs)->torch.Tensor:
     "Hidden states that reach the head, (B, T, H); the head itself computes nothing."
@@ -126,6 +129,7 @@ def _hidden(self:SelectedHead, model, input_ids:torch.Tensor, **inputs)->torch.T
     finally: del self.head.forward
     return caught[0]
 
+# %% ../../nbs/train/09_objectives.ipynb #can-fuse
 @patch
 def can_fuse(self:SelectedHead, model)->bool:
     "Whether the model's logits are just hidden states times the head's weight; tried on two tokens."
@@ -133,12 +137,13 @@ def can_fuse(self:SelectedHead, model)->bool:
     ids, training = torch.tensor([[1, 2]], device=self.head.weight.device), model.training
     model.eval()
     try:
-        with torch.no_grad(): want, got = (
-            model(input_ids=ids, use_cache=False).logits, self._hidden(model, ids) @ self.head.weight.T)
+        with torch.no_grad():
+            want, got = (model(input_ids=ids, use_cache=False).logits, self._hidden(model, ids) @ self.head.weight.T)
     except (RuntimeError, ValueError, IndexError): return False
     finally: model.train(training)
     return want.shape == got.shape and torch.allclose(want.float(), got.float(), atol=1e-3, rtol=1e-3)
 
+# %% ../../nbs/train/09_objectives.ipynb #workspace
 @patch
 def _workspace(self:SelectedHead, hidden:torch.Tensor)->torch.Tensor|None:
     ("On a CPU, a block that is kept: fresh memory of that size costs as much as the softmax in it. "
@@ -149,14 +154,17 @@ def _workspace(self:SelectedHead, hidden:torch.Tensor)->torch.Tensor|None:
         self.block = hidden.new_empty(block_rows(vocabulary, "cpu"), vocabulary, dtype=exact)
     return self.block
 
+# %% ../../nbs/train/09_objectives.ipynb #summed-loss
 @patch
 def summed_loss(
     self:SelectedHead, model, input_ids:torch.Tensor, positions:torch.Tensor, targets:torch.Tensor, smoothing:float=0.0,
     **inputs
 )->torch.Tensor:
     "Cross-entropy summed over the chosen positions, [nat]; with `smoothing`, of labels that are smoothed so much."
-    if not self.fused: return F.cross_entropy(
-        self.logits(model, input_ids, positions, **inputs).float(), targets, reduction="sum", label_smoothing=smoothing)
+    if not self.fused:
+        return F.cross_entropy(
+            self.logits(model, input_ids, positions, **inputs).float(), targets, reduction="sum",
+            label_smoothing=smoothing)
     hidden = self._hidden(model, input_ids, **inputs)
     hidden = hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions)
     return head_loss(hidden, self.head.weight, targets, block=self._workspace(hidden), smoothing=smoothing)
@@ -192,12 +200,14 @@ class _TokenLogps(torch.autograd.Function):
                 z.scatter_add_(1, targets[at, None], z.new_ones(len(at), 1))
                 d_weight.addmm_((z*scale[at, None]).T, hidden[at].to(ctx.exact), alpha=1/ctx.temperature)
             d_weight = d_weight.to(weight.dtype)
-        return (None if d_hidden is None else d_hidden*scale[:, None].to(d_hidden.dtype), d_weight, None, None, None, None)
+        return (None if d_hidden is None else d_hidden*scale[:, None].to(d_hidden.dtype), d_weight, None, None, None,
+            None)
 
+# %% ../../nbs/train/09_objectives.ipynb #token-logps
 @patch
 def token_logps(
-    self:SelectedHead, model, input_ids:torch.Tensor, positions:torch.Tensor, targets:torch.Tensor, temperature:float=1.0,
-    entropy:bool=False, **inputs
+    self:SelectedHead, model, input_ids:torch.Tensor, positions:torch.Tensor, targets:torch.Tensor,
+    temperature:float=1.0, entropy:bool=False, **inputs
 )->torch.Tensor|tuple[torch.Tensor, torch.Tensor]:
     "Log-probability of each target, (M,) [nat], float32 or better; with `entropy` also that of each distribution."
     if self.fused:
@@ -212,6 +222,7 @@ def token_logps(
         logps, spread = z.gather(1, targets[:, None])[:, 0], -(z.detach().exp()*z.detach()).sum(-1) if entropy else None
     return (logps, spread) if entropy else logps
 
+# %% ../../nbs/train/09_objectives.ipynb #row-sums
 def row_sums(
     values:torch.Tensor, # (M,), one for each labelled position
     row_of:torch.Tensor, # (M,), the row of each
@@ -263,7 +274,8 @@ class Objective:
         return self.means(sums, units)
 
     def state(self)->dict:
-        ("What must be carried over a checkpoint beside the weights: tensors and numbers by name. Asked for after every "
+        ("What must be carried over a checkpoint beside the weights: tensors and numbers by "
+            "name. Asked for after every "
             "optimiser step, so it is to be quick: references, no copies.")
         return {}
 

@@ -67,6 +67,7 @@ def log_odds(
     low, high = torch.where(near, -1.0, logp), torch.where(near, logp, -0.1)
     return logp - torch.where(near, torch.log(-torch.expm1(high)), torch.log1p(-torch.exp(low)))
 
+# %% ../../nbs/train/18_preference.ipynb #orpo-loss
 def orpo_loss(
     chosen:torch.Tensor,   # Log-probability of the better answer, mean over its tokens, (B,), [nat/token]
     rejected:torch.Tensor, # The same for the worse answer, (B,), [nat/token]
@@ -115,6 +116,7 @@ def answer_weights(
     shorter = counts.view(2, -1).amin(0).repeat(2)
     return torch.full_like(place, ld_alpha, dtype=dtype).masked_fill(place < shorter[row_of], 1)
 
+# %% ../../nbs/train/18_preference.ipynb #pair-scores
 def pair_scores(
     sums:torch.Tensor,     # Summed log-probability of each answer, (R,), [nat]
     reference:torch.Tensor|None, # The same under the reference policy; None where the loss needs none
@@ -126,6 +128,7 @@ def pair_scores(
     if loss.per_token: scores = scores/tokens
     return scores.chunk(2)
 
+# %% ../../nbs/train/18_preference.ipynb #won
 def won(
     ahead:torch.Tensor, # Difference of two scores, (B,)
     size:torch.Tensor,  # Size of what was subtracted, (B,)
@@ -183,6 +186,7 @@ def shared_tokens(
     differ = first[:n] != second[:n]
     return int(differ.argmax()) if differ.any() else n
 
+# %% ../../nbs/train/18_preference.ipynb #branch-collate
 class BranchCollate:
     "Pairs to one row in which what two answers share lies once: as `UnitCollate` packed; `borders` are forks."
     def __init__(self,
@@ -207,7 +211,7 @@ class BranchCollate:
             forks.append((begin, begin, begin + pads, begin + pads))
             ids.append(np.full(pads, self.pad_id))
             places.append(np.arange(pads))
-        row = lambda parts: torch.from_numpy(np.concatenate(parts).astype(np.int64))[None]
+        def row(parts): return torch.from_numpy(np.concatenate(parts).astype(np.int64))[None]
         return self._targets(items, at) | {"input_ids": row(ids), "position_ids": row(places), "borders": tuple(forks),
             "units": len(items), "tokens": torch.tensor(tokens)}
 
@@ -236,6 +240,7 @@ def saved_share(
         saved, total = saved + shared_tokens(a, b), total + len(a) + len(b)
     return saved/max(total, 1)
 
+# %% ../../nbs/train/18_preference.ipynb #shares-prompts
 def shares_prompts(
     args:Arguments,    # From `parse`
     data:TrainingData, # Its units are pairs
@@ -259,8 +264,8 @@ def make_trainer(
 )->StageTrainer:
     "The trainer of a preference run. Raises `UserError` for a reference that cannot be had."
     p, tokenizer, relative = args.preference, data.renderer.tokenizer, LOSSES[args.preference.pref_loss].relative
-    if not relative and (p.ref_policy != "auto" or p.ref_model or p.ref_model_adapters): raise UserError(
-        f"--pref_loss {p.pref_loss} compares with no reference: leave out --ref_policy and --ref_model")
+    if not relative and (p.ref_policy != "auto" or p.ref_model or p.ref_model_adapters):
+        raise UserError(f"--pref_loss {p.pref_loss} compares with no reference: leave out --ref_policy and --ref_model")
     once = relative and computes_once(args, len(data.train))
     model = start_model(args, data)
     reference = make_reference(args, model, tokenizer, keep=not once) if relative else None
@@ -273,6 +278,7 @@ def make_trainer(
     if once: precompute(args, trainer, reference, objective.weighted, f"ld_alpha {p.ld_alpha}")
     return trainer
 
+# %% ../../nbs/train/18_preference.ipynb #finish
 def finish(
     trainer:StageTrainer, # After training
     args:Arguments,       # From `parse`

@@ -29,6 +29,7 @@ def replayed(
     x = np.arange(total + 1)/max(total, 1)
     return np.diff(np.floor(total*(start*x + (end - start)*x**2/2) + 1e-9)) > 0
 
+# %% ../../nbs/train/13_pretrain.ipynb #run-length
 def run_length(
     packs:int,   # Medical packs of the run, all passes together
     start:float, # s0
@@ -62,7 +63,8 @@ class ReplayBatches(Sampler):
         "Packs of a kind without end, pass after pass."
         passes, first = 0, (0, len(self.sizes[0]))[kind]
         while True:
-            for pack in fill_packs(self.plans[kind], self.sizes[kind], self.seed + 7919*kind, passes): yield pack + first
+            for pack in fill_packs(self.plans[kind], self.sizes[kind], self.seed + 7919*kind, passes):
+                yield pack + first
             passes += 1
 
     def __iter__(self):
@@ -81,6 +83,7 @@ def _steps(args:Arguments, main:TokenRows)->int:
     each = t.per_device_train_batch_size*t.world_size*t.gradient_accumulation_steps
     return math.ceil(run_length(math.ceil(passes), d.replay_share, end)/each)
 
+# %% ../../nbs/train/13_pretrain.ipynb #make-trainer
 def make_trainer(
     args:Arguments,    # From `parse`
     data:TrainingData, # From `prepare_data`
@@ -93,8 +96,10 @@ def make_trainer(
         if not len(data.replay): raise UserError(f"--replay_dataset {d.replay_dataset} leaves no row to replay")
         t.max_steps, rows = _steps(args, data.train), TokenRows.join([data.train, data.replay])
         end = d.replay_share if d.replay_share_end is None else d.replay_share_end
-        objective.sampler = ReplayBatches((data.train.lengths, data.replay.lengths), d.cutoff_len, (d.replay_share, end),
-            t.max_steps*t.gradient_accumulation_steps, t.per_device_train_batch_size, t.seed, (t.process_index, t.world_size))
+        objective.sampler = ReplayBatches((data.train.lengths, data.replay.lengths), d.cutoff_len,
+            (d.replay_share, end),
+            t.max_steps*t.gradient_accumulation_steps, t.per_device_train_batch_size, t.seed,
+            (t.process_index, t.world_size))
         say(f"replay: {objective.sampler.which.mean():.1%} of {len(objective.sampler.which)} packs")
     return StageTrainer(start_model(args, data), t, objective, rows, data.eval, data.renderer.tokenizer,
         d.group_by_length, d.cutoff_len if d.packing else None)

@@ -41,11 +41,13 @@ class ReferencePlan:
     bits:int|None = None     # how = model: quantisation
     adapters:tuple[str, ...] = () # how = role or model: adapter folders
 
+# %% ../../nbs/train/17_reference.ipynb #whole-modules
 def _whole_modules(folder:str)->bool:
     "Whether an adapter holds more than adapter layers."
     file = find_path(folder)/"adapter_config.json"
     return file.exists() and bool(read_object(file).get("modules_to_save"))
 
+# %% ../../nbs/train/17_reference.ipynb #named
 def _named(args:Arguments)->ReferencePlan:
     "The reference that was named."
     p, plan, own = args.preference, args.adapt_plan(), args.model
@@ -59,6 +61,7 @@ def _named(args:Arguments)->ReferencePlan:
         return ReferencePlan("model", "role", what, adapters=adapters)
     return ReferencePlan("model", "model", what, where, bits, adapters)
 
+# %% ../../nbs/train/17_reference.ipynb #plan-reference
 def plan_reference(
     args:Arguments, # From `parse`
 )->ReferencePlan:
@@ -69,14 +72,18 @@ def plan_reference(
     if policy == "model": return _named(args)
     if named: raise UserError(f"--ref_policy {policy} and --ref_model exclude each other: leave one of them out")
     if p.ref_model_quantization_bit: raise UserError("--ref_model_quantization_bit needs --ref_model")
-    if plan.kind != "lora": return ReferencePlan(
-        policy, "weights", f"the weights that training starts from ({args.model.model_name_or_path})")
+    if plan.kind != "lora":
+        return ReferencePlan(
+            policy, "weights", f"the weights that training starts from ({args.model.model_name_or_path})")
     if not plan.adapters: return ReferencePlan(policy, "off", f"{args.model.model_name_or_path}: adapters off")
-    if policy == "base": raise UserError(
-        f"--ref_policy base: training starts from the adapter {', '.join(plan.adapters)}, not from the base model; leave "
-        "it out to compare with a frozen copy of the adapter, or name the base as --ref_model to do so on purpose")
-    if plan.new_adapter: return ReferencePlan(
-        "start", "off", f"{args.model.model_name_or_path} with {', '.join(plan.adapters)} merged: adapters off")
+    if policy == "base":
+        raise UserError(
+            f"--ref_policy base: training starts from the adapter {', '.join(plan.adapters)}, "
+            "not from the base model; leave "
+            "it out to compare with a frozen copy of the adapter, or name the base as --ref_model to do so on purpose")
+    if plan.new_adapter:
+        return ReferencePlan(
+            "start", "off", f"{args.model.model_name_or_path} with {', '.join(plan.adapters)} merged: adapters off")
     return ReferencePlan("start", "copy", f"a frozen copy of the adapter {plan.adapters[-1]}")
 
 # %% ../../nbs/train/17_reference.ipynb #reference
@@ -112,8 +119,9 @@ class Reference:
         model, # The model that trains, perhaps wrapped
     ):
         "Within the block, a model that answers as the reference does."
-        if self.gone: raise UserError("the reference's log-probabilities were computed before training, for the rows of "
-            "the run; --precompute_ref_log_probs false keeps the reference for others")
+        if self.gone:
+            raise UserError("the reference's log-probabilities were computed before training, for the rows of "
+                "the run; --precompute_ref_log_probs false keeps the reference for others")
         asked = model if self.other is None else self.other
         training = asked.training
         asked.eval()
@@ -144,13 +152,16 @@ def _other_model(args:Arguments, plan:ReferencePlan, tokenizer):
     own = args.load_plan()
     load = replace(own, bits=plan.bits, frozen=True,
         revision=own.revision if plan.model == args.model.model_name_or_path else "main")
-    if load_tokenizer(plan.model, load).get_vocab() != tokenizer.get_vocab(): raise UserError(
-        f"--ref_model {plan.model} has another vocabulary than the trained model: log-probabilities cannot be compared")
+    if load_tokenizer(plan.model, load).get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"--ref_model {plan.model} has another vocabulary than the trained model: "
+            "log-probabilities cannot be compared")
     model = load_model(plan.model, load)
     if plan.adapters: model = adapt(model, AdaptPlan(adapters=plan.adapters))
     model.requires_grad_(False).eval()
     return model if plan.bits else model.to(args.training.device)
 
+# %% ../../nbs/train/17_reference.ipynb #make-reference
 def make_reference(
     args:Arguments,    # From `parse`
     model,             # What trains, from `start_model`
@@ -159,8 +170,9 @@ def make_reference(
 )->Reference:
     "The reference policy of a run, said on the way. Raises `UserError` for one that cannot be had."
     plan, sharded = plan_reference(args), bool(args.training.fsdp or args.training.deepspeed)
-    if plan.how == "weights" and sharded: raise UserError("sharded training keeps no second copy of the weights: "
-        "name what training starts from as --ref_model too")
+    if plan.how == "weights" and sharded:
+        raise UserError("sharded training keeps no second copy of the weights: "
+            "name what training starts from as --ref_model too")
     say(f"reference policy: {plan.what}")
     if plan.how == "copy": copy_adapter(model)
     if plan.how == "role": load_role(model, plan.adapters[0], "reference")
@@ -174,6 +186,7 @@ def worth_precomputing(
     "Whether the reference's log-probabilities are better computed once, before training."
     return passes >= 1.5 or holds and passes >= 0.9
 
+# %% ../../nbs/train/17_reference.ipynb #computes-once
 def computes_once(
     args:Arguments, # From `parse`
     count:int,      # Units trained on
@@ -181,8 +194,9 @@ def computes_once(
     "Whether the reference's log-probabilities are computed before training. Raises `UserError` where they cannot be."
     t, asked = args.training, args.preference.precompute_ref_log_probs
     sharded = bool(t.fsdp or t.deepspeed)
-    if asked and sharded: raise UserError(
-        "--precompute_ref_log_probs needs whole weights on each device: leave it out when training is sharded")
+    if asked and sharded:
+        raise UserError(
+            "--precompute_ref_log_probs needs whole weights on each device: leave it out when training is sharded")
     if asked is not None or sharded: return bool(asked)
     step = t.per_device_train_batch_size*t.gradient_accumulation_steps*t.world_size
     passes = t.max_steps*step/max(count, 1) if t.max_steps > 0 else t.num_train_epochs
@@ -200,6 +214,7 @@ def rows_hash(
                 whole.update(np.ascontiguousarray(row[name], np.int64).tobytes() + b"|")
     return whole.hexdigest()
 
+# %% ../../nbs/train/17_reference.ipynb #tensors
 def _tensors(reference:Reference, model)->Iterator[tuple[str, torch.Tensor]]:
     "The weights that the reference computes with."
     others = set(getattr(model, "peft_config", ())) - {reference.adapter}
@@ -207,6 +222,7 @@ def _tensors(reference:Reference, model)->Iterator[tuple[str, torch.Tensor]]:
         if reference.other is None and others & set(name.split(".")): continue
         yield name, tensor
 
+# %% ../../nbs/train/17_reference.ipynb #weights-hash
 def weights_hash(
     reference:Reference, # Before training, or with copies of its own
     model,               # The model that trains
@@ -251,6 +267,7 @@ def _found(file:Path)->np.ndarray|None:
         return np.load(file)
     except (OSError, ValueError, KeyError, TypeError): return None
 
+# %% ../../nbs/train/17_reference.ipynb #keep
 def _keep(file:Path, made:np.ndarray):
     "Put an array into a file, and the note beside it; what is old goes."
     for old in (f for f in file.parent.glob("*.npy") if time.time() - f.stat().st_mtime > _KEEP):
@@ -260,6 +277,7 @@ def _keep(file:Path, made:np.ndarray):
         write_json(file.with_suffix(".json"), described(file))
     except OSError as e: say(f"the reference's log-probabilities cannot be kept in {file.parent} ({e.strerror})")
 
+# %% ../../nbs/train/17_reference.ipynb #stored-2
 def _stored(file:Path, trainer, compute:Callable[[], np.ndarray])->np.ndarray:
     "An array from a file that every process sees, or computed and put there by the first."
     there = torch.tensor(float((found := _found(file)) is not None), device=trainer.args.device)
@@ -283,6 +301,7 @@ class Referred:
         if name in ("units", "sums"): raise AttributeError(name)
         return getattr(self.units, name)
 
+# %% ../../nbs/train/17_reference.ipynb #referred-collate
 class ReferredCollate:
     "Another collator's batch, with `reference` (R,) where the units have it."
     def __init__(self, collate:Callable): self.collate = collate # Items to a batch
@@ -292,6 +311,7 @@ class ReferredCollate:
         sums = np.stack([item["reference"] for item in items]).T.reshape(-1)
         return batch | {"reference": torch.from_numpy(sums.astype(np.float32))}
 
+# %% ../../nbs/train/17_reference.ipynb #precompute
 def precompute(
     args:Arguments,      # From `parse`
     trainer,             # A `StageTrainer` whose collator is a `ReferredCollate`
@@ -306,7 +326,7 @@ def precompute(
     autocast = "bf16" if args.training.bf16 else "fp16" if args.training.fp16 else "float32"
     def referred(units):
         key = hashlib.sha256(f"{rows_hash(units)} {reference.weights} {how} {autocast}".encode()).hexdigest()[:32]
-        compute = lambda: reference_sums(trainer, reference, units, weighted)
+        def compute(): return reference_sums(trainer, reference, units, weighted)
         return Referred(units, _stored(folder/f"{key}.npy", trainer, compute))
     if args.training.do_train: trainer.train_dataset = referred(trainer.train_dataset)
     trainer.eval_dataset = {name: referred(units) for name, units in (trainer.eval_dataset or {}).items()}

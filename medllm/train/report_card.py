@@ -50,7 +50,8 @@ def reliability(
     confidence, right = 1/(1 + np.exp(-np.abs(margins))), margins > 0
     edges = np.linspace(0.5, 1, bins + 1)
     inside = np.clip(np.digitize(confidence, edges) - 1, 0, bins - 1)
-    table = [{"low": edges[b], "high": edges[b + 1], "pairs": int(n), "confidence": float(confidence[inside == b].mean()),
+    table = [{"low": edges[b], "high": edges[b + 1], "pairs": int(n),
+        "confidence": float(confidence[inside == b].mean()),
         "accuracy": float(right[inside == b].mean())} for b in range(bins) if (n := (inside == b).sum())]
     log_loss = np.logaddexp(0, -margins)
     return {"ece": sum(t["pairs"]*abs(t["accuracy"] - t["confidence"]) for t in table)/max(len(margins), 1),
@@ -63,6 +64,7 @@ def _correlation(a:np.ndarray, b:np.ndarray)->float|None:
     a, b = rankdata(a), rankdata(b)
     return float(np.corrcoef(a, b)[0, 1]) if len(a) > 1 and a.std() > 0 and b.std() > 0 else None
 
+# %% ../../nbs/train/15_report_card.ipynb #length-bias
 def length_bias(
     found:np.ndarray,   # (N, 2), scores of the better and the worse answer
     lengths:np.ndarray, # (N, 2), of the answers [tokens]
@@ -74,14 +76,15 @@ def length_bias(
         "better_shorter": _share(margins[longer < 0] > 0), "better_longer": _share(margins[longer > 0] > 0)}
 
 # %% ../../nbs/train/15_report_card.ipynb #formats
-_chinese = lambda text: bool(re.search(r"[\u4e00-\u9fff]", text))
-_sentences = lambda text: [s for s in re.split(r"(?<=[.!?])\s+|(?<=[。！？])", text) if s.strip()]
+def _chinese(text): return bool(re.search(r"[\u4e00-\u9fff]", text))
+def _sentences(text): return [s for s in re.split(r"(?<=[.!?])\s+|(?<=[。！？])", text) if s.strip()]
 
 def _bold(text:str)->str:
     "The first sentence in bold type."
     first = (_sentences(text) or [text])[0]
     return text.replace(first, f"**{first}**", 1)
 
+# %% ../../nbs/train/15_report_card.ipynb #dressed
 FORMATS = {
     "bold": _bold,
     "list": lambda text: "\n".join(f"- {s}" for s in _sentences(text)),
@@ -98,7 +101,8 @@ def dressed(
     "A row with its answer in each of the formats."
     ids, at = row["input_ids"], np.flatnonzero(row["labels"] != -100)
     begin, end = at[0], at[-1] + 1
-    stop = end - next((n for n, token in enumerate(ids[begin:end][::-1]) if token not in renderer.stop_ids), end - begin)
+    stop = end - next((n for n, token in enumerate(ids[begin:end][::-1]) if token not in renderer.stop_ids),
+        end - begin)
     text = renderer.tokenizer.decode(ids[begin:stop], clean_up_tokenization_spaces=False)
     place = next((p for p in renderer.plain.by_place if renderer.plain([text], p)[0] == ids[begin:stop].tolist()), None)
     if place is None or not text.strip(): return {}
@@ -112,6 +116,7 @@ def ended(
     "Ids of a row up to the token that ends its answer."
     return row["input_ids"][:np.flatnonzero(row["labels"] != -100)[-1] + 1]
 
+# %% ../../nbs/train/15_report_card.ipynb #formatting-bias
 def formatting_bias(
     model,             # A scorer
     pairs:Pairs,       # Held out
@@ -142,9 +147,11 @@ def _left(model, rows:list[np.ndarray], pad_id:int)->torch.Tensor:
     ids, mask = np.full((len(rows), width), pad_id, np.int64), np.zeros((len(rows), width), np.int64)
     for n, row in enumerate(rows): ids[n, width - len(row):], mask[n, width - len(row):] = row, 1
     ids, mask = torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
-    with torch.no_grad(): return scores(model, ids, torch.arange(1, len(rows) + 1, device=device)*width - 1,
-        attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).float().cpu()
+    with torch.no_grad():
+        return scores(model, ids, torch.arange(1, len(rows) + 1, device=device)*width - 1,
+            attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).float().cpu()
 
+# %% ../../nbs/train/15_report_card.ipynb #padding-invariance
 def padding_invariance(
     model,                    # A scorer
     rows:Sequence[np.ndarray],# Ids, each ending where its answer ends
@@ -166,6 +173,7 @@ def head_hash(
     "SHA-256 of a head's numbers in float32."
     return hashlib.sha256(head.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
 
+# %% ../../nbs/train/15_report_card.ipynb #make-card
 def make_card(
     model,                    # A scorer
     pairs:Pairs,              # Held out: not seen in training
@@ -189,18 +197,19 @@ def make_card(
         "formatting": formatting_bias(model, pairs, renderer), "padding": padding_invariance(model, some, sorted(pads))}
 
 # %% ../../nbs/train/15_report_card.ipynb #remarks
-_percent = lambda x: "–" if x is None else f"{x:.0%}"
-_signed = lambda x: "–" if x is None else f"{x:+.2f}"
-_interval = lambda s: f"{_percent(s['value'])} ({_percent(s['low'])}–{_percent(s['high'])}, {s['pairs']} pairs)"
+def _percent(x): return "–" if x is None else f"{x:.0%}"
+def _signed(x): return "–" if x is None else f"{x:+.2f}"
+def _interval(s): return f"{_percent(s['value'])} ({_percent(s['low'])}–{_percent(s['high'])}, {s['pairs']} pairs)"
 
+# %% ../../nbs/train/15_report_card.ipynb #card-table
 def card_table(
     card:dict, # From `make_card`
 )->list[dict]: # measure, found, remark
     "A card in lines: what was found, and a remark where it should give pause."
     accuracy, calibration, length, padding = (card[k] for k in ("accuracy", "calibration", "length", "padding"))
     table = []
-    def line(measure, found, pause, remark): table.append(
-        {"measure": measure, "found": found, "remark": remark if pause else ""})
+    def line(measure, found, pause, remark):
+        table.append({"measure": measure, "found": found, "remark": remark if pause else ""})
     line("the better answer scores higher", _interval(accuracy), accuracy["low"] <= 0.5, "may be chance")
     if card.get("seen"): line("pairs whose question was trained on", str(card["seen"]), True, "their accuracy flatters")
     line("calibration error, Brier score", f"{calibration['ece']:.3f}, {calibration['brier']:.3f}",
@@ -224,11 +233,13 @@ def _bars(axis, shares:dict, reference:float|None=None):
     shown = {name: s for name, s in shares.items() if s["value"] is not None}
     value = np.array([s["value"] for s in shown.values()])
     low, high = (np.array([s[end] for s in shown.values()]) for end in ("low", "high"))
-    axis.bar(range(len(shown)), value, color="#9ecae1", yerr=np.clip([value - low, high - value], 0, None), ecolor="#08519c")
+    axis.bar(range(len(shown)), value, color="#9ecae1", yerr=np.clip([value - low, high - value], 0, None),
+        ecolor="#08519c")
     axis.set_xticks(range(len(shown)), shown)
     axis.set_ylim(0, 1)
     if reference is not None: axis.axhline(reference, color="#d94801", lw=1, ls="--")
 
+# %% ../../nbs/train/15_report_card.ipynb #plot-card
 def plot_card(
     card:dict,              # From `make_card`
     file:str|Path|None=None,# Where to save a PNG
@@ -263,6 +274,7 @@ def plot_card(
 _CARD = {"head!": str, "pairs!": int, "seen": int,
     "accuracy!": {"value!": NUMBER, "low!": NUMBER, "high!": NUMBER, "pairs!": int}}
 
+# %% ../../nbs/train/15_report_card.ipynb #report-card
 class ReportCard:
     "A card that can be looked at, written beside its model and read again."
     def __init__(self,
@@ -286,8 +298,9 @@ class ReportCard:
         if not os.path.lexists(file): return None
         try:
             if why := misfit(facts := read_json(file), _CARD): raise ValueError(why)
-        except (OSError, ValueError) as e: raise UserError(
-            f"{file} cannot be read ({e}); train the reward model again, or fetch its folder anew") from None
+        except (OSError, ValueError) as e:
+            raise UserError(
+                f"{file} cannot be read ({e}); train the reward model again, or fetch its folder anew") from None
         return cls(facts)
 
     def metrics(self)->dict[str, float]:
@@ -321,6 +334,7 @@ def saved_head(
                 if f".{name}".endswith(".score.weight"): return f.get_tensor(name)
     raise UserError(f"{folder} is no reward model: no safetensors file in it has a head named score")
 
+# %% ../../nbs/train/15_report_card.ipynb #check-reward-model
 def check_reward_model(
     folder:str|Path, # Of the reward model: of the adapter, if it is one
     args,            # `Arguments`: `min_reward_accuracy` and `allow_weak_reward_model` are read
@@ -330,14 +344,17 @@ def check_reward_model(
     head = saved_head(folder)
     if flags.allow_weak_reward_model: return card
     mend = "or set --allow_weak_reward_model"
-    if card is None: raise UserError(f"the reward model {folder} has no report_card.json: train it with held-out pairs "
-        f"(--stage rm --val_size 0.1), {mend}")
-    if card.facts["head"] != head_hash(head): raise UserError(
-        f"report_card.json in {folder} is of another reward model: train it again with held-out pairs, {mend}")
-    if seen := card.facts.get("seen"): raise UserError(f"the report card of {folder} was made on pairs whose questions were "
-        f"trained on ({seen} of {card.facts['pairs']}): train it again with other held-out pairs, {mend}")
+    if card is None:
+        raise UserError(f"the reward model {folder} has no report_card.json: train it with held-out pairs "
+            f"(--stage rm --val_size 0.1), {mend}")
+    if card.facts["head"] != head_hash(head):
+        raise UserError(
+            f"report_card.json in {folder} is of another reward model: train it again with held-out pairs, {mend}")
+    if seen := card.facts.get("seen"):
+        raise UserError(f"the report card of {folder} was made on pairs whose questions were "
+            f"trained on ({seen} of {card.facts['pairs']}): train it again with other held-out pairs, {mend}")
     found = card.facts["accuracy"]
-    if not found["low"] >= flags.min_reward_accuracy: raise UserError(
-        f"the reward model {folder} is right in {_interval(found)} and the lower end is below "
-        f"--min_reward_accuracy {flags.min_reward_accuracy:g}: train it longer or on more pairs, {mend}")
+    if not found["low"] >= flags.min_reward_accuracy:
+        raise UserError(f"the reward model {folder} is right in {_interval(found)} and the lower end is below "
+            f"--min_reward_accuracy {flags.min_reward_accuracy:g}: train it longer or on more pairs, {mend}")
     return card

@@ -27,8 +27,9 @@ def reporters(
     "Where a run reports to. Raises `UserError` for a program that is not installed."
     wanted = args.training.report_to = reporters_of(args.training.report_to)
     for name in wanted:
-        if name not in _OURS: say(f"--report_to {name}: it gets what transformers sends it, wherever that is; "
-            "medllm keeps nothing back from it")
+        if name not in _OURS:
+            say(f"--report_to {name}: it gets what transformers sends it, wherever that is; "
+                "medllm keeps nothing back from it")
     return wanted
 
 # %% ../../nbs/train/08_reporting.ipynb #places
@@ -37,27 +38,35 @@ def _tensorboard(folder:Path, name:str):
     "Event files in the record, named after no machine; a run is called as its folder is."
     where = Path(os.environ.get("TENSORBOARD_LOGGING_DIR", folder/"tensorboard"))
     if name != folder.name: where /= re.sub(r"\W+", "_", name)
-    with patch.dict(os.environ, TENSORBOARD_LOGGING_DIR=str(where)), patch("socket.gethostname", lambda: "machine"): yield
+    with patch.dict(os.environ, TENSORBOARD_LOGGING_DIR=str(where)), patch("socket.gethostname", lambda: "machine"):
+        yield
 
 _QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING": "false",
     "GIT_PYTHON_REFRESH": "quiet"}
 
+# %% ../../nbs/train/08_reporting.ipynb #mlflow
 @contextlib.contextmanager
 def _mlflow(folder:Path, called:str):
     "A run of MLflow in a database in the record, with nobody's name."
     with patch.dict(os.environ, _QUIET):
         import mlflow
-        if {"?", "#"} & set(str(folder.resolve())): raise UserError(
-            f"--report_to mlflow: the folder {folder.resolve()} has a ? or # in its name, which a database's address cannot hold")
+        if {"?", "#"} & set(str(folder.resolve())):
+            raise UserError(
+                f"--report_to mlflow: the folder {folder.resolve()} has a ? or # in its name, which a "
+                "database's address cannot hold")
         before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
-        if not before and "MLFLOW_TRACKING_URI" not in os.environ: mlflow.set_tracking_uri(f"sqlite:///{folder.resolve()}/mlflow.db")
+        if not before and "MLFLOW_TRACKING_URI" not in os.environ:
+            mlflow.set_tracking_uri(f"sqlite:///{folder.resolve()}/mlflow.db")
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "medllm")
-        if mlflow.get_experiment_by_name(name) is None: mlflow.create_experiment(
-            name, artifact_location=None if before else (folder.resolve()/"mlflow").as_uri())
+        if mlflow.get_experiment_by_name(name) is None:
+            mlflow.create_experiment(name, artifact_location=None if before else (folder.resolve()/"mlflow").as_uri())
         tags = {"mlflow.user": "", "mlflow.source.name": "medllm", "mlflow.source.type": "JOB"}
-        with mlflow.start_run(experiment_id=mlflow.get_experiment_by_name(name).experiment_id, run_name=called, tags=tags): yield
+        with mlflow.start_run(experiment_id=mlflow.get_experiment_by_name(name).experiment_id, run_name=called,
+            tags=tags):
+            yield
         mlflow.set_tracking_uri(before)
 
+# %% ../../nbs/train/08_reporting.ipynb #reporting
 @contextlib.contextmanager
 def reporting(
     args:Arguments, # From `parse`
@@ -72,6 +81,7 @@ def reporting(
             if name in ready and is_first_process(): stack.enter_context(ready[name](folder, called))
         yield
 
+# %% ../../nbs/train/08_reporting.ipynb #reported
 def reported(
     function:Callable, # Trains, from `Arguments` and more
 )->Callable:           # The same, with its reports in place

@@ -44,7 +44,8 @@ class PairLoss(Objective):
 
     def __call__(self, trainer, model, batch):
         chosen, rejected = scores(model, batch["input_ids"], batch["last"], **trainer.apart(batch)).chunk(2)
-        sums = {"accuracy": chosen > rejected, "margin": chosen - rejected, "chosen_score": chosen, "rejected_score": rejected}
+        sums = {"accuracy": chosen > rejected, "margin": chosen - rejected, "chosen_score": chosen,
+            "rejected_score": rejected}
         return pair_loss(chosen, rejected, self.margin, self.centre).sum(), {name: v.sum() for name, v in sums.items()}
 
 # %% ../../nbs/train/16_reward.ipynb #make
@@ -60,11 +61,15 @@ def make_trainer(
     finish_start(data, model)
     pad = scoring_pad(tokenizer, data.renderer.stop_ids)
     if pad is not None: model.config.get_text_config().pad_token_id = pad
-    else: say("the tokenizer has no token to pad with but the one that ends answers: scores are right here, wrong in programs "
-        "that find the last token by the pad token; add a pad token and resize the embeddings")
+    else:
+        say("the tokenizer has no token to pad with but the one that ends answers: scores are "
+            "right here, wrong in programs "
+            "that find the last token by the pad token; add a pad token and resize the embeddings")
     return StageTrainer(model, args.training, PairLoss(r.rm_margin, r.center_rewards_coefficient or 0.0),
-        data.train, data.eval, tokenizer, args.data.group_by_length, args.data.cutoff_len if args.data.packing else None)
+        data.train, data.eval, tokenizer, args.data.group_by_length,
+        args.data.cutoff_len if args.data.packing else None)
 
+# %% ../../nbs/train/16_reward.ipynb #finish
 def finish(
     trainer:StageTrainer, # After training
     args:Arguments,       # From `parse`
@@ -72,7 +77,8 @@ def finish(
 )->dict:                  # Of the card: accuracy with its interval, calibration, length, padding
     "Measure the reward model on the held-out pairs and write its report card into the output folder."
     if not data.eval:
-        say("no pairs were held out, so the reward model gets no report card and ppo and grpo will refuse it: set --val_size")
+        say("no pairs were held out, so the reward model gets no report card and ppo and grpo "
+            "will refuse it: set --val_size")
         return {}
     held, names = Pairs.join(list(data.eval.values())), [name for name in data.eval if name]
     facts = make_card(trainer.model, held, data.renderer, names or [s.name for s in data.sources])

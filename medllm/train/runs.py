@@ -24,11 +24,13 @@ def _like(name:str, default):
     "A field with the help text of the flag of that name."
     return flag(default, _HELP[name])
 
+# %% ../../nbs/train/22_runs.ipynb #run
 class _Run:
     stage = "sft"
 
     def __post_init__(self):
-        if getattr(self, "memorisation", 0) < 0: raise UserError(f"memorisation {self.memorisation}: must be at least 0 rows")
+        if getattr(self, "memorisation", 0) < 0:
+            raise UserError(f"memorisation {self.memorisation}: must be at least 0 rows")
 
     @staticmethod
     def other_flags()->set[str]:
@@ -43,7 +45,8 @@ class _Run:
 
     def preflight(self):
         "Find what cannot work without loading anything. Raises `UserError`."
-        folder = self.output_dir or f"{self.runs_dir}/{self.stage}/a new one"       # not where a plain command would write
+        # not where a plain command would write
+        folder = self.output_dir or f"{self.runs_dir}/{self.stage}/a new one"
         args = parse(self.flags() | {"output_dir": folder})
         check_processes(args.given, self.num_processes)
         preflight(args)
@@ -79,7 +82,8 @@ class SftRun(_Run):
     save_steps:int = flag(500, "Steps between two checkpoints")
     seed:int = flag(42, "Seed of weights, split and order")
     canaries:int = _like("canaries", 0)
-    memorisation:int = flag(32, "Rows, and pieces of personal data, that the trained model is asked for at the end; 0 for none")
+    memorisation:int = flag(
+        32, "Rows, and pieces of personal data, that the trained model is asked for at the end; 0 for none")
     profile:str = _like("profile", "fast")
     num_processes:int = flag(1, "Processes; more than one are started with accelerate launch")
     time_limit:float|None = flag(None, "Longest time of the run [min]; a checkpoint is taken when it is over")
@@ -91,19 +95,22 @@ class SftRun(_Run):
     reveal:bool = flag(False, "Show row text and answers although a dataset is private")
 
 # %% ../../nbs/train/22_runs.ipynb #stages
-_OF_SOME = {"canaries": ("pt", "sft"), "memorisation": ("pt", "sft", "dpo", "kto")} # Parameters that not all stages have
+# Parameters that not all stages have
+_OF_SOME = {"canaries": ("pt", "sft"), "memorisation": ("pt", "sft", "dpo", "kto")}
 
 def _stage(stage:str, own:str, **defaults)->type:
     "A stage's parameters: its own flags, by name, then those of every stage, some with another default."
     first = [(f.name, _TYPES[f.name], flag(defaults.get(f.name, f.default), f.metadata["help"]))
         for f in map(_FLAGS.get, own.split())]
-    same = lambda f: flag(defaults[f.name], f.metadata["help"]) if f.name in defaults else field(
-        default=f.default, default_factory=f.default_factory, metadata=f.metadata)
+    def same(f):
+        return flag(defaults[f.name], f.metadata["help"]) if f.name in defaults else field(
+            default=f.default, default_factory=f.default_factory, metadata=f.metadata)
     others = [f for f in fields(SftRun) if stage in _OF_SOME.get(f.name, (stage,))]
     run = make_dataclass(f"{stage.title()}Run", [*first, *((f.name, f.type, same(f)) for f in others)], bases=(_Run,))
     run.stage, run.__doc__, run.__module__ = stage, f"Parameters of nbs/runs/{stage}.ipynb.", __name__
     return run
 
+# %% ../../nbs/train/22_runs.ipynb #stages-more
 _REFERENCE = "ref_policy ref_model ref_model_adapters precompute_ref_log_probs "
 _SAMPLING = "reward_funcs reward_weights reward_model kl_coef kl_limit temperature max_new_tokens log_completions "
 

@@ -24,6 +24,7 @@ class Answer:
     text:str       # The answer, without its end token
     ended:bool     # Whether the model ended it by itself
 
+# %% ../../nbs/train/23_samples.ipynb #answer-2
 def answer(
     model,                   # A causal language model
     renderer:Renderer,       # Its template and tokenizer
@@ -49,10 +50,12 @@ def sample(
     "Answers of a model as it lies on the disk."
     with saved_chat(model_name, plan, renderer, trained) as chat: return answer(chat.model, renderer, list(questions))
 
+# %% ../../nbs/train/23_samples.ipynb #as-table
 def as_table(
     before:list[Answer], # From the base model
     after:list[Answer],  # From the trained one
 )->str:                  # Markdown
     "The answers side by side."
-    said = lambda a: a.text + ("" if a.ended else " …")
-    return markdown_rows(["question", "before", "after"], [(a.question, said(a), said(b)) for a, b in zip(before, after)])
+    def said(a): return a.text + ("" if a.ended else " …")
+    return markdown_rows(["question", "before", "after"],
+        [(a.question, said(a), said(b)) for a, b in zip(before, after)])

@@ -19,5 +19,5 @@ def make_trainer(
     "The trainer of a supervised run, a `StageTrainer`."
     from medllm.train.trainer import StageTrainer
     objective = TokenLoss(args.training.label_smoothing_factor)
-    return StageTrainer(start_model(args, data), args.training, objective, data.train, data.eval, data.renderer.tokenizer,
-        args.data.group_by_length, args.data.cutoff_len if args.data.packing else None)
+    return StageTrainer(start_model(args, data), args.training, objective, data.train, data.eval,
+        data.renderer.tokenizer, args.data.group_by_length, args.data.cutoff_len if args.data.packing else None)

@@ -22,6 +22,7 @@ def activation_bytes(
     text = getattr(config, "get_text_config", lambda: config)()
     return 17*bytes_each*positions*text.hidden_size*text.num_hidden_layers
 
+# %% ../../nbs/train/11_start.ipynb #needs-checkpointing
 def needs_checkpointing(
     config,         # Of the model
     positions:int,  # Longest row times rows of a micro-batch [tokens]
@@ -40,9 +41,11 @@ def most_positions(
     t, online = args.training, args.finetuning.stage in ("ppo", "grpo")
     longest = args.data.cutoff_len if args.data.packing else int(data.train.lengths.max())
     if online: longest += args.reinforcement.max_new_tokens                              # prompts get answers
-    passes = 2 if args.finetuning.stage == "ppo" else getattr(data.train, "each", 1)     # the policy's, and the value model's
+    # the policy's, and the value model's
+    passes = 2 if args.finetuning.stage == "ppo" else getattr(data.train, "each", 1)
     return longest*t.per_device_train_batch_size*passes
 
+# %% ../../nbs/train/11_start.ipynb #check-memory
 def check_memory(
     args:Arguments,    # From `parse`
     data:TrainingData, # From `prepare_data`
@@ -58,6 +61,7 @@ def check_memory(
         say("activations may not fit the GPU's memory: gradient checkpointing is on "
             "(--gradient_checkpointing false turns it off)")
 
+# %% ../../nbs/train/11_start.ipynb #start-model
 def start_model(
     args:Arguments,    # From `parse`
     data:TrainingData, # From `prepare_data`
@@ -71,6 +75,7 @@ def start_model(
     if args.finetuning.stage != "pt": finish_start(data, model)      # a base model stays without a template
     return model
 
+# %% ../../nbs/train/11_start.ipynb #finish-start
 def finish_start(
     data:TrainingData, # From `prepare_data`
     model,             # Any that was loaded for a run

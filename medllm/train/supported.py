@@ -16,7 +16,8 @@ from ..core import UserError, nearest
 
 # %% ../../nbs/train/01_supported.ipynb #refused
 _GATHERED = "validation here sums over units and gathers no predictions; leave it out"
-_HUB = ("a run uploads nothing, since its folder holds records too: medllm export makes a folder that is meant for others, and "
+_HUB = ("a run uploads nothing, since its folder holds records too: medllm export makes a folder "
+    "that is meant for others, and "
     "hf upload OWNER/NAME FOLDER uploads it")
 _OWN_FUSION = "loss, norms and rotary embeddings are fused here already; leave it out"
 _ONE_PRECISION = "validation has the precision of training (--bf16, --fp16); leave it out"
@@ -26,21 +27,26 @@ REFUSED = {   # flag -> the one value that means something here, and why no othe
     **dict.fromkeys(("include_for_metrics", "label_names", "eval_accumulation_steps"), ("", _GATHERED)),
     "eval_do_concat_batches": ("true", _GATHERED), "prediction_loss_only": ("true", _GATHERED),
     **dict.fromkeys(("push_to_hub", "hub_always_push"), ("false", _HUB)),
-    **dict.fromkeys(("hub_model_id", "hub_private_repo", "hub_revision"), ("", _HUB)), "hub_strategy": ("every_save", _HUB),
+    **dict.fromkeys(("hub_model_id", "hub_private_repo", "hub_revision"), ("", _HUB)),
+    "hub_strategy": ("every_save", _HUB),
     "use_liger_kernel": ("false", _OWN_FUSION), "liger_kernel_config": ("", _OWN_FUSION),
     "bf16_full_eval": ("false", _ONE_PRECISION), "fp16_full_eval": ("false", _ONE_PRECISION),
     "average_tokens_across_devices": ("true", "each token counts alike on whichever device it is; leave it out"),
     "remove_unused_columns": ("false", "rows are tokens here and have no columns to remove; leave it out"),
     "length_column_name": ("length", "lengths are those of the tokenised rows; leave it out"),
-    "logging_nan_inf_filter": ("false", "it would log earlier losses in the place of one that is not finite, at which training "
+    "logging_nan_inf_filter": ("false",
+    "it would log earlier losses in the place of one that is not finite, at which training "
         "stops here; leave it out"),
-    "use_cache": ("false", "training keeps no keys and values; what generates with the model turns its cache on by itself"),
+    "use_cache": (
+    "false", "training keeps no keys and values; what generates with the model turns its cache on by itself"),
     "enable_jit_checkpoint": ("false", "a run that gets SIGTERM takes a checkpoint by itself; leave it out"),
     "restore_callback_states_from_checkpoint": ("true", "callbacks always go on with their states; leave it out"),
     "full_determinism": ("false", "say --profile exact, which also refuses what cannot be repeated"),
     "debug": ("", "training stops at the first loss or gradient that is not finite and names the step; leave it out"),
-    "parallelism_config": ("", "several devices are used through accelerate launch, --fsdp or --deepspeed; leave it out"),
-    "ddp_find_unused_parameters": ("false", "whatever trains has a part in every step, and the loss is taken where DDP sees no "
+    "parallelism_config": (
+    "", "several devices are used through accelerate launch, --fsdp or --deepspeed; leave it out"),
+    "ddp_find_unused_parameters": ("false",
+    "whatever trains has a part in every step, and the loss is taken where DDP sees no "
         "part of the model used; leave it out"),
     "train_sampling_strategy": ("sequential", "known are random, group_by_length and sequential")}
 
@@ -50,6 +56,7 @@ def as_word(value)->str:
     word = str(getattr(value, "value", value)).lower()
     return {"1": "true", "yes": "true", "0": "false", "no": "false", "none": "", "[]": ""}.get(word, word)
 
+# %% ../../nbs/train/01_supported.ipynb #check-refused
 def check_refused(
     given:dict, # Flag to value, in today's names
 ):
@@ -58,6 +65,7 @@ def check_refused(
         means, why = REFUSED.get(name, (as_word(value), ""))
         if as_word(value) != means and as_word(value): raise UserError(f"--{name} {_shown(value)}: {why}")
 
+# %% ../../nbs/train/01_supported.ipynb #shown
 def _shown(value)->str:
     "A value in a message."
     text = value if isinstance(value, str) else json.dumps(value, default=str)
@@ -65,8 +73,10 @@ def _shown(value)->str:
 
 # %% ../../nbs/train/01_supported.ipynb #packages
 _OPTIMISERS = {   # how a name begins -> module, package
-    "galore": ("galore_torch", "galore-torch"), "apollo": ("apollo_torch", "apollo-torch"), "lomo": ("lomo_optim", "lomo-optim"),
-    "adalomo": ("lomo_optim", "lomo-optim"), "grokadamw": ("grokadamw", "grokadamw"), "stable_adamw": ("optimi", "torch-optimi"),
+    "galore": ("galore_torch", "galore-torch"), "apollo": ("apollo_torch", "apollo-torch"),
+    "lomo": ("lomo_optim", "lomo-optim"),
+    "adalomo": ("lomo_optim", "lomo-optim"), "grokadamw": ("grokadamw", "grokadamw"),
+    "stable_adamw": ("optimi", "torch-optimi"),
     "schedule_free": ("schedulefree", "schedulefree"), "adamw_torch_4bit": ("torchao", "torchao"),
     "adamw_torch_8bit": ("torchao", "torchao"), "adamw_torch_xla": ("torch_xla", "torch_xla"),
     "adamw_torch_npu": ("torch_npu", "torch-npu"), "adamw_anyprecision": ("torchdistx", "torchdistx")}
@@ -80,9 +90,10 @@ _REPORTERS = {    # --report_to -> module, package
 
 def _installed(flag:str, name:str, module:str, package:str):
     "Raise `UserError` unless a module can be imported."
-    if importlib.util.find_spec(module) is None: raise UserError(
-        f"--{flag} {name} needs the package {module}, which is not installed: pip install {package}")
+    if importlib.util.find_spec(module) is None:
+        raise UserError(f"--{flag} {name} needs the package {module}, which is not installed: pip install {package}")
 
+# %% ../../nbs/train/01_supported.ipynb #reporters-of
 def reporters_of(
     said,         # --report_to: a word, several with commas, or a list
 )->list[str]:     # Without none
@@ -91,13 +102,15 @@ def reporters_of(
     wanted = [w for w in words if w and w != "none"]
     for name in wanted:
         if name == "all": continue
-        if name not in _REPORTERS: raise UserError(
-            f"--report_to {name}: unknown{nearest(name, _REPORTERS)}; known are {', '.join(_REPORTERS)}")
+        if name not in _REPORTERS:
+            raise UserError(
+                f"--report_to {name}: unknown{nearest(name, _REPORTERS)}; known are {', '.join(_REPORTERS)}")
         if name != "kubeflow": _installed("report_to", name, *_REPORTERS[name])
-        elif not os.environ.get("KUBEFLOW_TRAINER_SERVER_URL"): raise UserError(
-            "--report_to kubeflow: this is no job of Kubeflow (KUBEFLOW_TRAINER_SERVER_URL is not set)")
+        elif not os.environ.get("KUBEFLOW_TRAINER_SERVER_URL"):
+            raise UserError("--report_to kubeflow: this is no job of Kubeflow (KUBEFLOW_TRAINER_SERVER_URL is not set)")
     return wanted
 
+# %% ../../nbs/train/01_supported.ipynb #check-packages
 def check_packages(
     given:dict, # Flag to value, in today's names
 ):
@@ -116,8 +129,10 @@ def check_processes(
     "Raise `UserError` for a flag that needs several processes, where one trains."
     alone = (processes or int(os.environ.get("WORLD_SIZE", "1"))) == 1
     for name in ("fsdp", "ddp_backend"):
-        if alone and as_word(given.get(name)) not in ("", "false"): raise UserError(
-            f"--{name} {_shown(given[name])} needs several processes: accelerate launch --num_processes N -m medllm.train …")
+        if alone and as_word(given.get(name)) not in ("", "false"):
+            raise UserError(
+                f"--{name} {_shown(given[name])} needs several processes: accelerate launch "
+                "--num_processes N -m medllm.train …")
 
 # %% ../../nbs/train/01_supported.ipynb #compile
 _BACKENDS = ("inductor", "eager", "aot_eager", "cudagraphs")
@@ -130,14 +145,16 @@ def check_compile(
     backend, mode = as_word(given.get("torch_compile_backend")), as_word(given.get("torch_compile_mode"))
     if not (as_word(given.get("torch_compile")) == "true" or backend or mode): return
     for flag, word, known in (("torch_compile_backend", backend, _BACKENDS), ("torch_compile_mode", mode, _MODES)):
-        if word and word not in known: raise UserError(
-            f"--{flag} {word}: unknown{nearest(word, known)}; known are {', '.join(known)}")
+        if word and word not in known:
+            raise UserError(f"--{flag} {word}: unknown{nearest(word, known)}; known are {', '.join(known)}")
     if backend in ("", "inductor"):
         from torch._inductor.cpp_builder import get_cpp_compiler
         try: get_cpp_compiler()
-        except Exception: raise UserError("--torch_compile needs a C++ compiler (g++ or clang++), and none is found: "
-            "install one, or use --torch_compile_backend eager") from None
+        except Exception:
+            raise UserError("--torch_compile needs a C++ compiler (g++ or clang++), and none is found: "
+                "install one, or use --torch_compile_backend eager") from None
 
+# %% ../../nbs/train/01_supported.ipynb #check-accelerator
 def check_accelerator(
     given:dict, # Flag to value, in today's names
 ):
@@ -147,16 +164,18 @@ def check_accelerator(
     try: config = json.loads(said) if isinstance(said, str) else said
     except ValueError: config = None
     inner = (config or {}).get("gradient_accumulation_kwargs") if isinstance(config, dict) else None
-    if not isinstance(inner, dict) or len(config) > 1 or {*inner} - {"sync_each_batch"}: raise UserError(
-        f"--accelerator_config {_shown(said)}: batches are made and shared out here, so only "
-        '{"gradient_accumulation_kwargs": {"sync_each_batch": true}} means something')
+    if not isinstance(inner, dict) or len(config) > 1 or {*inner} - {"sync_each_batch"}:
+        raise UserError(f"--accelerator_config {_shown(said)}: batches are made and shared out here, so only "
+            '{"gradient_accumulation_kwargs": {"sync_each_batch": true}} means something')
 
 # %% ../../nbs/train/01_supported.ipynb #optimiser
-_TRIED = ("optim", "optim_args", "optim_target_modules", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "adam_beta1",
-    "adam_beta2", "adam_epsilon", "weight_decay", "learning_rate", "metric_for_best_model")
+_TRIED = ("optim", "optim_args", "optim_target_modules", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "learning_rate", "metric_for_best_model")
 _OPTIONS = {   # how a name begins -> what --optim_args may hold
-    "sgd": "momentum dampening nesterov", "adagrad": "lr_decay eps", "rmsprop": "momentum alpha eps centered", "rmsprop_bnb": "",
-    "ademamix": "beta1 beta2 beta3 alpha eps t_alpha t_beta3", "paged_ademamix": "beta1 beta2 beta3 alpha eps t_alpha t_beta3",
+    "sgd": "momentum dampening nesterov", "adagrad": "lr_decay eps", "rmsprop": "momentum alpha eps centered",
+    "rmsprop_bnb": "",
+    "ademamix": "beta1 beta2 beta3 alpha eps t_alpha t_beta3",
+    "paged_ademamix": "beta1 beta2 beta3 alpha eps t_alpha t_beta3",
     "galore": "rank update_proj_gap scale proj_type", "apollo": "rank proj scale_type update_proj_gap scale proj_type",
     "grokadamw": "alpha_init lamb gamma grokking_signal_decay_rate gradient_clipping",
     "stable_adamw": "max_lr kahan_sum decouple_lr",
@@ -173,21 +192,27 @@ def _check_options(t, given:dict):
     known = _OPTIONS.get(begins, "").split()
     for pair in filter(None, (t.optim_args or "").replace(" ", "").split(",")):
         key, has, _ = pair.partition("=")
-        if not has or key not in known: raise UserError(f"--optim_args {pair}: --optim {name} reads " + (
-            f"{', '.join(known)}, each as name=value" if known else "none") + f"{nearest(key, known)}")
+        if not has or key not in known:
+            raise UserError(f"--optim_args {pair}: --optim {name} reads " + (
+                f"{', '.join(known)}, each as name=value" if known else "none") + f"{nearest(key, known)}")
     for flags, without in ((("adam_beta1", "adam_beta2", "adam_epsilon"), _NO_BETAS), (("weight_decay",), _NO_DECAY)):
         for flag in flags:
-            if flag in given and name.startswith(without) and getattr(t, flag) != type(t).__dataclass_fields__[flag].default:
+            if flag in given and name.startswith(without) and getattr(t,
+                flag) != type(t).__dataclass_fields__[flag].default:
                 raise UserError(f"--{flag}: --optim {name} does not read it; leave it out")
-    if bool(t.optim_target_modules) != name.startswith(_LOW_RANK): raise UserError(
-        f"--optim {name} needs --optim_target_modules: names of linear layers, or all-linear" if not t.optim_target_modules else
-        f"--optim_target_modules belongs to the galore and apollo optimisers, not {name}: leave it out")
+    if bool(t.optim_target_modules) != name.startswith(_LOW_RANK):
+        raise UserError(
+            f"--optim {name} needs --optim_target_modules: names of linear layers, or all-linear"
+            if not t.optim_target_modules else
+            f"--optim_target_modules belongs to the galore and apollo optimisers, not {name}: leave it out")
 
+# %% ../../nbs/train/01_supported.ipynb #sentence
 def _sentence(error:BaseException)->str:
     "The first sentence of an error of a library."
     text = re.sub(r"^(['\"])(.*)\1$", r"\2", re.sub(r"\s+", " ", str(error)).strip()) or type(error).__name__
     return re.split(r"(?<=\w)\. (?=[A-Z])", text)[0].rstrip(".")
 
+# %% ../../nbs/train/01_supported.ipynb #check-optimiser
 def check_optimiser(
     t,          # transformers.TrainingArguments
     given:dict, # Flag to value, in today's names
@@ -195,12 +220,15 @@ def check_optimiser(
     "Raise `UserError` for an optimiser or a schedule that cannot be had as the flags say."
     if not {*_TRIED} & given.keys(): return
     _check_options(t, given)
-    if not isinstance(t.lr_scheduler_kwargs, dict | None): raise UserError(
-        f"--lr_scheduler_kwargs {t.lr_scheduler_kwargs}: must be names and values as JSON, as in {{\"num_cycles\": 2}}")
+    if not isinstance(t.lr_scheduler_kwargs, dict | None):
+        raise UserError(
+            f"--lr_scheduler_kwargs {t.lr_scheduler_kwargs}: must be names and values as "
+            f"JSON, as in {{\"num_cycles\": 2}}")
     if t.optim.value.startswith(_LOW_RANK) or "lomo" in t.optim.value: return      # they want the model itself
     import torch
     from transformers import Trainer, get_scheduler
-    weight = torch.nn.Parameter(torch.ones(512, 256, device=t.device))       # bitsandbytes pages from 100,000 numbers on
+    # bitsandbytes pages from 100,000 numbers on
+    weight = torch.nn.Parameter(torch.ones(512, 256, device=t.device))
     weight.grad = torch.ones_like(weight)
     try:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(t, torch.nn.Linear(2, 2))
@@ -210,7 +238,8 @@ def check_optimiser(
         raise UserError(f"--optim {t.optim.value}: {_sentence(e)}") from None
     try: get_scheduler(t.lr_scheduler_type, optimiser, t.get_warmup_steps(100), 100, t.lr_scheduler_kwargs)
     except (ValueError, TypeError, KeyError, AttributeError) as e:
-        raise UserError(f"--lr_scheduler_type {t.lr_scheduler_type.value}, --lr_scheduler_kwargs: {_sentence(e)}") from None
+        raise UserError(
+            f"--lr_scheduler_type {t.lr_scheduler_type.value}, --lr_scheduler_kwargs: {_sentence(e)}") from None
 
 # %% ../../nbs/train/01_supported.ipynb #metrics
 _PAIRS = {"loss": False, "accuracy": True, "margin": True}
@@ -223,6 +252,7 @@ METRICS = {   # stage -> name -> whether more is better
 
 def _bare(name:str)->str: return str(name).removeprefix("eval_")
 
+# %% ../../nbs/train/01_supported.ipynb #more-is-better
 def more_is_better(
     stage:str, # One of `METRICS`
     name:str,  # --metric_for_best_model
@@ -232,6 +262,7 @@ def more_is_better(
     found = max((m for m in known if _bare(name) == m or _bare(name).endswith(f"_{m}")), key=len, default=None)
     return known.get(found) if found else True if stage in ("ppo", "grpo") and "reward_" in name else None
 
+# %% ../../nbs/train/01_supported.ipynb #check-metric
 def check_metric(
     stage:str,        # One of `METRICS`
     name:str|None,    # --metric_for_best_model
@@ -241,5 +272,6 @@ def check_metric(
     if not name or stage in ("ppo", "grpo") and "reward_" in name: return              # a reward rule has its own
     own = [*METRICS[stage]]
     known = own + [f"{one}_{m}" for one in sets for m in own if len(sets) > 1]
-    if _bare(name) not in known: raise UserError(
-        f"--metric_for_best_model {name}: unknown{nearest(_bare(name), known)}; known are {', '.join(known)}")
+    if _bare(name) not in known:
+        raise UserError(
+            f"--metric_for_best_model {name}: unknown{nearest(_bare(name), known)}; known are {', '.join(known)}")

@@ -24,8 +24,8 @@ _STAGES_OF = {   # flags that mean something in some stages only
     **dict.fromkeys("pref_loss simpo_gamma dpo_label_smoothing ld_alpha".split(), _PAIRS),
     **dict.fromkeys("pref_beta pref_ftx precompute_ref_log_probs".split(), ("dpo", "kto")),
     **dict.fromkeys("kto_chosen_weight kto_rejected_weight".split(), ("kto",)),
-    **dict.fromkeys("ref_policy ref_model ref_model_adapters ref_model_quantization_bit".split(), ("dpo", "kto", *_ONLINE)),
-    **dict.fromkeys((f.name for f in fields(RewardArguments)), _ONLINE),
+    **dict.fromkeys("ref_policy ref_model ref_model_adapters ref_model_quantization_bit".split(),
+    ("dpo", "kto", *_ONLINE)), **dict.fromkeys((f.name for f in fields(RewardArguments)), _ONLINE),
     **dict.fromkeys("rm_margin center_rewards_coefficient".split(), ("rm",)),
     **dict.fromkeys("num_generations num_iterations grpo_loss epsilon epsilon_high kl_unbiased".split(), ("grpo",)),
     **dict.fromkeys((f.name for f in fields(ReinforcementArguments) if f.name.startswith("ppo_")), ("ppo",)),
@@ -45,7 +45,8 @@ def drop_unused(
     return {name: value for name, value in given.items() if name not in gone}
 
 # %% ../../nbs/train/02_together.ipynb #values
-_LEAST = {"kto_chosen_weight": 0, "kto_rejected_weight": 0, "center_rewards_coefficient": 0, "rm_margin": 0, "pref_beta": 0,
+_LEAST = {"kto_chosen_weight": 0, "kto_rejected_weight": 0, "center_rewards_coefficient": 0, "rm_margin": 0,
+    "pref_beta": 0,
     "pref_ftx": 0, "kl_coef": 0, "kl_limit": 0, "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "seed": 0,
     "data_seed": 0, "dataloader_num_workers": 0, "eval_delay": 0, "neftune_noise_alpha": 0,
     "gradient_accumulation_steps": 1, "ddp_timeout": 1, "canaries": 0}
@@ -63,22 +64,27 @@ def is_asked(
     default = known_flags()[name].default
     return name in args.given and held[name] != (None if default is MISSING else getattr(default, "value", default))
 
+# %% ../../nbs/train/02_together.ipynb #by-default
 def _by_default(args)->str:
     return "" if "finetuning_type" in args.given else ", the default of the tiny model" if (
         args.finetuning.finetuning_type == "full") else ", the default"
 
+# %% ../../nbs/train/02_together.ipynb #check-given
 def _check_given(args):
     "Raise `UserError` for a flag that was given and means nothing in the stage, or has a value below the least."
     stage, kind, held = args.finetuning.stage, args.finetuning.finetuning_type, args.resolved()
     for name in args.given:
         where = _STAGES_OF.get(name, (stage,))
-        if stage not in where and held[name] not in (None, False): raise UserError(
-            f"--{name} belongs to --stage {' or '.join(where)}, not {stage}: leave it out")
+        if stage not in where and held[name] not in (None, False):
+            raise UserError(f"--{name} belongs to --stage {' or '.join(where)}, not {stage}: leave it out")
         own = _KINDS_OF.get(name, kind)
-        if own != kind and is_asked(args, held, name): raise UserError(
-            f"--{name} belongs to --finetuning_type {own}, not {kind}{_by_default(args)}: leave it out, or name that type")
+        if own != kind and is_asked(args, held, name):
+            raise UserError(
+                f"--{name} belongs to --finetuning_type {own}, not {kind}{_by_default(args)}: "
+                "leave it out, or name that type")
     for name, least in _LEAST.items():
-        if held[name] is not None and not held[name] >= least: raise UserError(f"--{name} {held[name]}: must be at least {least}")
+        if held[name] is not None and not held[name] >= least:
+            raise UserError(f"--{name} {held[name]}: must be at least {least}")
     for name in _ABOVE:
         if held[name] is not None and not held[name] > 0: raise UserError(f"--{name} {held[name]:g}: must be above 0")
     if held["max_steps"] == 0: raise UserError("--max_steps 0: must be at least 1, or -1 for none")
@@ -95,18 +101,21 @@ def is_denied(
 # %% ../../nbs/train/02_together.ipynb #needs
 _WORKERS = ("dataloader_persistent_workers", "dataloader_multiprocessing_context", "dataloader_prefetch_factor",
     "dataloader_in_order")
-_RECOMPUTED = ("use_reentrant", "every_n_layers", "offload", "preserve_rng_state", "determinism_check", "debug", "early_stop")
+_RECOMPUTED = ("use_reentrant", "every_n_layers", "offload", "preserve_rng_state", "determinism_check", "debug",
+    "early_stop")
 
+# %% ../../nbs/train/02_together.ipynb #needs-2
 def _needs(args, asked)->list[tuple]:
     "What a flag needs and does not have: pairs of a condition and what to say."
     m, d, t, r, p = args.model, args.data, args.training, args.reward, args.preference
     recomputed, looks = t.activation_checkpointing_kwargs or {}, t.eval_strategy.value
     odd = [key for key in recomputed if key not in _RECOMPUTED] if isinstance(recomputed, dict) else [str(recomputed)]
     return [
-        *((asked(flag) and not t.dataloader_num_workers, f"--{flag} needs --dataloader_num_workers") for flag in _WORKERS),
-        (not odd and recomputed and recomputed.get("offload") and t.device.type == "cpu",
+        *((asked(flag) and not t.dataloader_num_workers, f"--{flag} needs --dataloader_num_workers")
+        for flag in _WORKERS), (not odd and recomputed and recomputed.get("offload") and t.device.type == "cpu",
             "--activation_checkpointing_kwargs offload needs a GPU, whose memory it would spare"),
-        (recomputed and not t.activation_checkpointing, "--activation_checkpointing_kwargs needs --activation_checkpointing"),
+        (recomputed and not t.activation_checkpointing,
+        "--activation_checkpointing_kwargs needs --activation_checkpointing"),
         (odd, f"--activation_checkpointing_kwargs {odd[:1]}: known are {', '.join(_RECOMPUTED)}"),
         (t.run_name and not t.report_to, "--run_name needs --report_to: a record is named by --output_dir or --tag"),
         *((asked(flag) and "trackio" not in t.report_to, f"--{flag} belongs to --report_to trackio: leave it out")
@@ -116,17 +125,20 @@ def _needs(args, asked)->list[tuple]:
         (t.eval_on_start and not (d.val_size or d.eval_dataset), "--eval_on_start needs --val_size or --eval_dataset"),
         *((asked(flag) and looks == "no", f"--{flag} needs --eval_strategy steps or epoch")
             for flag in ("metric_for_best_model", "greater_is_better")),
-        (t.save_strategy.value == "best" and looks == "no", "--save_strategy best needs --eval_strategy steps or epoch"),
+        (t.save_strategy.value == "best" and looks == "no",
+        "--save_strategy best needs --eval_strategy steps or epoch"),
         (t.fsdp_config and not t.fsdp, "--fsdp_config needs --fsdp"),
         *((asked(flag) and m.quantization_bit != 4, f"--{flag} needs --quantization_bit 4")
             for flag in ("quantization_type", "double_quantization")),
-        (args.finetuning.create_new_adapter and not m.adapter_name_or_path, "--create_new_adapter needs --adapter_name_or_path"),
+        (args.finetuning.create_new_adapter and not m.adapter_name_or_path,
+        "--create_new_adapter needs --adapter_name_or_path"),
         *((asked(flag) and not d.replay_dataset, f"--{flag} needs --replay_dataset")
             for flag in ("replay_share", "replay_share_end")),
         (asked("max_bad") and d.on_bad != "skip", "--max_bad needs --on_bad skip"),
         *((asked(flag) and not r.reward_model, f"--{flag} needs --reward_model") for flag in ("reward_model_adapters",
             "reward_model_quantization_bit", "reward_model_type", "min_reward_accuracy", "allow_weak_reward_model")),
-        (asked("reward_weights") and not r.reward_funcs and not r.reward_model, "--reward_weights needs --reward_funcs"),
+        (asked("reward_weights") and not r.reward_funcs and not r.reward_model,
+        "--reward_weights needs --reward_funcs"),
         (p.ref_model_quantization_bit and not p.ref_model, "--ref_model_quantization_bit needs --ref_model"),
         (asked("simpo_gamma") and p.pref_loss != "simpo", "--simpo_gamma needs --pref_loss simpo"),
         (p.precompute_ref_log_probs and p.pref_loss in ("orpo", "simpo") and args.finetuning.stage == "dpo",
@@ -151,7 +163,8 @@ def _of_stage(args)->list[tuple]:
         (p.pref_ftx < 0, f"--pref_ftx {p.pref_ftx}: must not be below 0"),
         (p.ld_alpha is not None and not 0 <= p.ld_alpha <= 1, f"--ld_alpha {p.ld_alpha}: must be from 0 to 1"),
         (p.ld_alpha is not None and (stage == "kto" or p.pref_loss in ("orpo", "simpo")),
-            "--ld_alpha weighs sums over the tokens of a pair: it needs --stage dpo and --pref_loss sigmoid, hinge or ipo"),
+            "--ld_alpha weighs sums over the tokens of a pair: it needs --stage dpo and "
+            "--pref_loss sigmoid, hinge or ipo"),
         (r.reward_model_type not in (None, "lora", "full"),
             f"--reward_model_type {r.reward_model_type}: must be lora or full; rows are sent to no server"),
         (online and not (r.reward_model or r.reward_funcs), f"--stage {stage} needs --reward_model or --reward_funcs"),
@@ -159,7 +172,8 @@ def _of_stage(args)->list[tuple]:
         *((online and getattr(t, flag), f"--{flag} does not go with --stage {stage}")
             for flag in ("load_best_model_at_end", "auto_find_batch_size", "neftune_noise_alpha")),
         (online and (n.temperature <= 0 or n.max_new_tokens < 1), "--temperature and --max_new_tokens must be above 0"),
-        (stage == "grpo" and n.num_generations < 2, "--num_generations must be at least 2: a group is compared with itself")]
+        (stage == "grpo" and n.num_generations < 2,
+        "--num_generations must be at least 2: a group is compared with itself")]
 
 # %% ../../nbs/train/02_together.ipynb #every
 def _of_rows(args)->list[tuple]:
@@ -176,14 +190,17 @@ def _of_rows(args)->list[tuple]:
         (d.val_near and not d.val_size, "--val_near needs --val_size"),
         (d.tokenized_path == "True", "--tokenized_path needs a folder"),
         (d.mix_strategy not in STRATEGIES,
-            f"--mix_strategy {d.mix_strategy}: unknown{nearest(d.mix_strategy, STRATEGIES)}; known are {', '.join(STRATEGIES)}"),
+            f"--mix_strategy {d.mix_strategy}: unknown{nearest(d.mix_strategy, STRATEGIES)}; "
+            f"known are {', '.join(STRATEGIES)}"),
         (t.do_predict, "--do_predict is not part of training; use medllm predict"),
         (is_denied(args, "do_eval") and (d.val_size or d.eval_dataset),
-            "--do_eval false and rows to validate on exclude each other: leave out --do_eval, or --eval_dataset and --val_size"),
+            "--do_eval false and rows to validate on exclude each other: leave out --do_eval, or "
+            "--eval_dataset and --val_size"),
         (d.val_size and d.eval_dataset, "--val_size and --eval_dataset exclude each other"),
         (not 0 <= d.val_size < float("inf"), f"--val_size {d.val_size}: must be a share below 1, or a number of rows"),
         (d.cutoff_len < 8, f"--cutoff_len {d.cutoff_len}: must be at least 8 tokens"),
-        (t.eval_strategy != "no" and not (d.val_size or d.eval_dataset), "--eval_strategy needs --val_size or --eval_dataset"),
+        (t.eval_strategy != "no" and not (d.val_size or d.eval_dataset),
+        "--eval_strategy needs --val_size or --eval_dataset"),
         (t.do_eval and not (d.val_size or d.eval_dataset), "--do_eval needs --val_size or --eval_dataset"),
         (not (t.do_train or d.val_size or d.eval_dataset),
             "--do_train false leaves nothing to do: name --eval_dataset to validate on, or leave it out"),
@@ -191,6 +208,7 @@ def _of_rows(args)->list[tuple]:
         (d.overlong not in (None, *OVERLONG), f"--overlong {d.overlong}: must be {', '.join(OVERLONG)}"),
         (d.thinking not in ("keep", "drop"), f"--thinking {d.thinking}: must be keep or drop")]
 
+# %% ../../nbs/train/02_together.ipynb #of-loop
 def _of_loop(args)->list[tuple]:
     "Faults of the flags of the loop."
     d, f, t = args.data, args.finetuning, args.training
@@ -201,10 +219,13 @@ def _of_loop(args)->list[tuple]:
         (f.pure_bf16 and args.model.dtype not in ("auto", "bfloat16"),
             f"--pure_bf16 and --dtype {args.model.dtype} exclude each other: one says bfloat16, the other does not"),
         (d.packing and t.neftune_noise_alpha,
-            "--packing and --neftune_noise_alpha exclude each other: the noise would depend on what a row is packed with"),
-        (d.packing and t.torch_compile, "--packing and --torch_compile exclude each other: every pack would be compiled anew"),
+            "--packing and --neftune_noise_alpha exclude each other: the noise would depend "
+            "on what a row is packed with"),
+        (d.packing and t.torch_compile,
+        "--packing and --torch_compile exclude each other: every pack would be compiled anew"),
         (d.packing and t.train_sampling_strategy == "sequential",
-            "--packing and --train_sampling_strategy sequential exclude each other: packs are made of rows of fitting lengths"),
+            "--packing and --train_sampling_strategy sequential exclude each other: packs are "
+            "made of rows of fitting lengths"),
         (d.replay_dataset and t.auto_find_batch_size,
             "--auto_find_batch_size does not go with --replay_dataset, whose plan is made of the batch"),
         (t.load_best_model_at_end and t.save_strategy.value == "no",

@@ -37,14 +37,17 @@ def log_line(
     steps:int, # Of how many
 )->str:        # "" for a log without a loss
     "A logged step in one line."
-    watched = lambda prefix: "".join(
-        f"  {name} {logs[prefix + name]:.3f}" for name in _SHOWN if prefix + name in logs)
-    if "loss" in logs: return (f"step {step}/{steps}  loss {logs['loss']:.4f}{watched('')}  lr {logs['learning_rate']:.2e}  "
-        f"{logs.get('tokens_per_second', 0):,.0f} tokens/s  padding {logs.get('padding_share', 0):.1%}")
+    def watched(prefix):
+        return "".join(f"  {name} {logs[prefix + name]:.3f}" for name in _SHOWN if prefix + name in logs)
+    if "loss" in logs:
+        return (f"step {step}/{steps}  loss {logs['loss']:.4f}{watched('')}  lr {logs['learning_rate']:.2e}  "
+            f"{logs.get('tokens_per_second', 0):,.0f} tokens/s  padding {logs.get('padding_share', 0):.1%}")
     apart = "".join(f"  {k[5:-5]} {v:.4f}" for k, v in logs.items() if re.fullmatch("eval_.+_loss", k))
-    if "eval_loss" in logs: return f"step {step}/{steps}  validation loss {logs['eval_loss']:.4f}{apart}{watched('eval_')}"
+    if "eval_loss" in logs:
+        return f"step {step}/{steps}  validation loss {logs['eval_loss']:.4f}{apart}{watched('eval_')}"
     return ""
 
+# %% ../../nbs/train/10_trainer.ipynb #speak-2
 _SHOWN = ("perplexity", "accuracy", "margin", "reward", "kl")   # what is watched, as far as a line has room
 
 class Speak(ProgressCallback):
@@ -95,7 +98,8 @@ class StageTrainer(ChangedTrainer):
         self.callback_handler.callbacks = [
             c for c in self.callback_handler.callbacks if type(c).__name__ not in others]
         self.objective, self.pack_to = objective, pack_to
-        self.order = ("sequential" if args.train_sampling_strategy == "sequential" else "grouped" if grouped else "random")
+        self.order = ("sequential" if args.train_sampling_strategy == "sequential" else "grouped" if grouped
+            else "random")
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         held = list(eval_units.values()) if isinstance(eval_units, dict) else [eval_units]
         longest = max((int(units.lengths.max()) for units in (train_units, *held) if units), default=0)
@@ -107,18 +111,22 @@ class StageTrainer(ChangedTrainer):
         self._since, self._counted = time.perf_counter(), dict(self.seen)
         self.begun, self.lines = time.perf_counter(), Lines(self.history)
 
+# %% ../../nbs/train/10_trainer.ipynb #progress
 @patch
 def progress(self:StageTrainer)->dict:
     "What the log has counted so far, this process's part."
     now, copy = time.perf_counter(), lambda v: v.clone() if torch.is_tensor(v) else v
     return super(StageTrainer, self).progress() | {"seen": dict(self.seen), "counted": dict(self._counted),
-        "sums": {name: copy(v) for name, v in self.sums.items()}, "since": now - self._since, "seconds": now - self.begun}
+        "sums": {name: copy(v) for name, v in self.sums.items()}, "since": now - self._since,
+        "seconds": now - self.begun}
 
+# %% ../../nbs/train/10_trainer.ipynb #seconds
 @patch(as_prop=True)
 def seconds(self:StageTrainer)->float: # [s], those before a resume included
     "How long training took, once it has ended."
     return self.ended - self.begun
 
+# %% ../../nbs/train/10_trainer.ipynb #take-progress
 @patch
 def take_progress(self:StageTrainer, saved:dict):
     "Go on counting from there."
@@ -138,18 +146,20 @@ def _loader(self:StageTrainer, rows, batches, stays:bool=False)->DataLoader:
         multiprocessing_context=a.dataloader_multiprocessing_context if a.dataloader_num_workers else None)
     return prepare_data_loader(loader, a.device, num_processes=1, process_index=0, put_on_device=True, rng_types=[])
 
+# %% ../../nbs/train/10_trainer.ipynb #get-train-dataloader
 @patch
 def get_train_dataloader(self:StageTrainer)->DataLoader:
     "Batches of this process; every row once an epoch, but for those of a last batch that is dropped."
     a, rows, batches = self.args, self.train_dataset, self.objective.sampler
     seed, drop, size = a.seed if a.data_seed is None else a.data_seed, a.dataloader_drop_last, self._train_batch_size
-    if batches is None and self.pack_to and self.objective.unit == "tokens": batches = PackedBatches(
-        rows.lengths, self.pack_to, size, seed, a.process_index, a.world_size, drop)
+    if batches is None and self.pack_to and self.objective.unit == "tokens":
+        batches = PackedBatches(rows.lengths, self.pack_to, size, seed, a.process_index, a.world_size, drop)
     if batches is None:
         batches = GroupedBatches(rows.lengths, size, seed, a.process_index, a.world_size, self.order, drop, self.cell)
         self.cell = batches.cell
     return self._loader(rows, batches, stays=True)
 
+# %% ../../nbs/train/10_trainer.ipynb #get-eval-dataloader
 @patch
 def get_eval_dataloader(self:StageTrainer, eval_dataset=None)->DataLoader:
     "This process's share of the validation rows; no row twice."
@@ -166,28 +176,34 @@ def get_batch_samples(self:StageTrainer, epoch_iterator, num_batches:int, device
     if batches: self.objective.begin(self, batches)
     return batches, units
 
+# %% ../../nbs/train/10_trainer.ipynb #get-num-items-in-batch
 @patch
 def _get_num_items_in_batch(self:StageTrainer, batch_samples:list, device)->torch.Tensor|None:
     "Units of the coming optimiser step, over all processes."
     if not batch_samples: return None
     units = sum(self.objective.units(b) for b in batch_samples)
-    if not self.agree(units)[0]: raise UserError(f"there is nothing to learn in the batch of step {self.state.global_step + 1}: "
-        f"none of its rows has a trained {self.objective.unit.removesuffix('s')}; look at the data with medllm data preview")
+    if not self.agree(units)[0]:
+        raise UserError(f"there is nothing to learn in the batch of step {self.state.global_step + 1}: "
+            f"none of its rows has a trained {self.objective.unit.removesuffix('s')}; look at the "
+            "data with medllm data preview")
     count = torch.tensor(units, device=device)
     return self.accelerator.reduce(count, "sum") if self.args.world_size > 1 else count
 
+# %% ../../nbs/train/10_trainer.ipynb #apart
 @patch
 def apart(self:StageTrainer, batch:dict)->dict:
     "What the model's forward needs to keep the rows of a packed batch apart; nothing for a padded one."
     if "borders" not in batch: return {}
     return {"position_ids": batch["position_ids"], **document_inputs(self.model, batch["borders"])}
 
+# %% ../../nbs/train/10_trainer.ipynb #logps
 @patch
 def logps(self:StageTrainer, model, batch:dict, temperature:float=1.0, entropy:bool=False):
     "Log-probability of each target of a batch, (M,) [nat]; with `entropy` also that of each distribution."
-    return self.head.token_logps(model, *(batch[k] for k in ("input_ids", "positions", "targets")), temperature, entropy,
-        **self.apart(batch))
+    return self.head.token_logps(model, *(batch[k] for k in ("input_ids", "positions", "targets")), temperature,
+        entropy, **self.apart(batch))
 
+# %% ../../nbs/train/10_trainer.ipynb #compute-loss
 @patch
 def compute_loss(self:StageTrainer, model, inputs:dict, return_outputs:bool=False, num_items_in_batch=None):
     "Share of this micro-batch in the mean over the step's units."
@@ -199,6 +215,7 @@ def compute_loss(self:StageTrainer, model, inputs:dict, return_outputs:bool=Fals
     for name in self.objective.watched: self.sums[name] += sums[name].detach().double()
     return loss*self.args.world_size/num_items_in_batch.clamp(min=1)
 
+# %% ../../nbs/train/10_trainer.ipynb #floating-point-ops
 @patch
 def floating_point_ops(self:StageTrainer, inputs:dict)->int:
     "Not counted here: walking all parameters for it in each micro-batch costs more than it tells."
@@ -220,6 +237,7 @@ def _total(self:StageTrainer, model, units)->torch.Tensor:
         self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
     return self.accelerator.reduce(total, "sum") if self.args.world_size > 1 else total
 
+# %% ../../nbs/train/10_trainer.ipynb #named
 @patch
 def _named(self:StageTrainer, prefix:str, total:torch.Tensor)->dict:
     "Metrics from sums."
@@ -227,17 +245,21 @@ def _named(self:StageTrainer, prefix:str, total:torch.Tensor)->dict:
     found = self.objective.metrics(dict(zip(("loss", *self.objective.watched), sums)), max(units, 1))
     return {f"{prefix}_{name}": value for name, value in found.items()}
 
+# %% ../../nbs/train/10_trainer.ipynb #evaluate-2
 @patch
 def evaluate(
     self:StageTrainer, eval_dataset=None, ignore_keys=None, metric_key_prefix:str="eval"
 )->dict:
     "Metrics of the objective on the validation units: over all of them, and of each set apart."
     start, sharded = time.perf_counter(), self.is_fsdp_enabled or self.is_deepspeed_enabled
-    model = self.model_wrapped if self.is_in_train and sharded else self.model   # DDP's would wait for a process without batches
+    # DDP's would wait for a process without batches
+    model = self.model_wrapped if self.is_in_train and sharded else self.model
     model.eval()
-    if self.optimizer is not None and hasattr(self.optimizer, "eval"): self.optimizer.eval()  # some keep two sets of weights
+    # some keep two sets of weights
+    if self.optimizer is not None and hasattr(self.optimizer, "eval"): self.optimizer.eval()
     sets = self.eval_dataset if eval_dataset is None else eval_dataset
-    totals = {name: self._total(model, units) for name, units in (sets if isinstance(sets, dict) else {"": sets}).items()}
+    totals = {name: self._total(model, units) for name, units in (sets if isinstance(sets, dict)
+        else {"": sets}).items()}
     metrics = self._named(metric_key_prefix, sum(totals.values()))
     if len(totals) > 1:
         for name, total in totals.items(): metrics |= self._named(f"{metric_key_prefix}_{name}", total)
@@ -256,21 +278,26 @@ def train(self:StageTrainer, *args, **kwargs):
     self.ended = time.perf_counter()
     return result
 
+# %% ../../nbs/train/10_trainer.ipynb #update-auto-batch-size
 @patch
 def _update_auto_batch_size(self:StageTrainer, batch_size:int):
     "Begin again with another batch size. Raises `UserError` when something was trained with the one before."
-    if batch_size != self._train_batch_size and self.state.global_step: raise UserError(
-        f"out of memory at step {self.state.global_step + 1} with batches of {self._train_batch_size}: begin again with a "
-        "smaller --per_device_train_batch_size (--auto_find_batch_size looks for one before the first step only)")
+    if batch_size != self._train_batch_size and self.state.global_step:
+        raise UserError(
+            f"out of memory at step {self.state.global_step + 1} with batches of "
+            f"{self._train_batch_size}: begin again with a "
+            "smaller --per_device_train_batch_size (--auto_find_batch_size looks for one before the first step only)")
     if batch_size != self._train_batch_size: say(f"out of memory: batches of {batch_size} from here on")
     self.seen, self.sums = dict.fromkeys(self.seen, 0), dict.fromkeys(self.sums, 0.0)
     super(StageTrainer, self)._update_auto_batch_size(batch_size)
 
+# %% ../../nbs/train/10_trainer.ipynb #track-num-input-tokens
 @patch
 def _track_num_input_tokens(self:StageTrainer, inputs:dict):
     "Count the tokens that went in: all positions, or those that are no padding."
     if (how := self.args.include_num_input_tokens_seen) == "no": return
-    count = torch.as_tensor(inputs["tokens"] if how == "non_padding" else inputs["input_ids"].numel(), device=self.args.device)
+    count = torch.as_tensor(inputs["tokens"] if how == "non_padding" else inputs["input_ids"].numel(),
+        device=self.args.device)
     self.state.num_input_tokens_seen += int(self.accelerator.gather(count.long()).sum())
 
 # %% ../../nbs/train/10_trainer.ipynb #log
@@ -280,6 +307,7 @@ def peak_memory()->float: # [GiB], of the GPU if there is one, else of this proc
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kib/(2**30 if sys.platform == "darwin" else 2**20)
 
+# %% ../../nbs/train/10_trainer.ipynb #rates
 @patch
 def _rates(self:StageTrainer)->dict:
     "Tokens per second, padding share and peak memory since the last log."
@@ -292,6 +320,7 @@ def _rates(self:StageTrainer)->dict:
     return {"tokens_per_second": round(tokens/seconds, 1), "trained_tokens_per_second": round(trained/seconds, 1),
             "padding_share": round(1 - tokens/max(positions, 1), 4), "peak_memory_gib": round(peak_memory(), 3)}
 
+# %% ../../nbs/train/10_trainer.ipynb #watched
 @patch
 def _watched(self:StageTrainer)->dict:
     "Means over the units since the last log of what is watched."
@@ -302,20 +331,25 @@ def _watched(self:StageTrainer)->dict:
     self.sums = dict.fromkeys(self.sums, 0.0)
     return self.objective.means(dict(zip(self.objective.watched, sums)), max(units, 1))
 
+# %% ../../nbs/train/10_trainer.ipynb #log-2
 @patch
 def log(self:StageTrainer, logs:dict, start_time:float|None=None):
     "Add rates and means to a logged step, and write it to `history.jsonl`."
-    if "loss" in logs: logs |= self._watched() | self._rates() | {
-        "progress": round(self.state.global_step/max(self.state.max_steps, 1), 4)}
+    if "loss" in logs:
+        logs |= self._watched() | self._rates() | {
+            "progress": round(self.state.global_step/max(self.state.max_steps, 1), 4)}
     super(StageTrainer, self).log(logs, start_time)
     if self.is_world_process_zero(): self.lines({"step": self.state.global_step, **logs})
 
+# %% ../../nbs/train/10_trainer.ipynb #save
 @patch
 def _save(self:StageTrainer, output_dir:str|None=None, state_dict:dict|None=None):
     "Save model and tokenizer: no pickled training arguments (with the hub token in them), no adapters that do not train."
     if not (self.args.should_save or self.is_distributed_loading_by_transformers): return
-    folder, model = output_dir or self.args.output_dir, self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+    folder, model = output_dir or self.args.output_dir, self.accelerator.unwrap_model(self.model,
+        keep_torch_compile=False)
     if self.optimizer is not None and hasattr(self.optimizer, "eval"): self.optimizer.eval()
     if self.caches is not None: model.config.use_cache = self.caches                     # as it was, for who generates
-    with trained_role(model): model.save_pretrained(folder, state_dict=state_dict, is_main_process=self.args.should_save)
+    with trained_role(model):
+        model.save_pretrained(folder, state_dict=state_dict, is_main_process=self.args.should_save)
     if self.args.should_save and self.processing_class is not None: self.processing_class.save_pretrained(folder)

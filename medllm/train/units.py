@@ -52,6 +52,7 @@ class Units:
 
     def __repr__(self): return f"{type(self).__name__}({len(self)} units, {self.tokens} tokens)"
 
+# %% ../../nbs/train/04_units.ipynb #pairs
 class Pairs(Units):
     "The better and the worse answer to a question: `rows` of two."
     each = 2
@@ -60,6 +61,7 @@ class Pairs(Units):
         i %= len(self)
         return {"rows": [self.rows[2*i], self.rows[2*i + 1]]}
 
+# %% ../../nbs/train/04_units.ipynb #prompts
 class Prompts(Units):
     "Questions that the model is to answer: `input_ids`, `note` (what the answer must come to) and `index`."
     def __getitem__(self, i:int)->dict:
@@ -79,6 +81,7 @@ def other_questions(
     other[circle] = np.roll(circle, -ahead)
     return other
 
+# %% ../../nbs/train/04_units.ipynb #liked-2
 class Liked(Units):
     "Answers judged good or bad: `rows` (the row, and its prompt with another question's answer) and `liked`."
     @cached_property
@@ -89,17 +92,19 @@ class Liked(Units):
         return {"rows": [self.rows[i], mismatched(self.rows[i], self.rows[self.others[i]])],
             "liked": bool(self.rows.table["liked"][i])}
 
+# %% ../../nbs/train/04_units.ipynb #mismatched
 def mismatched(
     row:dict,   # Whose prompt is taken
     other:dict, # Whose answer is taken
 )->dict:
     "A prompt with another row's answer."
-    cut = lambda r: int(np.flatnonzero(r["labels"] != -100)[0])
+    def cut(r): return int(np.flatnonzero(r["labels"] != -100)[0])
     return {name: np.concatenate([row[name][:cut(row)], other[name][cut(other):]]) for name in ("input_ids", "labels")}
 
 # %% ../../nbs/train/04_units.ipynb #collate
 class UnitCollate:
-    ("Units to a batch of R rows: `input_ids` (R, T), or (1, T) with `position_ids` and `borders` when packed; `positions`, "
+    ("Units to a batch of R rows: `input_ids` (R, T), or (1, T) with `position_ids` and "
+        "`borders` when packed; `positions`, "
         "`targets`, `row_of` (M,); `last` (R,) if asked for; `liked` (B,) where judged; `units` B and `tokens`.")
     def __init__(self,
         pad_id:int,          # Any id: pads are never looked at
@@ -115,7 +120,7 @@ class UnitCollate:
         predicted = [np.append(r["labels"], -100)[1:n + 1] for r, n in zip(rows, lengths)]
         starts, batch = self._ids(ids, lengths)
         at = [np.flatnonzero(p != -100) for p in predicted]
-        whole = lambda parts: torch.from_numpy(np.concatenate(parts).astype(np.int64))
+        def whole(parts): return torch.from_numpy(np.concatenate(parts).astype(np.int64))
         batch |= {"positions": whole([a + s for a, s in zip(at, starts)]),
             "targets": whole([p[a] for a, p in zip(at, predicted)]),
             "row_of": whole([np.full(len(a), i) for i, a in enumerate(at)]),
@@ -126,7 +131,7 @@ class UnitCollate:
 
     def _ids(self, ids:list, lengths:list)->tuple[list, dict]:
         "Where each row begins in the flattened batch, and the ids."
-        round_up = lambda n: -(-n//self.multiple)*self.multiple
+        def round_up(n): return -(-n//self.multiple)*self.multiple
         if not self.packed:
             width = round_up(max(lengths))
             out = np.full((len(ids), width), self.pad_id, np.int64)
