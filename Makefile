@@ -1,5 +1,5 @@
-# make demo   a fine-tune from nothing: environment, install, tiny model, sample data, record
-# make test   everything that CI checks
+# `make` alone lists what can be made
+.DEFAULT_GOAL := help
 SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -10,7 +10,7 @@ TRL := .trl/.trl-1.16.0-1.12.0
 S3 := .s3/.moto-5.2.5
 LM_EVAL := .lm_eval/.lm-eval-0.4.13
 
-.PHONY: demo test test-slow trl s3 lm_eval browser lint notebooks export requirements clean
+.PHONY: help demo test test-slow trl s3 lm_eval browser lint notebooks export requirements clean
 
 $(STAMP): requirements.txt settings.ini setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "medllm needs Python 3.11: set PYTHON=/path/to/python3.11"; exit 1; }
@@ -20,11 +20,14 @@ $(STAMP): requirements.txt settings.ini setup.py pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$($(BIN)/python -c 'import configparser as c; p = c.ConfigParser(delimiters=["="]); p.read("settings.ini"); print(p["DEFAULT"]["dev_requirements"])')
 	touch $@
 
-demo: $(STAMP)
+help:
+	@grep -hE '^[a-z_-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z_-]+):.*## /\1\t/' | expand -t 16
+
+demo: $(STAMP) ## a fine-tune from nothing: environment, tiny model, sample data, record
 	$(BIN)/medllm run sft -p num_train_epochs 20 --tag demo
 
 # the library that losses are compared with: its code alone, beside our torch and transformers, imported in processes of its own
-trl: $(TRL)
+trl: $(TRL) ## TRL, which losses are compared with
 
 $(TRL): $(STAMP)
 	rm -rf .trl
@@ -34,7 +37,7 @@ $(TRL): $(STAMP)
 	touch $@
 
 # a stand-in for S3 on this machine: a server of its own, since its packages want other versions than ours
-s3: $(S3)
+s3: $(S3) ## a stand-in for S3
 
 $(S3): $(STAMP)
 	rm -rf .s3
@@ -42,7 +45,7 @@ $(S3): $(STAMP)
 	touch $@
 
 # lm-evaluation-harness, which picks are compared with: its code alone, so that nothing of ours changes its version
-lm_eval: $(LM_EVAL)
+lm_eval: $(LM_EVAL) ## lm-evaluation-harness, which picks are compared with
 
 $(LM_EVAL): $(STAMP)
 	rm -rf .lm_eval
@@ -50,30 +53,30 @@ $(LM_EVAL): $(STAMP)
 	touch $@
 
 # the browser that exported pages are tested in; where it cannot be installed, those tests skip and say so
-browser:
+browser: ## Chromium for the tests of pages, installed into the system (root, apt-get)
 	@{ command -v chromium && command -v chromedriver; } > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null \
 		&& apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver \
 		> /dev/null; } || echo "no Chromium here, and no way to install it: the tests of pages will be skipped"
 
 # two files of tests at a time, one thread each: twice the threads of a machine with two cores would wait for one another
-test: $(STAMP) $(TRL) $(S3) browser lint notebooks
+test: $(STAMP) $(TRL) $(S3) lint notebooks ## everything that CI runs, without installing a browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests
 
 # one thread each: two notebooks at a time on two cores would only get in each other's way
-notebooks: $(STAMP)
+notebooks: $(STAMP) ## every notebook, executed
 	OMP_NUM_THREADS=1 PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/nbdev_test --n_workers 2 --timing
 
-lint: $(STAMP)
+lint: $(STAMP) ## ruff
 	$(BIN)/ruff check medllm tests
 
-test-slow: $(STAMP) $(LM_EVAL)
+test-slow: $(STAMP) $(LM_EVAL) ## tests that take minutes each
 	$(BIN)/python -m pytest tests -m slow
 
-export: $(STAMP)
+export: $(STAMP) ## the package anew from the notebooks
 	rm -rf medllm && $(BIN)/nbdev_export && $(BIN)/nbdev_clean
 
 # exact pins of everything the loose ranges in settings.ini lead to, torch first
-requirements:
+requirements: ## exact pins from the ranges in settings.ini
 	rm -rf .venv-pins && $(PYTHON) -m venv .venv-pins
 	.venv-pins/bin/python -m pip install --quiet torch==2.13.0
 	.venv-pins/bin/python -m pip install --quiet "setuptools>=77" wheel $$($(PYTHON) -c 'import configparser as c; p = c.ConfigParser(delimiters=["="]); p.read("settings.ini"); print(*(f"\"{r}\"" for r in p["DEFAULT"]["requirements"].split()))' | tr -d '"')
@@ -81,5 +84,5 @@ requirements:
 	{ echo "# made by 'make requirements' from the ranges in settings.ini"; grep '^torch==' .venv-pins/all; grep -v '^torch==' .venv-pins/all; } > requirements.txt
 	rm -rf .venv-pins
 
-clean:
+clean: ## take away what was installed
 	rm -rf $(VENV) .trl .s3 .lm_eval .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -27,9 +27,7 @@ setup(
     package_data={"medllm.runs": ["*.ipynb"], "medllm.samples": ["*.json", "*.txt"],
                   "medllm.page": ["*.html", "*.css", "*.js"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={
-        name: cfg[f"{name}_requirements"].split() for name in (
-            "dev", "excel", "presidio", "rocrate", "tensorboard", "mlflow", "ray", "gguf", "serve", "lm_eval", "text", "knowledge", "dense")},
+    extras_require={key.removesuffix("_requirements"): cfg[key].split() for key in cfg if key.endswith("_requirements")},
     entry_points={"console_scripts": cfg["console_scripts"].split(),
                   "papermill.engine": ["medllm=medllm.records.papermill_engine:LazyEngine"],
                   "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},

@@ -148,7 +148,7 @@ def test_every_module_imports_in_a_fresh_process():
 def test_nothing_new_at_the_top():
     allowed = {
         "nbs", "medllm", "data", "tests", "settings.ini", "README.md", "README_zh.md", "setup.py",
-        "pyproject.toml", "requirements.txt", "Makefile", "LICENSE", ".ci", ".github", ".gitignore",
+        "pyproject.toml", "requirements.txt", "Makefile", "LICENSE", "CITATION.cff", ".ci", ".github", ".gitignore",
         ".gitattributes"}
     tracked = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
