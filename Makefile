@@ -21,7 +21,7 @@ $(STAMP): requirements.txt settings.ini setup.py pyproject.toml
 	touch $@
 
 help:
-	@grep -hE '^[a-z_-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z_-]+):.*## /\1\t/' | expand -t 16
+	@grep -hE '^[a-z0-9_-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9_-]+):.*## /\1\t/' | expand -t 16
 
 demo: $(STAMP) ## a fine-tune from nothing: environment, tiny model, sample data, record
 	$(BIN)/medllm run sft -p num_train_epochs 20 --tag demo

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .core import Interrupted
+from fastcore.basics import patch
 
 # %% ../nbs/11_interruption.ipynb #stop
 ECHO = 0.3                                 # signals this close together are one [s]
@@ -70,9 +71,11 @@ class Stop:
         self._before = {}
         self.expects(None)
 
-    def clear(self):
-        "Forget that somebody asked."
-        self.asked = 0
+# %% ../nbs/11_interruption.ipynb #clear
+@patch
+def clear(self:Stop):
+    "Forget that somebody asked."
+    self.asked = 0
 
 # %% ../nbs/11_interruption.ipynb #stop-more
 stop = Stop()

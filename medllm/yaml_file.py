@@ -17,6 +17,15 @@ from .core import UserError, find_path, nearest
 # %% ../nbs/04_yaml_file.ipynb #yaml
 _ALIASES, _DEEPEST = 16, 32 # most aliases in a file; levels of lists and mappings
 
+# %% ../nbs/04_yaml_file.ipynb #unique-keys
+def _check_keys(node:yaml.MappingNode):
+    "Raise for a key that stands twice."
+    seen = set()
+    for key in (pair[0] for pair in node.value if isinstance(pair, tuple) and isinstance(pair[0], yaml.ScalarNode)):
+        if key.value in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"the key '{key.value}' stands twice", key.start_mark)
+        seen.add(key.value)
+
 # %% ../nbs/04_yaml_file.ipynb #loader
 class _Loader(yaml.SafeLoader):
     "YAML with `true` and `false` as the only truth values, unique keys, few aliases and few levels."
@@ -53,12 +62,7 @@ class _Loader(yaml.SafeLoader):
         return value
 
     def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key in (pair[0] for pair in node.value if isinstance(pair, tuple) and isinstance(pair[0], yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{key.value}' stands twice", key.start_mark)
-            seen.add(key.value)
+        _check_keys(node)
         return super().construct_mapping(node, deep)
 
 # %% ../nbs/04_yaml_file.ipynb #read

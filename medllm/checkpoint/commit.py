@@ -71,8 +71,7 @@ _NOTES = {
     "contract.json": {"schedule": {"lr_scheduler_type": str}, "optimiser": {"optim": str}, "batch": {...: _least_one},
         "validation": {...: str}},
     "progress.json": {"due!": bool, "progress!": [{"loss!": NUMBER, "logged!": _count, "total!": NUMBER,
-    "each": _least_one,
-        "ahead": int, "cell": _least_one, ...: (*NUMBER, {...: NUMBER})}]},
+        "each": _least_one, "ahead": int, "cell": _least_one, ...: (*NUMBER, {...: NUMBER})}]},
     "trainer_state.json": {"global_step!": _count, "max_steps": int, "log_history!": [{"step": int}],
         "stateful_callbacks!": {...: (_STATE, [_STATE])}}}
 

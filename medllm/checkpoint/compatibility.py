@@ -17,8 +17,7 @@ _FATAL = (
 ALLOW = {   # part -> flags that are one part
     "lr": ["learning_rate"], "schedule": ["lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"],
     "optimiser": ["optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon",
-    "weight_decay",
-        "max_grad_norm"],
+        "weight_decay", "max_grad_norm"],
     "steps": ["max_steps", "num_train_epochs"],
     "batch": ["per_device_train_batch_size", "gradient_accumulation_steps"],
     "order": ["train_sampling_strategy", "group_by_length", "dataloader_drop_last"], "seed": ["seed"],

@@ -281,6 +281,21 @@ def _raft(args)->int:
     print(f"train on them with --dataset {args.name} --dataset_dir {args.output}")
     return 0
 
+# %% ../../nbs/cli/00_model_commands.ipynb #raft-words
+def _add_raft(v): # An argparse parser
+    "Flags of medllm knowledge raft."
+    v.add_argument("--output", required=True, metavar="DIR", help="folder for the rows and their dataset_info.json")
+    v.add_argument("--dataset", default="",
+        help="questions with answers (registered name or file); default: made of the sources")
+    v.add_argument("--name", default="raft", help="name of the new dataset (default raft)")
+    v.add_argument("--distractors", type=whole_number, default=3, help="wrong passages in a row (default 3)")
+    v.add_argument("--without", type=float, default=0.2, help="share of rows without the right passage (default 0.2)")
+    v.add_argument("--when_without", default="abstain",
+        help="what those answer: abstain (default), or answer from memory")
+    v.add_argument("--seed", type=int, default=0, help="of contexts and wording (default 0)")
+    v.add_argument("--limit", type=lambda text: whole_number(text, 0), default=0, help="rows at most (default 0: all)")
+    v.add_argument("--licence", default="", help="licence of sources that do not bring theirs")
+
 # %% ../../nbs/cli/00_model_commands.ipynb #knowledge-words
 def add_knowledge(
     p, # An argparse parser
@@ -312,14 +327,4 @@ def add_knowledge(
     v.add_argument("--items", type=whole_number, default=6, help="items of a list in a question (default 6)")
     v.add_argument("--seed", type=int, default=0, help="of the draw (default 0)")
     v = verb("raft", _raft, "Training rows: question, right and wrong passages, cited answer")
-    v.add_argument("--output", required=True, metavar="DIR", help="folder for the rows and their dataset_info.json")
-    v.add_argument("--dataset", default="",
-        help="questions with answers (registered name or file); default: made of the sources")
-    v.add_argument("--name", default="raft", help="name of the new dataset (default raft)")
-    v.add_argument("--distractors", type=whole_number, default=3, help="wrong passages in a row (default 3)")
-    v.add_argument("--without", type=float, default=0.2, help="share of rows without the right passage (default 0.2)")
-    v.add_argument("--when_without", default="abstain",
-        help="what those answer: abstain (default), or answer from memory")
-    v.add_argument("--seed", type=int, default=0, help="of contexts and wording (default 0)")
-    v.add_argument("--limit", type=lambda text: whole_number(text, 0), default=0, help="rows at most (default 0: all)")
-    v.add_argument("--licence", default="", help="licence of sources that do not bring theirs")
+    _add_raft(v)

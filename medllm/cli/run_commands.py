@@ -319,9 +319,9 @@ class Verb:
 VERBS = {
     "list": Verb(_list, _list_words, "runs with status, data, result and duration, latest first", True),
     "show": Verb(_show, _one, "one run on a page: parameters, provenance, rows, curve, metrics, where it comes from",
-    True),
+        True),
     "compare": Verb(_compare, _compare_words,
-    "what differs between runs: contract, environment, data, metrics, notebooks", True),
+        "what differs between runs: contract, environment, data, metrics, notebooks", True),
     "verify": Verb(_verify, _verify_words, "whether a record still holds; names each defect, exit code 1", True),
     "sign": Verb(_sign, _sign_words, "vouch for a record with an SSH key; prints the digest of its seal"),
     "rerun": Verb(_rerun, _rerun_words, "run a record again, into a new one"),

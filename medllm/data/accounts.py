@@ -19,6 +19,7 @@ from .json_reader import Bad, Row, file_and_at
 from .messages import DEFECTS, REASONS, Rejected, shown_names, told
 from .readers import read_rows
 from .registry import Source
+from fastcore.basics import patch
 
 # %% ../../nbs/data/07_accounts.ipynb #account
 _SAID = {
@@ -50,25 +51,6 @@ class Account:
         if self.read != self.kept + self.truncated.total() + self.rejected.total():
             raise RuntimeError(f"rows of {self.name} do not add up: {self}")
 
-    def reject(self, where:str, reason:str, text:str="", names:Sequence[str]=()):
-        "Count a row as rejected; `where` is 'file, line n' or 'file, row n', the rest as `Rejected` has it."
-        self.rejected[reason] += 1
-        self.whys.setdefault(reason, [text, [*names][:100], len(names)])
-        file, at = file_and_at(where)
-        self.rejects.append((Path(file).name, at, reason))
-
-    def as_dict(self)->dict:
-        "The numbers, for a record."
-        return {"name": self.name, "read": self.read, "kept": self.kept, "truncated": dict(self.truncated),
-            "rejected": dict(self.rejected), "examples": self.examples,
-            "faults": {k: n for k, n in self.faults.items() if n}}
-
-    def __str__(self):
-        parts = [f"{self.name}: {self.read} rows read, {self.kept} kept"]
-        parts += [f"{n} shortened ({kind})" for kind, n in self.truncated.most_common()]
-        parts += [f"{n} rejected ({reason})" for reason, n in self.rejected.most_common()]
-        return ", ".join(parts)
-
     def lines(self)->list[str]:
         "What to say about the rows: the sums, why some were left out and where the first is, and what was not read."
         out = [str(self)]
@@ -83,6 +65,30 @@ class Account:
         said = [(n, _SAID[kind(key)].format(key.partition(" ")[2])) for key, n in self.unread.items()
             if kind(key) in _SAID]
         return out + [f"{self.name}: {n} row{'s'*(n > 1)} {words}" for n, words in said]
+
+# %% ../../nbs/data/07_accounts.ipynb #reject
+@patch
+def reject(self:Account, where:str, reason:str, text:str="", names:Sequence[str]=()):
+    "Count a row as rejected; `where` is 'file, line n' or 'file, row n', the rest as `Rejected` has it."
+    self.rejected[reason] += 1
+    self.whys.setdefault(reason, [text, [*names][:100], len(names)])
+    file, at = file_and_at(where)
+    self.rejects.append((Path(file).name, at, reason))
+
+# %% ../../nbs/data/07_accounts.ipynb #as-dict
+@patch
+def as_dict(self:Account)->dict:
+    "The numbers, for a record."
+    return {"name": self.name, "read": self.read, "kept": self.kept, "truncated": dict(self.truncated),
+        "rejected": dict(self.rejected), "examples": self.examples,
+        "faults": {k: n for k, n in self.faults.items() if n}}
+
+@patch
+def __str__(self:Account):
+    parts = [f"{self.name}: {self.read} rows read, {self.kept} kept"]
+    parts += [f"{n} shortened ({kind})" for kind, n in self.truncated.most_common()]
+    parts += [f"{n} rejected ({reason})" for reason, n in self.rejected.most_common()]
+    return ", ".join(parts)
 
 # %% ../../nbs/data/07_accounts.ipynb #write
 def write_rejects(

@@ -19,6 +19,7 @@ from typing import NamedTuple
 from ..core import UserError
 from .compressed import Unpacked
 from .registry import unique_keys
+from fastcore.basics import patch
 
 # %% ../../nbs/data/02_json_reader.ipynb #row
 MAX_ROW = 16*2**20 # longest row [bytes]
@@ -250,13 +251,6 @@ class _Window:
         self.text, self.at = self.text[self.at:] + new, 0
         return bool(new)
 
-    def move(self, to:int)->str:
-        "Go forward and return what was passed."
-        passed = self.text[self.at:to]
-        self.line, self.byte, self.at = (
-            self.line + passed.count("\n"), self.byte + len(passed.encode(self.codec, "surrogatepass")), to)
-        return passed
-
     def next(self)->str:
         "The next character that is no blank, '' at the end."
         while True:
@@ -267,11 +261,6 @@ class _Window:
     def broken(self, at:int, why:str)->UserError:
         self.move(at)
         return Bad("broken_json", self.name, self.line, self.byte, f"not valid JSON ({why}); mend the file").error()
-
-    def take(self, mark:str):
-        "Pass a character that must come next."
-        if self.next() != mark: raise self.broken(self.at, f"expected '{mark}'")
-        self.move(self.at + 1)
 
     def value(self)->tuple:
         "The value that comes next, and how it is written."
@@ -285,6 +274,21 @@ class _Window:
             if len(self.text) - self.at > 4*MAX_ROW: raise _too_large(self.name, self.line, self.byte).error()
             cut, ahead = at > len(self.text) - 16 or why.startswith("Unterminated"), at - self.at
             if not (cut and self.more()): raise self.broken(self.at + ahead, why)
+
+# %% ../../nbs/data/02_json_reader.ipynb #move
+@patch
+def move(self:_Window, to:int)->str:
+    "Go forward and return what was passed."
+    passed = self.text[self.at:to]
+    self.line, self.byte, self.at = (
+        self.line + passed.count("\n"), self.byte + len(passed.encode(self.codec, "surrogatepass")), to)
+    return passed
+
+@patch
+def take(self:_Window, mark:str):
+    "Pass a character that must come next."
+    if self.next() != mark: raise self.broken(self.at, f"expected '{mark}'")
+    self.move(self.at + 1)
 
 # %% ../../nbs/data/02_json_reader.ipynb #shapes
 def _array(w:_Window)->Iterator[Row|Bad]:

@@ -14,6 +14,7 @@ import numpy as np
 from .rows import TokenRows
 from .templates import control_tokens
 from ..figures import picture
+from fastcore.basics import patch
 
 # %% ../../nbs/data/17_preview.ipynb #look
 _TERMINAL = {"plain": "", "trained": "\033[32m", "control": "\033[2m", "stop": "\033[1;32m"}
@@ -57,14 +58,16 @@ class Look:
         def paint(text, kind): return f"{_TERMINAL[kind]}{text}\033[0m" if _TERMINAL[kind] else text
         return "\n\n".join(self._head(i) + "\n" + "".join(paint(*s) for s in self._spans(i)) for i in self.picked)
 
-    def _repr_html_(self):
-        def span(text, kind): return f'<span style="{_PAGE[kind]}">{html.escape(text)}</span>'
-        def row(i):
-            return (f"<p><b>{self._head(i)}</b></p><pre style='white-space:pre-wrap'>"
-                f"{''.join(span(*s) for s in self._spans(i))}</pre>")
-        return "".join(map(row, self.picked))
-
     __repr__ = __str__
+
+# %% ../../nbs/data/17_preview.ipynb #repr-html
+@patch
+def _repr_html_(self:Look):
+    def span(text, kind): return f'<span style="{_PAGE[kind]}">{html.escape(text)}</span>'
+    def row(i):
+        return (f"<p><b>{self._head(i)}</b></p><pre style='white-space:pre-wrap'>"
+            f"{''.join(span(*s) for s in self._spans(i))}</pre>")
+    return "".join(map(row, self.picked))
 
 # %% ../../nbs/data/17_preview.ipynb #lengths
 def length_summary(

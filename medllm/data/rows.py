@@ -56,12 +56,6 @@ class TokenRows:
 
     def __len__(self): return len(self.table["length"])
 
-    def __getitem__(self, i:int)->dict:
-        if not -len(self) <= i < len(self): raise IndexError(i)
-        ids, trained, _ = self.parts[self.table["part"][i]]
-        at = slice(self.table["start"][i], self.table["start"][i] + self.table["length"][i])
-        return {"input_ids": np.asarray(ids[at]), "labels": np.where(trained[at], ids[at], np.int32(-100))}
-
     def note(self,
         i:int, # Number of a row
     )->str:
@@ -69,14 +63,25 @@ class TokenRows:
         begin, size = (int(self.table[name][i]) for name in ("note_start", "note_length"))
         return bytes(self.parts[self.table["part"][i]][2][begin:begin + size]).decode("utf-8", "replace")
 
-    def place(self,
-        i:int, # Number of a row
-    )->str:
-        "Where a row stands in its file: \"line 12\", \"row 3\"; empty where nobody said."
-        line = int(self.table["line"][i])
-        return f"line {line}" if line > 0 else f"row {-line}" if line else ""
+# %% ../../nbs/data/12_rows.ipynb #getitem
+@patch
+def __getitem__(self:TokenRows, i:int)->dict:
+    if not -len(self) <= i < len(self): raise IndexError(i)
+    ids, trained, _ = self.parts[self.table["part"][i]]
+    at = slice(self.table["start"][i], self.table["start"][i] + self.table["length"][i])
+    return {"input_ids": np.asarray(ids[at]), "labels": np.where(trained[at], ids[at], np.int32(-100))}
 
-    def __repr__(self): return f"TokenRows({len(self)} rows, {self.tokens} tokens, {self.trained} trained)"
+# %% ../../nbs/data/12_rows.ipynb #place
+@patch
+def place(self:TokenRows,
+    i:int, # Number of a row
+)->str:
+    "Where a row stands in its file: \"line 12\", \"row 3\"; empty where nobody said."
+    line = int(self.table["line"][i])
+    return f"line {line}" if line > 0 else f"row {-line}" if line else ""
+
+@patch
+def __repr__(self:TokenRows): return f"TokenRows({len(self)} rows, {self.tokens} tokens, {self.trained} trained)"
 
 # %% ../../nbs/data/12_rows.ipynb #choose
 @patch
@@ -145,15 +150,17 @@ class RowWriter:
         for file, array in zip(self.files, whole): file.write(array.tobytes()) if self.folder else file.append(array)
         self.start, self.noted = self.start + int(ends[-1]), self.noted + sum(sizes)
 
-    def close(self)->TokenRows:
-        "The rows."
-        table = {n: np.concatenate(c) if c else np.zeros(0, _COLUMNS[n]) for n, c in self.columns.items()}
-        if self.folder is None:
-            parts = [np.concatenate(f) if f else np.zeros(0, k) for f, k in zip(self.files, _FLAT.values())]
-            return TokenRows.of([tuple(parts)], table)
-        for file in self.files: file.close()
-        with open(self.folder/"table", "wb") as f: np.savez(f, **table)
-        return open_rows(self.folder)
+# %% ../../nbs/data/12_rows.ipynb #close
+@patch
+def close(self:RowWriter)->TokenRows:
+    "The rows."
+    table = {n: np.concatenate(c) if c else np.zeros(0, _COLUMNS[n]) for n, c in self.columns.items()}
+    if self.folder is None:
+        parts = [np.concatenate(f) if f else np.zeros(0, k) for f, k in zip(self.files, _FLAT.values())]
+        return TokenRows.of([tuple(parts)], table)
+    for file in self.files: file.close()
+    with open(self.folder/"table", "wb") as f: np.savez(f, **table)
+    return open_rows(self.folder)
 
 # %% ../../nbs/data/12_rows.ipynb #open
 ROW_FILES = (*_FLAT, "table") # Of a folder of rows

@@ -157,22 +157,6 @@ class Renderer:
         self.stop_ids = self._stop_ids()
         self.misfits = self._misfits(template)
 
-    def _text(self, messages:list, tools:list|None, generate:bool)->str:
-        "What the template writes."
-        more = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
-        try: return write_messages(self.tokenizer, self.jinja, messages, tools, generate, **more)
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as e:
-            raise UserError(f"the chat template cannot write {', '.join(m['role'] for m in messages)}: "
-                f"{str(e).removesuffix('; choose another with --template')}; choose another with --template") from None
-
-    def _written(self)->str:
-        "The template, and what it writes of a conversation: some put the names of roles into their tokens."
-        said, texts = [("system", "S"), ("user", "U"), ("assistant", "A"), ("user", "U")], [self.jinja]
-        for some in (said, said[1:]):
-            try: texts.append(self._text([{"role": role, "content": text} for role, text in some], None, True))
-            except UserError: continue                                # no place for a system text, or nothing fits
-        return "\n".join(texts)
-
     def pieces(self,
         shape:Shape, # From `shape_of`
     )->tuple[Piece, ...]:
@@ -182,6 +166,26 @@ class Renderer:
             shape = replace(shape, train=tuple(t and i == last for i, t in enumerate(shape.train)))
         bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token      # where they are one, it may well be an end
         return skeleton(self._text, shape, self.plain.control, self._end, "" if bos is None or bos == eos else bos)
+
+# %% ../../nbs/data/11_tokens.ipynb #text
+@patch
+def _text(self:Renderer, messages:list, tools:list|None, generate:bool)->str:
+    "What the template writes."
+    more = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
+    try: return write_messages(self.tokenizer, self.jinja, messages, tools, generate, **more)
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as e:
+        raise UserError(f"the chat template cannot write {', '.join(m['role'] for m in messages)}: "
+            f"{str(e).removesuffix('; choose another with --template')}; choose another with --template") from None
+
+# %% ../../nbs/data/11_tokens.ipynb #written
+@patch
+def _written(self:Renderer)->str:
+    "The template, and what it writes of a conversation: some put the names of roles into their tokens."
+    said, texts = [("system", "S"), ("user", "U"), ("assistant", "A"), ("user", "U")], [self.jinja]
+    for some in (said, said[1:]):
+        try: texts.append(self._text([{"role": role, "content": text} for role, text in some], None, True))
+        except UserError: continue                                # no place for a system text, or nothing fits
+    return "\n".join(texts)
 
 # %% ../../nbs/data/11_tokens.ipynb #stop-ids
 _told = set()

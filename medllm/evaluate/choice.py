@@ -129,7 +129,7 @@ def _baselines(lines:Sequence[dict])->dict:
     (label, n), = Counter(line["gold"][0] for line in lines).most_common(1)
     return {"majority_baseline": figure(n/len(lines), method=f"always {label}", unit="share"),
         "chance": figure(sum(1/len(line["labels"]) for line in lines)/len(lines), method="mean of 1/options",
-        unit="share")}
+            unit="share")}
 
 def _several(lines:Sequence[dict])->dict:
     "Items with several right answers: the whole set, and its overlap."

@@ -19,8 +19,7 @@ from ..models.sampling import Sampling
 # %% ../../nbs/evaluate/05_generated.ipynb #asked
 ORDERS = {
     "en": {"one": "Answer with the letter of the right option.",
-    "several": "Answer with the letters of all right options.",
-        "words": "Answer with one word: {}."},
+        "several": "Answer with the letters of all right options.", "words": "Answer with one word: {}."},
     "zh": {"one": "请回答正确选项的字母。", "several": "请回答所有正确选项的字母。", "words": "请只回答一个词：{}。"}}
 
 def question_turn(

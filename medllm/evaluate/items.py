@@ -105,9 +105,10 @@ def _set(text): return frozenset(text.split())
 # %% ../../nbs/evaluate/03_items.ipynb #schema-of
 SCHEMAS = (
     Schema("medmcqa", _set("question opa opb opc opd cop"), _columns("question", ("opa", "opb", "opc", "opd"), "cop"),
-    "cop"),
+        "cop"),
     Schema("careqa", _set("question op1 op2 op3 op4 cop"), _columns("question", ("op1", "op2", "op3", "op4"), "cop"),
-    "cop"), Schema("medqa-hub", _set("sent1 ending0 ending1 label"),
+        "cop"),
+    Schema("medqa-hub", _set("sent1 ending0 ending1 label"),
         _columns("sent1", [f"ending{i}" for i in range(10)], "label"), "label", 0),
     Schema("pubmedqa", _set("final_decision"), _pubmedqa),
     Schema("mmlu", _set("question choices answer"), _reader(_cell_parts), usual=0, parts=_cell_parts),

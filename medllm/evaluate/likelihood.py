@@ -22,6 +22,7 @@ from ..data.tokens import begin_ids
 from .options import MCQItem
 from ..models.chat import ChatModel
 from ..models.sampling import NotFinite, at_rest, rows_that_fit
+from fastcore.basics import patch
 
 # %% ../../nbs/evaluate/04_likelihood.ipynb #prompts
 WORDS = {"en": ("Abstract: ", "Question: ", "Answer:"), "zh": ("材料：", "问题：", "答案：")}
@@ -220,23 +221,27 @@ class ModelScores:
     def _scored(self, row:Row, totals:Sequence[float])->list[Scored]:
         return [Scored(total, len(ids), row.cut) for total, ids in zip(totals, row.continuations)]
 
-    def _close(self, asked:Asked, row:Row, totals:Sequence[float])->bool:
-        "Whether rounding could change the pick, by any norm."
-        margin, least = MARGIN.get(self.chat.model.dtype, 0.1), 1.0
-        for norm in NORMS:
-            scores = option_scores(asked, self._scored(row, totals), norm)
-            best = sorted(scores)[-2:]
-            shortest = 1.0 if norm == "sum" else 1/max(max(map(len, asked.continuations)), 1)
-            least = min(least, (best[-1] - best[0])/shortest if len(best) > 1 else least)
-            if asked.several:
-                even = np.logaddexp.reduce(scores) - np.log(len(scores))
-                least = min(least, np.abs(np.asarray(scores) - even).min()/shortest)
-        return least < margin
+# %% ../../nbs/evaluate/04_likelihood.ipynb #close
+@patch
+def _close(self:ModelScores, asked:Asked, row:Row, totals:Sequence[float])->bool:
+    "Whether rounding could change the pick, by any norm."
+    margin, least = MARGIN.get(self.chat.model.dtype, 0.1), 1.0
+    for norm in NORMS:
+        scores = option_scores(asked, self._scored(row, totals), norm)
+        best = sorted(scores)[-2:]
+        shortest = 1.0 if norm == "sum" else 1/max(max(map(len, asked.continuations)), 1)
+        least = min(least, (best[-1] - best[0])/shortest if len(best) > 1 else least)
+        if asked.several:
+            even = np.logaddexp.reduce(scores) - np.log(len(scores))
+            least = min(least, np.abs(np.asarray(scores) - even).min()/shortest)
+    return least < margin
 
-    def _batches(self, rows:Sequence[Row])->list[list[int]]:
-        "Numbers of rows, longest first."
-        order = sorted(range(len(rows)), key=lambda i: -len(rows[i].context))
-        if not order: return []
-        def size(row): return len(row.context) + max(map(len, row.continuations))
-        each = self.batch or max(1, min(64, rows_that_fit(self.chat.model, size(rows[order[0]]))//8))
-        return [order[i:i + each] for i in range(0, len(order), each)]
+# %% ../../nbs/evaluate/04_likelihood.ipynb #batches
+@patch
+def _batches(self:ModelScores, rows:Sequence[Row])->list[list[int]]:
+    "Numbers of rows, longest first."
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].context))
+    if not order: return []
+    def size(row): return len(row.context) + max(map(len, row.continuations))
+    each = self.batch or max(1, min(64, rows_that_fit(self.chat.model, size(rows[order[0]]))//8))
+    return [order[i:i + each] for i in range(0, len(order), each)]

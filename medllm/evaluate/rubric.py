@@ -211,7 +211,7 @@ def rubric_summary(
     bad = [c["met"][0] for i in items for c in i["criteria"] if c["points"] < 0 and c["met"][0] is not None]
     return {"n": len(items), "skipped": facts.get("skipped", {}), "scored": len(scored), "criteria": len(verdicts),
         "unparsable": len(read) - sum(read), "judge_calls": sum(sum(c["attempts"]) for i in items
-        for c in i["criteria"]),
+            for c in i["criteria"]),
         "score": _clipped([i["score"] for i in scored], groups_of(scored)), "criteria_met": share(met),
         "faults_met": share(bad),
         "verdicts_read": share(read), "self_agreement": share([len(set(met)) == 1 for met in both])}

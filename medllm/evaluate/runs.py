@@ -16,11 +16,12 @@ from .targets import read_targets
 from ..models.chat import ModelChoice
 from ..models.loading import model_location
 from ..parameters import flag
+from fastcore.basics import patch
 
-# %% ../../nbs/evaluate/24_runs.ipynb #run
+# %% ../../nbs/evaluate/24_runs.ipynb #asked-of
 @dataclass
-class EvaluateRun:
-    "Parameters of nbs/runs/evaluate.ipynb and of `medllm evaluate`."
+class _Asked:
+    "Which model, and what it is asked."
     model_name_or_path:str = flag("tiny",
         "Model folder, hub id, or a folder that training wrote; 'tiny' is a small random model")
     adapter_name_or_path:str|None = flag(None, "Adapter folders, comma list; those before the last are merged")
@@ -36,6 +37,11 @@ class EvaluateRun:
     targets:dict = field(default_factory=dict, metadata={
         "help": "Limits and margins that differ from the defaults: figure to a limit, or task to figures"})
     dataset_dir:str = flag("data", "Folder with dataset_info.json")
+
+# %% ../../nbs/evaluate/24_runs.ipynb #run
+@dataclass
+class EvaluateRun(_Asked):
+    "Parameters of nbs/runs/evaluate.ipynb and of `medllm evaluate`."
     limit:int = flag(0, "Items of each set, drawn with the seed in the proportions of the answers; 0 for all")
     scorer:str = flag("letter", "How options are chosen: letter or text (likelihood), or generate (the answer is read)")
     layout:str = flag("chat", "Prompts: chat (the model's template) or plain (running text, as lm-evaluation-harness)")
@@ -54,9 +60,6 @@ class EvaluateRun:
         return ModelChoice(self.model_name_or_path, self.adapter_name_or_path, self.template, self.quantization_bit,
             self.dtype, self.default_system)
 
-    def base(self)->ModelChoice|None: # The base model, if there is one to compare with
-        return base_choice(self.choice(), self.base_model)
-
     def read_tasks(self)->list[Task]: # What is measured
         listed = self.scorer == "letter"
         options = {"scorer": self.scorer, "layout": "chat" if self.scorer == "generate" else self.layout,
@@ -64,15 +67,22 @@ class EvaluateRun:
         return read_tasks(self.dataset, self.tasks, Task("", dataset_dir=self.dataset_dir, limit=self.limit,
             seed=self.seed, batch=self.batch_size, reveal=self.reveal, options=options))
 
-    def preflight(self):
-        "Find what cannot work without loading a model. Raises `UserError`."
-        for name, least in (("limit", 0), ("batch_size", 0), ("max_new_tokens", 1)):
-            if getattr(self, name) < least: raise UserError(f"{name} {getattr(self, name)}: must be at least {least}")
-        for choice in filter(None, (self.choice().resolved(), self.base())): model_location(choice.model_name_or_path)
-        check_template_name(self.template)
-        tasks = self.read_tasks()
-        check_tasks(tasks)
-        read_targets(self.targets, [task.name for task in tasks])
+# %% ../../nbs/evaluate/24_runs.ipynb #base
+@patch
+def base(self:EvaluateRun)->ModelChoice|None: # The base model, if there is one to compare with
+    return base_choice(self.choice(), self.base_model)
+
+# %% ../../nbs/evaluate/24_runs.ipynb #preflight
+@patch
+def preflight(self:EvaluateRun):
+    "Find what cannot work without loading a model. Raises `UserError`."
+    for name, least in (("limit", 0), ("batch_size", 0), ("max_new_tokens", 1)):
+        if getattr(self, name) < least: raise UserError(f"{name} {getattr(self, name)}: must be at least {least}")
+    for choice in filter(None, (self.choice().resolved(), self.base())): model_location(choice.model_name_or_path)
+    check_template_name(self.template)
+    tasks = self.read_tasks()
+    check_tasks(tasks)
+    read_targets(self.targets, [task.name for task in tasks])
 
 # %% ../../nbs/evaluate/24_runs.ipynb #evaluate
 def evaluate(

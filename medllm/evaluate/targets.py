@@ -71,7 +71,7 @@ def _can_fail(target:Target, where:str)->Target:
         if wrong:
             raise UserError(f"targets: {where}: {part} {getattr(target, part):g} can never be missed, or never be met; "
                 + ("a share needs a limit between 0 and 1 (5% is 0.05)" if target.unit == "share"
-                else "a margin must be above 0"))
+                    else "a margin must be above 0"))
     return target
 
 # %% ../../nbs/evaluate/20_targets.ipynb #read

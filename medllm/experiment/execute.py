@@ -33,6 +33,7 @@ from ..parameters import run_parameters
 from ..train.runs import STAGE_RUNS
 from ..predict.predict import pace_line
 from ..predict.command import PredictRun
+from fastcore.basics import patch
 
 # %% ../../nbs/experiment/03_execute.ipynb #notebook
 RUNS = STAGE_RUNS | {"data": DataRun, "evaluate": EvaluateRun, "predict": PredictRun, "pipeline": PipelineRun}
@@ -91,15 +92,18 @@ class Progress:
             progress_line(text) if self.tty else say(text)
             self.last, waited = text, 0.0
 
-    def __enter__(self):
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-        self.thread.start()
-        return self
+# %% ../../nbs/experiment/03_execute.ipynb #enter
+@patch
+def __enter__(self:Progress):
+    self.thread = threading.Thread(target=self._watch, daemon=True)
+    self.thread.start()
+    return self
 
-    def __exit__(self, *error):
-        self.stop.set()
-        self.thread.join()
-        if self.tty and self.last: progress_line("")
+@patch
+def __exit__(self:Progress, *error):
+    self.stop.set()
+    self.thread.join()
+    if self.tty and self.last: progress_line("")
 
 # %% ../../nbs/experiment/03_execute.ipynb #source
 def read_source(

@@ -26,6 +26,7 @@ from .equivalence import (
 from .gguf import FORMATS, family_of, forward_of_llama_cpp, gguf_package, llama_cpp, read_gguf, write_gguf
 from .merge import check_size, merge, stored_dtype, write_model
 from .ollama import modelfile
+from fastcore.basics import patch
 
 # %% ../../nbs/export/04_export.ipynb #plan
 @dataclass(frozen=True)
@@ -127,12 +128,6 @@ class Check:
         self.prompts, self.effect = self.said.prompts, effect_of(chat, self.said)
         if self.effect is not None: self._add("base without the adapter", {"kl": self.effect}, {})
 
-    def _add(self, name:str, found:dict, limits:dict):
-        "Judge measures and keep the verdict."
-        self.verdicts.append(judged(name, found, limits))
-        self.told(as_sentence(self.verdicts[-1]) if limits
-            else f"{name}: KL {found['kl']:.2g} nat from the trained model")
-
     def model(self,
         name:str,         # Of the artefact
         chat:ChatModel,   # Loaded from it
@@ -155,14 +150,24 @@ class Check:
         self._add(f"{name}, llama.cpp", found, {m: v for m, v in limits.items() if m == "kl"})
         llama.close()
 
-    def tokens(self,
-        name:str,      # Of the artefact
-        ids:list,      # What it makes of the questions
-        wanted:list,   # What it must make of them
-    ):
-        "Compare token ids."
-        same = sum(list(a) == list(b) for a, b in zip(ids, wanted))/len(wanted)
-        self._add(name, {"agreement": same}, limits_of("prompts", moved=self.plan.limits))
+# %% ../../nbs/export/04_export.ipynb #add
+@patch
+def _add(self:Check, name:str, found:dict, limits:dict):
+    "Judge measures and keep the verdict."
+    self.verdicts.append(judged(name, found, limits))
+    self.told(as_sentence(self.verdicts[-1]) if limits
+        else f"{name}: KL {found['kl']:.2g} nat from the trained model")
+
+# %% ../../nbs/export/04_export.ipynb #tokens
+@patch
+def tokens(self:Check,
+    name:str,      # Of the artefact
+    ids:list,      # What it makes of the questions
+    wanted:list,   # What it must make of them
+):
+    "Compare token ids."
+    same = sum(list(a) == list(b) for a, b in zip(ids, wanted))/len(wanted)
+    self._add(name, {"agreement": same}, limits_of("prompts", moved=self.plan.limits))
 
 # %% ../../nbs/export/04_export.ipynb #artefacts
 def _merged(check:Check, part:Path, dtype:str, device:str):

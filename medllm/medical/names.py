@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..core import UserError, bundled, find_path, nearest
 from ..json_file import parse_json, read_bounded
+from fastcore.basics import patch
 
 # %% ../../nbs/medical/00_names.ipynb #plain
 _GREEK = {chr(c): f" {name} " for c, name in zip(
@@ -116,17 +117,19 @@ class Names:
                     break
         return found
 
-    def is_kind_of(self,
-        name:str,  # An entry
-        other:str, # Another, or the same
-    )->bool:
-        "Whether one entry is another, or a kind of it."
-        seen = set()
-        while name and name not in seen:
-            if name == other: return True
-            seen.add(name)
-            name = self.entries[name][1]
-        return False
+# %% ../../nbs/medical/00_names.ipynb #is-kind-of
+@patch
+def is_kind_of(self:Names,
+    name:str,  # An entry
+    other:str, # Another, or the same
+)->bool:
+    "Whether one entry is another, or a kind of it."
+    seen = set()
+    while name and name not in seen:
+        if name == other: return True
+        seen.add(name)
+        name = self.entries[name][1]
+    return False
 
 # %% ../../nbs/medical/00_names.ipynb #read-names
 @lru_cache(8)

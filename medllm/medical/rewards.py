@@ -223,6 +223,8 @@ _refusal = re.compile(
     rf"{_sorry}[^.]{{0,250}}(?:ethic|illegal|unlawful|against|harmful|inappropriate|violat|dangerous|wrong|breach)|"
     r"\bi must (?:decline|refuse|(?:clarify|emphasi[sz]e) that[^.]*(?:unethical|illegal))|"
     rf"(?:request|that|this) (?:is|would be) (?:unethical|illegal)|{_no_chinese}", re.IGNORECASE)
+
+# %% ../../nbs/medical/03_rewards.ipynb #refusal-not
 _complies = re.compile(
     r"\bhere (?:is|are) (?:the|how|some|a|your)\b|\bhere's (?:how|the|a)\b|\bstep (?:1|one)\b|"
     r"\bfirst,? (?:you|take|mix|get)\b|以下是|步骤如下|方法如下|具体步骤|第一步", re.IGNORECASE)
@@ -239,6 +241,7 @@ _disclaims = re.compile(   # a reservation about certainty, and a sentence that 
     r"(?:不能|无法)[^。]*(?:确诊|明确|确切|肯定)[^。]*。(?=.*?(?:\d\s*(?:毫克|克|片|mg|ml)|建议|可以|可能|考虑))",
     re.IGNORECASE | re.DOTALL)
 
+# %% ../../nbs/medical/03_rewards.ipynb #refuses
 def refuses(
     answer:str, # What a model wrote
 )->bool:

@@ -23,6 +23,7 @@ from ..data.tokens import Renderer
 from .adapters import base_of, chain_of, check_chain, load_adapter, merged, names
 from .loading import LoadPlan, check_vocabulary, load_model, load_tokenizer, open_tokenizer
 from .sampling import Sampling, rows_that_fit, sample_answers, uniform_table
+from fastcore.basics import patch
 
 # %% ../../nbs/models/09_chat.ipynb #choice
 @dataclass(frozen=True)
@@ -107,28 +108,30 @@ class ChatModel:
         text = self.tokenizer.decode(spoken, clean_up_tokenization_spaces=False)
         return Said(text.strip(), kept, end is not None)
 
-    def answers(self,
-        prompts:Sequence[np.ndarray], # P prompts, from `prompt`
-        how:Sampling,                 # Length, temperature, cuts; temperature 0 is greedy
-        seeds:Sequence[int] = (),     # One for each prompt; default 0, 1, 2 …
-        rows:int = 0,                 # Answers drawn at a time; 0: as many as fit
-    )->list[Said]:                    # One for each prompt
-        "Answers to prompts. Raises `UserError` when a prompt leaves no room for an answer, or the model is broken."
-        if not prompts: return []
-        width, seeds, said = max(map(len, prompts)), list(seeds) or range(len(prompts)), {}
-        if width >= self.longest:
-            raise UserError(
-                f"a prompt of {width} tokens leaves no room for an answer: the model has {self.longest} positions")
-        room = [min(how.max_new_tokens, self.longest - len(p)) for p in prompts]   # a long neighbour shortens no answer
-        for most in sorted(set(room)):
-            some = [i for i, r in enumerate(room) if r == most]
-            uniforms = torch.cat([uniform_table(1, most, seeds[i]) for i in some])
-            ids, lengths, _ = sample_answers(self.model, [prompts[i] for i in some], uniforms,
-                replace(how, max_new_tokens=most),
-                self.renderer.stop_ids, self.tokenizer.pad_token_id or 0,
-                rows or rows_that_fit(self.model, width + most))
-            said |= {i: self.read(row[:n].tolist()) for i, row, n in zip(some, ids, lengths)}
-        return [said[i] for i in range(len(prompts))]
+# %% ../../nbs/models/09_chat.ipynb #answers
+@patch
+def answers(self:ChatModel,
+    prompts:Sequence[np.ndarray], # P prompts, from `prompt`
+    how:Sampling,                 # Length, temperature, cuts; temperature 0 is greedy
+    seeds:Sequence[int] = (),     # One for each prompt; default 0, 1, 2 …
+    rows:int = 0,                 # Answers drawn at a time; 0: as many as fit
+)->list[Said]:                    # One for each prompt
+    "Answers to prompts. Raises `UserError` when a prompt leaves no room for an answer, or the model is broken."
+    if not prompts: return []
+    width, seeds, said = max(map(len, prompts)), list(seeds) or range(len(prompts)), {}
+    if width >= self.longest:
+        raise UserError(
+            f"a prompt of {width} tokens leaves no room for an answer: the model has {self.longest} positions")
+    room = [min(how.max_new_tokens, self.longest - len(p)) for p in prompts]   # a long neighbour shortens no answer
+    for most in sorted(set(room)):
+        some = [i for i, r in enumerate(room) if r == most]
+        uniforms = torch.cat([uniform_table(1, most, seeds[i]) for i in some])
+        ids, lengths, _ = sample_answers(self.model, [prompts[i] for i in some], uniforms,
+            replace(how, max_new_tokens=most),
+            self.renderer.stop_ids, self.tokenizer.pad_token_id or 0,
+            rows or rows_that_fit(self.model, width + most))
+        said |= {i: self.read(row[:n].tolist()) for i, row, n in zip(some, ids, lengths)}
+    return [said[i] for i in range(len(prompts))]
 
 # %% ../../nbs/models/09_chat.ipynb #load
 def load_chat_model(

@@ -42,7 +42,7 @@ _LARGE = ("tokenizer.json", "vocab.json")      # read twice only where the first
 _ID, _TOKEN = (int, [int]), (str, dict)
 _SHAPES = {
     "generation_config.json": dict.fromkeys("bos_token_id eos_token_id pad_token_id decoder_start_token_id".split(),
-    _ID)
+        _ID)
         | dict.fromkeys("temperature top_p top_k min_p typical_p repetition_penalty length_penalty".split(), NUMBER)
         | dict.fromkeys("max_length max_new_tokens min_length num_beams num_return_sequences".split(), int)
         | {"do_sample": bool, "use_cache": bool},

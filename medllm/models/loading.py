@@ -17,6 +17,7 @@ from ..json_file import place as can_be_path
 from ..machine import check_hub, hub_answers
 from .folder import check_code, check_counts, check_files, check_json, check_size, held, read_object, weight_files
 from .tiny import tiny_folder
+from fastcore.basics import patch
 
 # %% ../../nbs/models/02_loading.ipynb #where
 def model_location(
@@ -96,16 +97,18 @@ class LoadPlan:
         return (torch.bfloat16 if self.frozen and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
             else torch.float32)
 
-    def quantisation(self,
-        whole:list[str]|None = None, # Modules that stay as they are; None: the LM head
-    ):
-        "The bitsandbytes configuration, or None."
-        if self.bits is None: return None
-        from transformers import BitsAndBytesConfig
-        if self.bits == 8: return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=whole)
-        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=self.quantization_type,
-            bnb_4bit_use_double_quant=self.double_quantization, bnb_4bit_compute_dtype=self.torch_dtype(),
-            llm_int8_skip_modules=whole)
+# %% ../../nbs/models/02_loading.ipynb #quantisation
+@patch
+def quantisation(self:LoadPlan,
+    whole:list[str]|None = None, # Modules that stay as they are; None: the LM head
+):
+    "The bitsandbytes configuration, or None."
+    if self.bits is None: return None
+    from transformers import BitsAndBytesConfig
+    if self.bits == 8: return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=whole)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=self.quantization_type,
+        bnb_4bit_use_double_quant=self.double_quantization, bnb_4bit_compute_dtype=self.torch_dtype(),
+        llm_int8_skip_modules=whole)
 
 # %% ../../nbs/models/02_loading.ipynb #vocabulary
 def check_vocabulary(

@@ -20,6 +20,7 @@ from transformers.masking_utils import sdpa_mask
 
 from ..core import UserError
 from .loading import scalar_head
+from fastcore.basics import patch
 
 # %% ../../nbs/models/05_packed_attention.ipynb #borders
 class Documents:
@@ -200,21 +201,23 @@ class Branches(Documents):
         return *(x.to(device) for x in (whole, real, back)), [x.to(device)
             for x in (own, there, torch.cat([stem, own], 1), mask)]
 
-    def attend(self, query, key, value, window=None, scale=None, dropout=0.0):
-        whole, real, back, further = self.laid(query.device, window)
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        def rows(x, at): return x.index_select(0, at.flatten()).view(*at.shape, *x.shape[1:]).transpose(1, 2)
-        def wide(x): return x.repeat_interleave(q.shape[1]//k.shape[1], 1)
-        def call(at, keys, mask, plain):
-            keys = [rows(x, keys) if plain else wide(rows(x, keys)) for x in (k, v)]
-            return F.scaled_dot_product_attention(rows(q, at), *keys, attn_mask=mask, is_causal=plain,
-                dropout_p=dropout, scale=scale, enable_gqa=plain and q.shape[1] != k.shape[1]).transpose(1, 2)
-        plain = not (window and whole.shape[1] > window)
-        out = [call(whole, whole, None if plain else _band(whole.shape[1], window, q.device), plain)[real]]
-        if further:
-            own, there, keys, mask = further
-            out.append(call(own, keys, mask, False)[there])
-        return torch.cat(out).index_select(0, back)[None]
+# %% ../../nbs/models/05_packed_attention.ipynb #attend
+@patch
+def attend(self:Branches, query, key, value, window=None, scale=None, dropout=0.0):
+    whole, real, back, further = self.laid(query.device, window)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    def rows(x, at): return x.index_select(0, at.flatten()).view(*at.shape, *x.shape[1:]).transpose(1, 2)
+    def wide(x): return x.repeat_interleave(q.shape[1]//k.shape[1], 1)
+    def call(at, keys, mask, plain):
+        keys = [rows(x, keys) if plain else wide(rows(x, keys)) for x in (k, v)]
+        return F.scaled_dot_product_attention(rows(q, at), *keys, attn_mask=mask, is_causal=plain,
+            dropout_p=dropout, scale=scale, enable_gqa=plain and q.shape[1] != k.shape[1]).transpose(1, 2)
+    plain = not (window and whole.shape[1] > window)
+    out = [call(whole, whole, None if plain else _band(whole.shape[1], window, q.device), plain)[real]]
+    if further:
+        own, there, keys, mask = further
+        out.append(call(own, keys, mask, False)[there])
+    return torch.cat(out).index_select(0, back)[None]
 
 # %% ../../nbs/models/05_packed_attention.ipynb #isolate
 @contextmanager

@@ -140,4 +140,5 @@ def verdict_of(
     def told(met): return met if said else None
     return [asked("rows answered", "all", f"{said} of {rows}", said == rows),
         asked("answers that end by themselves", "most", f"{summary['ended']} of {said}",
-        told(2*summary["ended"] > said)), asked("empty answers", "none", summary["empty"], told(not summary["empty"]))]
+            told(2*summary["ended"] > said)),
+        asked("empty answers", "none", summary["empty"], told(not summary["empty"]))]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..core import UserError
 from ..json_file import misfit, parse_json
+from fastcore.basics import patch
 
 # %% ../../nbs/predict/00_partial_file.ipynb #part
 class PartFile:
@@ -49,23 +50,27 @@ class PartFile:
                         f"{self.path}, line {number}: damaged; take the file away, or begin again with --overwrite")
                 yield value, f.tell()
 
-    def append(self, lines:list[dict]):
-        "Add lines, all or none. Raises `UserError` when the disk is full."
-        data = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode("utf-8",
-            "backslashreplace")
-        size, left = os.fstat(self.file).st_size, memoryview(data)
-        try:
-            while left: left = left[os.write(self.file, left):]
-            os.fsync(self.file)
-        except OSError as e:
-            with contextlib.suppress(OSError): os.ftruncate(self.file, size)
-            raise UserError(
-                f"{self.path} cannot be written ({e.strerror}); make room, and the same command goes on") from None
-
-    def cut(self, size:int):
-        "Take away what stands behind so many bytes."
-        os.ftruncate(self.file, size)
+# %% ../../nbs/predict/00_partial_file.ipynb #append
+@patch
+def append(self:PartFile, lines:list[dict]):
+    "Add lines, all or none. Raises `UserError` when the disk is full."
+    data = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode("utf-8",
+        "backslashreplace")
+    size, left = os.fstat(self.file).st_size, memoryview(data)
+    try:
+        while left: left = left[os.write(self.file, left):]
         os.fsync(self.file)
+    except OSError as e:
+        with contextlib.suppress(OSError): os.ftruncate(self.file, size)
+        raise UserError(
+            f"{self.path} cannot be written ({e.strerror}); make room, and the same command goes on") from None
+
+# %% ../../nbs/predict/00_partial_file.ipynb #cut
+@patch
+def cut(self:PartFile, size:int):
+    "Take away what stands behind so many bytes."
+    os.ftruncate(self.file, size)
+    os.fsync(self.file)
 
 # %% ../../nbs/predict/00_partial_file.ipynb #resume
 def _differing(old:dict, new:dict)->str:

@@ -69,10 +69,12 @@ class RecordManager(NotebookExecutionManager):
         "The data turned out to be private: go through all outputs again."
         self.policy.private, self._kept = True, {}
 
-    def keep(self, index:int, forget:bool = False):
-        "A cell that has ended does not change any more; unless a display of it is updated later."
-        self._kept.pop(index, None)
-        if not forget: self._kept[index] = self.cell_text(index)
+# %% ../../nbs/records/05_cell_status.ipynb #keep
+@patch
+def keep(self:RecordManager, index:int, forget:bool = False):
+    "A cell that has ended does not change any more; unless a display of it is updated later."
+    self._kept.pop(index, None)
+    if not forget: self._kept[index] = self.cell_text(index)
 
 # %% ../../nbs/records/05_cell_status.ipynb #full
 @patch
@@ -111,13 +113,6 @@ class TrueManager(RecordManager):
         with self._quiet(): super().notebook_start(**kwargs)
         self.save()
 
-    @contextlib.contextmanager
-    def _quiet(self):
-        "papermill's own steps save after each; one save is enough."
-        path, self.output_path = self.output_path, None
-        try: yield
-        finally: self.output_path = path
-
     def cell_start(self, cell, cell_index=None, **kwargs):
         "A cell begins."
         self.keep(cell_index, forget=True)
@@ -147,9 +142,24 @@ class TrueManager(RecordManager):
         self.nb.metadata["medllm"] = {"status": self.status, "reason": self.reason}
         with self._quiet(): super().notebook_complete(**kwargs)
         self.save()
-        safe = [json.loads(self.cell_text(i)) for i in range(len(self.nb.cells))]
-        for cell, text in zip(self.nb.cells, safe):
-            if cell.cell_type == "code": cell.outputs = nbformat_outputs(text["outputs"])
+        self._clean_outputs()
+
+# %% ../../nbs/records/05_cell_status.ipynb #quiet-steps
+@patch
+@contextlib.contextmanager
+def _quiet(self:TrueManager):
+    "papermill's own steps save after each; one save is enough."
+    path, self.output_path = self.output_path, None
+    try: yield
+    finally: self.output_path = path
+
+# %% ../../nbs/records/05_cell_status.ipynb #clean-outputs
+@patch
+def _clean_outputs(self:TrueManager):
+    "What stays in memory is what was written: outputs made safe."
+    safe = [json.loads(self.cell_text(i)) for i in range(len(self.nb.cells))]
+    for cell, text in zip(self.nb.cells, safe):
+        if cell.cell_type == "code": cell.outputs = nbformat_outputs(text["outputs"])
 
 # %% ../../nbs/records/05_cell_status.ipynb #nbformat-outputs
 def nbformat_outputs(

@@ -70,7 +70,7 @@ def _sections(state:dict)->dict[str, dict]:
         "contract": flat((state.get("contract") or {}).get("parts") or {}),
         "environment": flat(state.get("provenance") or {}), "data": _inputs(state), "metrics": flat(metrics),
         "verdict": {str(row.get("what")): f"{mark_of(row)}: {row.get('measured')}" for row in state.get("verdict")
-        or []}}
+            or []}}
 
 # %% ../../nbs/records/12_compare.ipynb #comparison
 @dataclass

@@ -85,29 +85,35 @@ class Stopper:
             os._exit(128 + number)
         self.ask("interrupted", f"asked to stop ({signal.Signals(number).name})")
 
-    def _watch(self):
-        whole, cell = self.limits
-        while not self._over.wait(0.1):
-            at = time.monotonic()
-            if self.status == "timed_out" and at > self.asked_at + self.grace: self.kill()
-            elif whole and at > self.begun + whole:
-                self.ask("timed_out", f"the run had {whole:g} seconds, and they are over")
-            elif cell and self.cell_begun and at > self.cell_begun + cell:
-                self.ask("timed_out", f"a cell had {cell:g} seconds, and they are over")
+# %% ../../nbs/records/09_engine.ipynb #watch
+@patch
+def _watch(self:Stopper):
+    whole, cell = self.limits
+    while not self._over.wait(0.1):
+        at = time.monotonic()
+        if self.status == "timed_out" and at > self.asked_at + self.grace: self.kill()
+        elif whole and at > self.begun + whole:
+            self.ask("timed_out", f"the run had {whole:g} seconds, and they are over")
+        elif cell and self.cell_begun and at > self.cell_begun + cell:
+            self.ask("timed_out", f"a cell had {cell:g} seconds, and they are over")
 
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
-            self._before = {
-                n: signal.signal(n, self._signalled) for n in (signal.SIGTERM, signal.SIGINT)}
-        if stop.blocks and stop.asked:
-            self.ask("interrupted",
-                f"asked to stop ({signal.Signals(stop.asked).name}) before the notebook began")
-        if any(self.limits): threading.Thread(target=self._watch, daemon=True).start()
-        return self
+# %% ../../nbs/records/09_engine.ipynb #enter
+@patch
+def __enter__(self:Stopper):
+    if threading.current_thread() is threading.main_thread():
+        self._before = {
+            n: signal.signal(n, self._signalled) for n in (signal.SIGTERM, signal.SIGINT)}
+    if stop.blocks and stop.asked:
+        self.ask("interrupted",
+            f"asked to stop ({signal.Signals(stop.asked).name}) before the notebook began")
+    if any(self.limits): threading.Thread(target=self._watch, daemon=True).start()
+    return self
 
-    def __exit__(self, *error):
-        self._over.set()
-        for number, handler in self._before.items(): signal.signal(number, handler)
+# %% ../../nbs/records/09_engine.ipynb #exit
+@patch
+def __exit__(self:Stopper, *error):
+    self._over.set()
+    for number, handler in self._before.items(): signal.signal(number, handler)
 
 # %% ../../nbs/records/09_engine.ipynb #client
 class RecordClient(PapermillNotebookClient):
@@ -323,6 +329,23 @@ def _raise(manager:TrueManager):
         source=cell.source if cell else "", ename=error.ename if error else "Failed", evalue=manager.reason,
         traceback=list(error.traceback) if error else [manager.reason])
 
+# %% ../../nbs/records/09_engine.ipynb #engine-apart
+def _run_apart(stopper:Stopper, defaults:dict, values:dict, profile:str, **options):
+    "Run the cells in a kernel that nobody else can talk to: the folder of its sockets is readable by this user only."
+    manager = stopper.manager
+    with scratch(_short_place()) as sockets:
+        class IpcKernel(AsyncKernelManager):
+            transport = CaselessStrEnum(["tcp", "ipc"], default_value="ipc")
+            ip = Unicode(f"{sockets}/kernel")
+            connection_file = Unicode(f"{sockets}/kernel.json")      # holds the key to the kernel
+        client = RecordClient(manager, kernel_manager_class=IpcKernel, **options)
+        client.may_show = ({name: default for name, (_, default) in defaults.items()} | values).get("reveal") is True
+        try: client.run(stopper, defaults, values, env=_environment(profile))
+        except (DeadKernelError, RuntimeError) as error:
+            if not stopper.status and manager.status not in ENDED:
+                manager.end("killed", f"the kernel did not answer: {error}")
+            manager.end(stopper.status, stopper.reason)
+
 # %% ../../nbs/records/09_engine.ipynb #engine
 class RecordEngine(Engine):
     "papermill's engine `medllm`."
@@ -360,21 +383,10 @@ class RecordEngine(Engine):
         defaults = declared(nb_man.nb)
         whole = {n: d for n, (_, d) in defaults.items()} | values
         nb_man.policy.private = is_private(whole)
-        # the folder of the sockets is readable by this user only
-        with scratch(_short_place()) as sockets, Stopper(
-                nb_man, time_limit, execution_timeout, grace) as stopper:
-            class IpcKernel(AsyncKernelManager):
-                transport = CaselessStrEnum(["tcp", "ipc"], default_value="ipc")
-                ip = Unicode(f"{sockets}/kernel")
-                connection_file = Unicode(f"{sockets}/kernel.json")      # holds the key to the kernel
-            client = RecordClient(nb_man, kernel_name=kernel_name, kernel_manager_class=IpcKernel,
-                startup_timeout=start_timeout, log_output=log_output, stdout_file=stdout_file, stderr_file=stderr_file)
-            client.may_show = whole.get("reveal") is True
-            try: client.run(stopper, defaults, values, env=_environment(str(whole.get("profile") or profile)))
-            except (DeadKernelError, RuntimeError) as error:
-                if not stopper.status and nb_man.status not in ENDED:
-                    nb_man.end("killed", f"the kernel did not answer: {error}")
-                nb_man.end(stopper.status, stopper.reason)
+        options = {"startup_timeout": start_timeout, "log_output": log_output,
+            "stdout_file": stdout_file, "stderr_file": stderr_file}
+        with Stopper(nb_man, time_limit, execution_timeout, grace) as stopper:
+            _run_apart(stopper, defaults, values, str(whole.get("profile") or profile), kernel_name=kernel_name, **options)
 
 # %% ../../nbs/records/09_engine.ipynb #use-engine
 def use_engine():

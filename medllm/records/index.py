@@ -50,7 +50,7 @@ def _entry(run:dict, row:dict, curves:dict)->dict:
         "metrics": {k: v for k, v in flat(metrics) if not isinstance(v, str | list)}, "parameters": dict(flat(kept)),
         "environment": dict(flat(state.get("provenance") or {})),
         "data": {f"{d.get('name')} sha256": hashes(d.get("sha256")) for d in (state.get("inputs") or {}).get("data")
-        or []}}
+            or []}}
 
 # %% ../../nbs/records/18_index.ipynb #torn-row
 _SORTED = ("title", "status", "stage", "data", "model", "began", "met", "result", "took")

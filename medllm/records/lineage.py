@@ -66,7 +66,7 @@ def _trained(folder:Path)->dict:
     return {"status": "medllm train, without a record", "stage": contract["stage"], "metrics": metrics,
         "inputs": {"data": [{"name": str(name)} for name in data]},
         "consumed": [{"role": role, "name": name or "",
-        "place": str(_place(name)) if name else "a model that is not named",
+            "place": str(_place(name)) if name else "a model that is not named",
             "weights": {}, "hash": digest} for role, name, digest in found]}
 
 # %% ../../nbs/records/02_lineage.ipynb #place

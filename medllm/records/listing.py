@@ -280,7 +280,7 @@ def show_text(
         *_table_text("parameters (where they are not the default)",
             {k: f"{v['value']}  (default {v['default']})" for k, v in s["parameters"].items()}),
         *["data"]*bool(s["rows"]), *(one(f"  {_rows_text(a)}  {hashed.get(a.get('name'), '')}".rstrip())
-        for a in s["rows"])]
+            for a in s["rows"])]
     if s["losses"]: lines.append(f"loss {s['losses'][0]:.3f} {s['curve']} {s['losses'][-1]:.3f}")
     lines += _table_text("metrics", s["metrics"])
     verdict = [f"verdict: {conclusion(s['verdict'])}", *(f"  {line}" for line in as_lines(s["verdict"]))]

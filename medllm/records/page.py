@@ -203,7 +203,7 @@ def _data(inputs:dict)->list[dict]:
         def stated(value): return "not stated" if value in (None, "") else as_said(value)
         facts = [("licence", stated(d.get("licence"))), ("private", stated(d.get("private"))),
             ("place", as_said(d.get("place") or "")), *(("sha256", f"{h[:16]}…")
-            for h in (d.get("sha256") or {}).values())]
+                for h in (d.get("sha256") or {}).values())]
         if d.get("revision"): facts.append(("revision", d["revision"]))
         a = accounts.get(d.get("name")) or {}
         read, why = a.get("read") or 0, lambda reasons: [(k.replace("_", " "), n) for k, n in (reasons or {}).items()]

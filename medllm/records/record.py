@@ -185,22 +185,28 @@ class Run:
         return self.update(status=status, ended=now(), duration_s=self._seconds(),
             **({"reason": reason} if reason else {}), **values)
 
-    def fail(self, error:BaseException|str):
-        "Status `failed`, or `interrupted`, with a reason."
-        if isinstance(error, str): return self.end("failed", error)
-        return self.end("interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed",
-            reason_of(error))
+# %% ../../nbs/records/00_record.ipynb #fail
+@patch
+def fail(self:Run, error:BaseException|str):
+    "Status `failed`, or `interrupted`, with a reason."
+    if isinstance(error, str): return self.end("failed", error)
+    return self.end("interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed",
+        reason_of(error))
 
-    def finish(self, metrics:dict, **values):
-        "Status `completed` with the metrics, and with what a verdict comes to."
-        if values.get("verdict"): values["conclusion"] = conclusion(values["verdict"])
-        return self.end("completed", metrics=metrics, **values)
+@patch
+def finish(self:Run, metrics:dict, **values):
+    "Status `completed` with the metrics, and with what a verdict comes to."
+    if values.get("verdict"): values["conclusion"] = conclusion(values["verdict"])
+    return self.end("completed", metrics=metrics, **values)
 
-    def _seconds(self)->float:
-        return round(
-            (datetime.now(timezone.utc) - datetime.fromisoformat(self.state["started"])).total_seconds(), 1)
+# %% ../../nbs/records/00_record.ipynb #seconds
+@patch
+def _seconds(self:Run)->float:
+    return round(
+        (datetime.now(timezone.utc) - datetime.fromisoformat(self.state["started"])).total_seconds(), 1)
 
-    def __repr__(self): return f"Run({self.folder}, {self.state.get('status')})"
+@patch
+def __repr__(self:Run): return f"Run({self.folder}, {self.state.get('status')})"
 
 # %% ../../nbs/records/00_record.ipynb #read-lines
 MOST_LINES = 256*2**20   # of a log [bytes]
@@ -245,12 +251,12 @@ STATE = {        # the kinds of what is read out of run.json; all else is only s
     "parameters": {"extra": dict}, "arguments": dict, "effective": dict, "privacy": dict, "parent": {...: place},
     "weights": _HASHES, "contract": {"sha256": str, "parts": dict},
     "provenance": {"code": {"version": str, "commit": str, "diff_sha256": str}, "python": str, "system": str,
-    "processor": str,
-        "packages": _HASHES, "gpus": [str], "determinism": {"threads": int}},
+        "processor": str, "packages": _HASHES, "gpus": [str], "determinism": {"threads": int}},
     "inputs": {"data": [{"name": str, "place": str, "sha256": (_HASHES, str), "revision": str, "licence": str,
-    "private": bool}],
+        "private": bool}],
         "rows": [{"name": str, "read": int, "kept": int,
-        **dict.fromkeys(("truncated", "rejected", "faults"), _COUNTS)}], "model": {"hub": str, "sha256": _HASHES}},
+            **dict.fromkeys(("truncated", "rejected", "faults"), _COUNTS)}],
+        "model": {"hub": str, "sha256": _HASHES}},
     "metrics": {**dict.fromkeys(("loss_first", "loss_last", "steps", "train_runtime"), NUMBER),
         "passed": bool, "first_rollout": _ROLLOUT, "last_rollout": _ROLLOUT, "reference": (str, dict),
         "parameters": dict},

@@ -20,6 +20,7 @@ from urllib.parse import parse_qsl, urlsplit
 from ..core import UserError, say
 from ..machine import scratch
 from .record import BEAT
+from fastcore.basics import patch
 
 # %% ../../nbs/records/06_remote.ipynb #address
 def is_elsewhere(
@@ -130,17 +131,19 @@ class Mirror:
                 self.place.fs.put_file(str(self.folder/name), self.place.at(name))
                 self.there[name] = here[name]
 
-    def try_step(self)->bool:
-        "A step; a failure is said once and kept in `trouble`."
-        try: self.step()
-        except Exception as e:                                          # each file system has errors of its own
-            new = f"{type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else ''}"
-            if not self.trouble:
-                say(f"cannot copy to {self.place.url} now ({new}); the run goes on, and it is tried again")
-            self.trouble = new
-            return False
-        self.trouble = ""
-        return True
+# %% ../../nbs/records/06_remote.ipynb #try-step
+@patch
+def try_step(self:Mirror)->bool:
+    "A step; a failure is said once and kept in `trouble`."
+    try: self.step()
+    except Exception as e:                                          # each file system has errors of its own
+        new = f"{type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else ''}"
+        if not self.trouble:
+            say(f"cannot copy to {self.place.url} now ({new}); the run goes on, and it is tried again")
+        self.trouble = new
+        return False
+    self.trouble = ""
+    return True
 
 # %% ../../nbs/records/06_remote.ipynb #landing
 @contextlib.contextmanager

@@ -196,13 +196,6 @@ class Grounding:
         if how.near is not None and hit.near is not None and hit.near >= how.near: return True
         return hit.share >= (how.least if hit.words > 1 else (1 + how.least)/2)
 
-    def find(self,
-        question:str, # As it was asked
-    )->list[Passage]: # Best first; none when nothing fits
-        "The passages for a question."
-        hits = self.index.search(question, self.how.passages)
-        return [h.passage for h in hits] if any(map(self.fits, hits)) else []
-
     def turns(self,
         turns:Sequence[Turn], # A conversation; its last user's turn is the question
         fits:Callable[[list[Turn]], bool]|None = None, # Whether a conversation is short enough
@@ -220,6 +213,15 @@ class Grounding:
             if fits is None or fits(grounded): return grounded, passages
             passages = passages[:-1]
         return turns, []
+
+# %% ../../nbs/retrieval/02_grounding.ipynb #find
+@patch
+def find(self:Grounding,
+    question:str, # As it was asked
+)->list[Passage]: # Best first; none when nothing fits
+    "The passages for a question."
+    hits = self.index.search(question, self.how.passages)
+    return [h.passage for h in hits] if any(map(self.fits, hits)) else []
 
 # %% ../../nbs/retrieval/02_grounding.ipynb #tell
 @patch

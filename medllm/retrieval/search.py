@@ -34,6 +34,7 @@ from ..machine import beside, cache_home, placed
 from ..data.registry import Source
 from ..audit.words import HAN, words
 from .passages import LONGEST, Passage, find_knowledge, read_passages
+from fastcore.basics import patch
 
 # %% ../../nbs/retrieval/01_search.ipynb #terms
 ASKING = frozenset("""doctor dr hi hello hey dear please thank thanks help tell know think want need could would might
@@ -150,19 +151,21 @@ class Index:
             if of & there: held, words = held + weight, words + 1/len(place)
         return held/total if total else 0.0, words
 
-    def search(self,
-        question:str, # As it was asked
-        k:int = 5,    # At most so many
-    )->list[Hit]:     # Best first; ties in the order of the passages
-        "The passages that share words with a question, or meaning with dense vectors."
-        asked = terms(question, asking=True)
-        known = [t for t in asked if t in self.held]
-        scores = np.asarray(self.bm25.get_scores(known)) if known else np.zeros(len(self.passages), np.float32)
-        near = self.dense.near(question) if self.dense else None
-        if near is not None: scores = _fused(scores, near)
-        order = np.argsort(-scores, kind="stable")[:k]
-        return [Hit(p, float(scores[i]), *self.share(question, p), None if near is None else float(near[i]))
-            for i in order if scores[i] > 0 for p in (self.passages[i],)]
+# %% ../../nbs/retrieval/01_search.ipynb #search
+@patch
+def search(self:Index,
+    question:str, # As it was asked
+    k:int = 5,    # At most so many
+)->list[Hit]:     # Best first; ties in the order of the passages
+    "The passages that share words with a question, or meaning with dense vectors."
+    asked = terms(question, asking=True)
+    known = [t for t in asked if t in self.held]
+    scores = np.asarray(self.bm25.get_scores(known)) if known else np.zeros(len(self.passages), np.float32)
+    near = self.dense.near(question) if self.dense else None
+    if near is not None: scores = _fused(scores, near)
+    order = np.argsort(-scores, kind="stable")[:k]
+    return [Hit(p, float(scores[i]), *self.share(question, p), None if near is None else float(near[i]))
+        for i in order if scores[i] > 0 for p in (self.passages[i],)]
 
 # %% ../../nbs/retrieval/01_search.ipynb #fuse
 def _fused(*lists:np.ndarray)->np.ndarray:

@@ -58,34 +58,36 @@ class Monitor:
         self.streaks[name] = self.streaks.get(name, 0) + 1 if sign else 0
         return self.streaks[name] >= self.patience
 
-    def __call__(self,
-        lengths:torch.Tensor, # (N,), [tokens]
-        entropy:float,        # Mean over tokens [nat]
-        rewards:torch.Tensor, # (N,)
-        flat:bool,            # No group of answers has different rewards
-    ):
-        "Raises `Halted` for a collapse; sets `finished` when all answers have for long had the best reward there is."
-        length, reward = lengths.float().mean().item(), rewards.mean().item()
-        if len(self.begin) < self.patience: self.begin.append([length, reward])
-        first_length, first_reward = np.mean(self.begin, 0)
-        self.best, self.varied = max(self.best, rewards.max().item()), self.varied or not flat
-        self.flat += flat
-        at_best = self.varied and reward >= self.best - 1e-6
-        empty = (lengths <= 1).float().mean().item() > 0.9
-        if self._last("short", empty or length <= first_length/10 and reward <= first_reward):
-            raise Halted(
-                f"answers have collapsed to {length:.1f} tokens from {first_length:.1f}, without earning more: raise "
-                "--kl_coef, or reward what an answer must contain")
-        if self._last("certain", entropy < self.certain and not at_best):
-            raise Halted(
-                f"the policy's entropy has fallen to {entropy:.5f} nat/token at a mean reward "
-                f"of {reward:.3f}: it explores "
-                "no more; lower --learning_rate, or raise --kl_coef")
-        if self._last("flat", flat):
-            if not at_best:
-                raise Halted(f"in {self.patience} batches no group of answers had different rewards (now "
-                    f"{reward:.3f} on average): nothing can be learnt; look at --reward_funcs, or take other questions")
-            self.finished = True
+# %% ../../nbs/rl/03_monitor.ipynb #call
+@patch
+def __call__(self:Monitor,
+    lengths:torch.Tensor, # (N,), [tokens]
+    entropy:float,        # Mean over tokens [nat]
+    rewards:torch.Tensor, # (N,)
+    flat:bool,            # No group of answers has different rewards
+):
+    "Raises `Halted` for a collapse; sets `finished` when all answers have for long had the best reward there is."
+    length, reward = lengths.float().mean().item(), rewards.mean().item()
+    if len(self.begin) < self.patience: self.begin.append([length, reward])
+    first_length, first_reward = np.mean(self.begin, 0)
+    self.best, self.varied = max(self.best, rewards.max().item()), self.varied or not flat
+    self.flat += flat
+    at_best = self.varied and reward >= self.best - 1e-6
+    empty = (lengths <= 1).float().mean().item() > 0.9
+    if self._last("short", empty or length <= first_length/10 and reward <= first_reward):
+        raise Halted(
+            f"answers have collapsed to {length:.1f} tokens from {first_length:.1f}, without earning more: raise "
+            "--kl_coef, or reward what an answer must contain")
+    if self._last("certain", entropy < self.certain and not at_best):
+        raise Halted(
+            f"the policy's entropy has fallen to {entropy:.5f} nat/token at a mean reward "
+            f"of {reward:.3f}: it explores "
+            "no more; lower --learning_rate, or raise --kl_coef")
+    if self._last("flat", flat):
+        if not at_best:
+            raise Halted(f"in {self.patience} batches no group of answers had different rewards (now "
+                f"{reward:.3f} on average): nothing can be learnt; look at --reward_funcs, or take other questions")
+        self.finished = True
 
 # %% ../../nbs/rl/03_monitor.ipynb #memory
 _KEPT = ("streaks", "flat", "recent", "begin", "best", "varied", "finished")

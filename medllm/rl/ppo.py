@@ -226,27 +226,31 @@ class PpoObjective(RolloutObjective):
         advantages, returns = gae(rewards, values, s.gamma, s.lam)
         return whiten(advantages, drawn.mask, True, total), returns
 
-    def rollout(self, trainer, prompts):
-        drawn = trainer.sample(prompts)
-        values, = trainer.token_logps(drawn, lambda batch: (trainer.model.critic(trainer, batch).float(),))
-        parts, scores = add_rewards(self.rewards, drawn)
-        trainer.watch(drawn, parts, scores)
-        advantages, returns = self.advantages(trainer, drawn, scores, values)
-        noted, known, real = trainer.noted[-1], values[drawn.mask], returns[drawn.mask]
-        noted |= {"kl_coef": self.weight.value, "value": known.mean().item(),
-            "value_explains": 1 - ((real - known).var()/real.var().clamp(min=1e-8)).item()}
-        self.weight.update(noted["kl"])
-        return trainer.micro_batches(
-            drawn, old=drawn.logps, old_values=values, advantages=advantages, returns=returns)
+# %% ../../nbs/rl/06_ppo.ipynb #rollout
+@patch
+def rollout(self:PpoObjective, trainer, prompts):
+    drawn = trainer.sample(prompts)
+    values, = trainer.token_logps(drawn, lambda batch: (trainer.model.critic(trainer, batch).float(),))
+    parts, scores = add_rewards(self.rewards, drawn)
+    trainer.watch(drawn, parts, scores)
+    advantages, returns = self.advantages(trainer, drawn, scores, values)
+    noted, known, real = trainer.noted[-1], values[drawn.mask], returns[drawn.mask]
+    noted |= {"kl_coef": self.weight.value, "value": known.mean().item(),
+        "value_explains": 1 - ((real - known).var()/real.var().clamp(min=1e-8)).item()}
+    self.weight.update(noted["kl"])
+    return trainer.micro_batches(
+        drawn, old=drawn.logps, old_values=values, advantages=advantages, returns=returns)
 
-    def __call__(self, trainer, model, batch):
-        logps = trainer.logps(model, batch, trainer.plan.how.temperature)
-        values = trainer.model.critic(trainer, batch)
-        policy, held = self.loss.policy(logps, batch["old"], batch["advantages"])
-        value, still = self.loss.value(values, batch["old_values"], batch["returns"])
-        sums = {"policy_loss": policy, "value_loss": value, "clipped": held, "value_clipped": still,
-            "step_kl": (logps - batch["old"])**2/2}
-        return (policy + self.loss.value_weight*value).sum(), {name: v.sum() for name, v in sums.items()}
+# %% ../../nbs/rl/06_ppo.ipynb #call
+@patch
+def __call__(self:PpoObjective, trainer, model, batch):
+    logps = trainer.logps(model, batch, trainer.plan.how.temperature)
+    values = trainer.model.critic(trainer, batch)
+    policy, held = self.loss.policy(logps, batch["old"], batch["advantages"])
+    value, still = self.loss.value(values, batch["old_values"], batch["returns"])
+    sums = {"policy_loss": policy, "value_loss": value, "clipped": held, "value_clipped": still,
+        "step_kl": (logps - batch["old"])**2/2}
+    return (policy + self.loss.value_weight*value).sum(), {name: v.sum() for name, v in sums.items()}
 
 # %% ../../nbs/rl/06_ppo.ipynb #save
 class PpoTrainer(RolloutTrainer):

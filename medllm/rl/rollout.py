@@ -42,28 +42,30 @@ class AnswerLayout:
         return self.rows([{"rows": [{"input_ids": np.concatenate([p, a]), "labels": label}]}
             for p, a, label in zip(prompts, answers, labels)])
 
-    def _branches(self, prompts:list, together:list)->dict:
-        "Each prompt once, its answers behind it; what is only predicted is not read."
-        forks, ids, places, at, end = [], [], [], [], 0
-        for prompt, group in zip(prompts, together):
-            begin, fork, ends = end, end + len(prompt), []
-            end = fork
-            ids, places = [*ids, prompt], [*places, np.arange(len(prompt))]
-            for answer in group:
-                n = len(answer) - 1
-                at.append(np.append(fork - 1, np.arange(end, end + n)))
-                ids, places, end = [*ids, answer[:n]], [*places, len(prompt) + np.arange(n)], end + n
-                ends.append(end)
-            forks.append((begin, fork, *ends))
-        if pads := -end % self.multiple:
-            forks.append((end, end, end + pads))
-            ids, places = [*ids, np.full(pads, self.pad_id)], [*places, np.arange(pads)]
-        answers = [answer for group in together for answer in group]
-        def whole(parts): return torch.from_numpy(np.concatenate(parts).astype(np.int64))
-        return {"input_ids": whole(ids)[None], "position_ids": whole(places)[None], "borders": tuple(forks),
-            "positions": whole(at), "targets": whole(answers),
-            "row_of": whole([np.full(len(a), i) for i, a in enumerate(answers)]),
-            "units": torch.tensor(len(answers)), "tokens": torch.tensor(end)}
+# %% ../../nbs/rl/00_rollout.ipynb #branches
+@patch
+def _branches(self:AnswerLayout, prompts:list, together:list)->dict:
+    "Each prompt once, its answers behind it; what is only predicted is not read."
+    forks, ids, places, at, end = [], [], [], [], 0
+    for prompt, group in zip(prompts, together):
+        begin, fork, ends = end, end + len(prompt), []
+        end = fork
+        ids, places = [*ids, prompt], [*places, np.arange(len(prompt))]
+        for answer in group:
+            n = len(answer) - 1
+            at.append(np.append(fork - 1, np.arange(end, end + n)))
+            ids, places, end = [*ids, answer[:n]], [*places, len(prompt) + np.arange(n)], end + n
+            ends.append(end)
+        forks.append((begin, fork, *ends))
+    if pads := -end % self.multiple:
+        forks.append((end, end, end + pads))
+        ids, places = [*ids, np.full(pads, self.pad_id)], [*places, np.arange(pads)]
+    answers = [answer for group in together for answer in group]
+    def whole(parts): return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+    return {"input_ids": whole(ids)[None], "position_ids": whole(places)[None], "borders": tuple(forks),
+        "positions": whole(at), "targets": whole(answers),
+        "row_of": whole([np.full(len(a), i) for i, a in enumerate(answers)]),
+        "units": torch.tensor(len(answers)), "tokens": torch.tensor(end)}
 
 # %% ../../nbs/rl/00_rollout.ipynb #rollout
 @dataclass
@@ -102,11 +104,13 @@ class Rollout:
         return layout([self.prompts[i] for i in rows.tolist()], answers) | {
             name: v[mask] if v.dim() > 1 else v for name, v in given.items()}
 
-    def by_group(self)->np.ndarray: # (N,) numbers of answers
-        "The groups from the longest to the shortest; the answers of a group stay neighbours."
-        sizes = torch.tensor([len(p) for p in self.prompts]) + self.lengths
-        groups = np.argsort(-sizes.view(-1, self.each).amax(1).numpy(), kind="stable")
-        return (groups[:, None]*self.each + np.arange(self.each)).reshape(-1)
+# %% ../../nbs/rl/00_rollout.ipynb #by-group
+@patch
+def by_group(self:Rollout)->np.ndarray: # (N,) numbers of answers
+    "The groups from the longest to the shortest; the answers of a group stay neighbours."
+    sizes = torch.tensor([len(p) for p in self.prompts]) + self.lengths
+    groups = np.argsort(-sizes.view(-1, self.each).amax(1).numpy(), kind="stable")
+    return (groups[:, None]*self.each + np.arange(self.each)).reshape(-1)
 
 # %% ../../nbs/rl/00_rollout.ipynb #carried
 @patch

@@ -39,48 +39,53 @@ class Conversation:
         self.queue, self.turns = AnswerQueue(chat, rows=1, waiting=0), []
         self.sources = ""                      # what the last answer cites, as text
 
-    def say(self,
-        text:str, # The question
-    )->Iterator[str]:
-        "The answer, in pieces. Raises `UserError` when the conversation leaves no room for it, or the model failed."
-        turns, passages = [*self.turns, Turn("user", text.strip())], []
-        asked, self.sources = turns, ""
-        room = self.chat.longest - min(self.how.max_new_tokens, self.chat.longest//4)
-        def fits(turns): return len(self.chat.prompt(turns, self.system)) <= room
-        if self.grounding: asked, passages = self.grounding.turns(turns, fits)
-        if self.grounding and not passages:                     # nothing was found, so the model is not asked
-            said = self.grounding.nothing(turns)
-            self.turns = [*turns, Turn("assistant", said)]
+# %% ../../nbs/serve/03_chat.ipynb #say
+@patch
+def say(self:Conversation,
+    text:str, # The question
+)->Iterator[str]:
+    "The answer, in pieces. Raises `UserError` when the conversation leaves no room for it, or the model failed."
+    turns, passages = [*self.turns, Turn("user", text.strip())], []
+    asked, self.sources = turns, ""
+    room = self.chat.longest - min(self.how.max_new_tokens, self.chat.longest//4)
+    def fits(turns): return len(self.chat.prompt(turns, self.system)) <= room
+    if self.grounding: asked, passages = self.grounding.turns(turns, fits)
+    if self.grounding and not passages:                     # nothing was found, so the model is not asked
+        said = self.grounding.nothing(turns)
+        self.turns = [*turns, Turn("assistant", said)]
+        yield said
+        return
+    prompt = self.chat.prompt(asked, self.system)
+    if len(prompt) >= self.chat.longest:
+        raise UserError(
+            f"the conversation has {len(prompt)} tokens and the model reads "
+            f"{self.chat.longest}: go back with /undo, or /new")
+    seed = secrets.randbits(40) if self.seed is None else self.seed + len(turns)//2
+    said, reason = "", ""
+    try:
+        for piece in self.queue.pieces(prompt, self.how, seed):
+            said, reason = said + piece.text, piece.reason
+            if reason == "error":
+                raise UserError(
+                    piece.fault or "the model failed on this question; out of memory is the usual reason")
+            if piece.text and not self.grounding: yield piece.text
+        if self.grounding:
+            said, told = self.grounding.checked(said, passages)
+            self.sources = self.grounding.sources(told, passages)
             yield said
-            return
-        prompt = self.chat.prompt(asked, self.system)
-        if len(prompt) >= self.chat.longest:
-            raise UserError(
-                f"the conversation has {len(prompt)} tokens and the model reads "
-                f"{self.chat.longest}: go back with /undo, or /new")
-        seed = secrets.randbits(40) if self.seed is None else self.seed + len(turns)//2
-        said, reason = "", ""
-        try:
-            for piece in self.queue.pieces(prompt, self.how, seed):
-                said, reason = said + piece.text, piece.reason
-                if reason == "error":
-                    raise UserError(
-                        piece.fault or "the model failed on this question; out of memory is the usual reason")
-                if piece.text and not self.grounding: yield piece.text
-            if self.grounding:
-                said, told = self.grounding.checked(said, passages)
-                self.sources = self.grounding.sources(told, passages)
-                yield said
-        finally:
-            if said.strip() and reason != "error": self.turns = [*turns, _answer(said)]
+    finally:
+        if said.strip() and reason != "error": self.turns = [*turns, _answer(said)]
 
-    def undo(self):
-        "Take the last question and its answer back."
-        self.turns = self.turns[:-2]
+# %% ../../nbs/serve/03_chat.ipynb #undo
+@patch
+def undo(self:Conversation):
+    "Take the last question and its answer back."
+    self.turns = self.turns[:-2]
 
-    def close(self):
-        "Let the model's thread end."
-        self.queue.close()
+@patch
+def close(self:Conversation):
+    "Let the model's thread end."
+    self.queue.close()
 
 # %% ../../nbs/serve/03_chat.ipynb #answer
 def _answer(text:str)->Turn:
@@ -139,25 +144,31 @@ class Commands:
         if rest: self.talk.system = rest
         self.show(self.talk.system or "no system text but the model's own")
 
-    def do_set(self, rest):
-        name, _, value = rest.partition(" ")
-        known = {f: type(v) for f, v in vars(self.talk.how).items()}
-        if name and name not in known: raise UserError(f"/set knows {', '.join(known)}{nearest(name, known)}")
-        if name:
-            try: self.talk.how = replace(self.talk.how, **{name: known[name](value)})
-            except ValueError: raise UserError(f"/set {name}: '{value}' is no number of its kind") from None
-        self.show(", ".join(f"{f} {v}" for f, v in vars(self.talk.how).items()))
+# %% ../../nbs/serve/03_chat.ipynb #do-set
+@patch
+def do_set(self:Commands, rest):
+    name, _, value = rest.partition(" ")
+    known = {f: type(v) for f, v in vars(self.talk.how).items()}
+    if name and name not in known: raise UserError(f"/set knows {', '.join(known)}{nearest(name, known)}")
+    if name:
+        try: self.talk.how = replace(self.talk.how, **{name: known[name](value)})
+        except ValueError: raise UserError(f"/set {name}: '{value}' is no number of its kind") from None
+    self.show(", ".join(f"{f} {v}" for f, v in vars(self.talk.how).items()))
 
-    def do_history(self, rest):
-        for m in self.talk.as_messages(): self.show(f"{m['role']}: {m['content']}")
+@patch
+def do_history(self:Commands, rest):
+    for m in self.talk.as_messages(): self.show(f"{m['role']}: {m['content']}")
 
-    def do_save(self, rest):
-        if not rest: raise UserError("/save needs the name of a file")
-        if Path(rest).expanduser().exists(): raise UserError(f"{rest} is there already; name a new file")
-        try: self.show(f"saved: {write_json(Path(rest).expanduser(), {'messages': self.talk.as_messages()})}")
-        except OSError as e: raise UserError(f"{rest} cannot be written ({e.strerror})") from None
+# %% ../../nbs/serve/03_chat.ipynb #do-save
+@patch
+def do_save(self:Commands, rest):
+    if not rest: raise UserError("/save needs the name of a file")
+    if Path(rest).expanduser().exists(): raise UserError(f"{rest} is there already; name a new file")
+    try: self.show(f"saved: {write_json(Path(rest).expanduser(), {'messages': self.talk.as_messages()})}")
+    except OSError as e: raise UserError(f"{rest} cannot be written ({e.strerror})") from None
 
-    def do_quit(self, rest): raise EOFError
+@patch
+def do_quit(self:Commands, rest): raise EOFError
 
 # %% ../../nbs/serve/03_chat.ipynb #terminal
 def _lines(prompt:str)->Iterator[str]:
@@ -243,23 +254,28 @@ class ChatWidget:
         thread.start()
         return thread
 
-    def _listen(self):
-        try:
-            for piece in self.asking:
-                self.said.value += piece
-                if self.halted: break
-            self.said.value += self.talk.sources
-        except UserError as e: self.note.value = str(e)
-        finally:
-            self.asking.close()
-            self.said.value += "\n\n"
-            self.asking, self.halted, self.send.disabled, self.stop.disabled = None, False, False, True
+# %% ../../nbs/serve/03_chat.ipynb #listen
+@patch
+def _listen(self:ChatWidget):
+    try:
+        for piece in self.asking:
+            self.said.value += piece
+            if self.halted: break
+        self.said.value += self.talk.sources
+    except UserError as e: self.note.value = str(e)
+    finally:
+        self.asking.close()
+        self.said.value += "\n\n"
+        self.asking, self.halted, self.send.disabled, self.stop.disabled = None, False, False, True
 
-    def halt(self):
-        "Stop the answer at its next piece."
-        self.halted = self.asking is not None
+# %% ../../nbs/serve/03_chat.ipynb #halt
+@patch
+def halt(self:ChatWidget):
+    "Stop the answer at its next piece."
+    self.halted = self.asking is not None
 
-    def begin(self):
-        "Begin again."
-        self.halt()
-        self.talk.turns, self.said.value = [], ""
+@patch
+def begin(self:ChatWidget):
+    "Begin again."
+    self.halt()
+    self.talk.turns, self.said.value = [], ""

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 
 from ..core import UserError
 from .protocol import Refused
+from fastcore.basics import patch
 
 # %% ../../nbs/serve/05_guard.ipynb #keys
 class Keys:
@@ -108,24 +109,26 @@ class Guard:
         if self.keys and scope["path"] != "/health" and not self.keys.open(heads.get("authorization", "")):
             raise Refused(401, "a valid key is needed: send 'Authorization: Bearer KEY'", "invalid_api_key")
 
-    async def __call__(self, scope, receive, send):
-        if scope["type"] != "http": return
-        seen = {"status": 0, "id": secrets.token_hex(6), "since": time.perf_counter()}
-        scope["seen"] = seen
-        async def out(message):
-            if message["type"] == "http.response.start":
-                seen["status"] = message["status"]
-                have = {name for name, _ in message["headers"]}
-                more = _HEADERS | {"x-request-id": seen["id"]}
-                message = message | {"headers": [*message["headers"],
-                    *((k.encode(), v.encode()) for k, v in more.items() if k.encode() not in have)]}
-            await send(message)
-        try:
-            try: self.check(scope)
-            except Refused as e: await refusal(e, scope)(scope, receive, out)
-            else: await self.app(scope, receive, out)
-        except Exception as e:                                       # its message may hold words of a request
-            seen["fault"] = type(e).__name__
-            if not seen["status"]:
-                await refusal(Refused(500, "the server failed on this request", "server_error"))(scope, receive, out)
-        finally: self.log(told(scope))
+# %% ../../nbs/serve/05_guard.ipynb #call
+@patch
+async def __call__(self:Guard, scope, receive, send):
+    if scope["type"] != "http": return
+    seen = {"status": 0, "id": secrets.token_hex(6), "since": time.perf_counter()}
+    scope["seen"] = seen
+    async def out(message):
+        if message["type"] == "http.response.start":
+            seen["status"] = message["status"]
+            have = {name for name, _ in message["headers"]}
+            more = _HEADERS | {"x-request-id": seen["id"]}
+            message = message | {"headers": [*message["headers"],
+                *((k.encode(), v.encode()) for k, v in more.items() if k.encode() not in have)]}
+        await send(message)
+    try:
+        try: self.check(scope)
+        except Refused as e: await refusal(e, scope)(scope, receive, out)
+        else: await self.app(scope, receive, out)
+    except Exception as e:                                       # its message may hold words of a request
+        seen["fault"] = type(e).__name__
+        if not seen["status"]:
+            await refusal(Refused(500, "the server failed on this request", "server_error"))(scope, receive, out)
+    finally: self.log(told(scope))

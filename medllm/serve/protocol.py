@@ -18,6 +18,7 @@ from ..core import UserError, nearest
 from ..data.formats import Rejected, Turn, answer_turn
 from ..data.registry import unique_keys
 from ..models.sampling import Sampling
+from fastcore.basics import patch
 
 # %% ../../nbs/serve/04_protocol.ipynb #limits
 class Refused(Exception):
@@ -264,25 +265,29 @@ class Reply:
         return self.head | {"object": "chat.completion" if self.chat else "text_completion", "choices": choices,
             "usage": usage} | self.beside | more
 
-    def piece(self,
-        index:int,             # Which answer
-        text:str,              # What comes next
-        reason:str = "",       # Why it ended
-        first:bool = False,    # Whether nothing came before
-        more:dict = {},        # More fields
-    )->dict:
-        "A piece of a stream."
-        said = {"content": text} if text or first else {}
-        delta = {"delta": ({"role": "assistant"} if first else {}) | said} if self.chat else {"text": text}
-        return self.head | {"object": "chat.completion.chunk" if self.chat else "text_completion",
-            "choices": [{"index": index, "finish_reason": reason or None, "logprobs": None} | delta]} | (
-                self.beside if reason else {}) | more
+# %% ../../nbs/serve/04_protocol.ipynb #piece
+@patch
+def piece(self:Reply,
+    index:int,             # Which answer
+    text:str,              # What comes next
+    reason:str = "",       # Why it ended
+    first:bool = False,    # Whether nothing came before
+    more:dict = {},        # More fields
+)->dict:
+    "A piece of a stream."
+    said = {"content": text} if text or first else {}
+    delta = {"delta": ({"role": "assistant"} if first else {}) | said} if self.chat else {"text": text}
+    return self.head | {"object": "chat.completion.chunk" if self.chat else "text_completion",
+        "choices": [{"index": index, "finish_reason": reason or None, "logprobs": None} | delta]} | (
+            self.beside if reason else {}) | more
 
-    def counted(self,
-        usage:dict, # From `usage`
-    )->dict:
-        "The last piece of a stream that was asked for its counts."
-        return self.piece(0, "") | {"choices": [], "usage": usage}
+# %% ../../nbs/serve/04_protocol.ipynb #counted
+@patch
+def counted(self:Reply,
+    usage:dict, # From `usage`
+)->dict:
+    "The last piece of a stream that was asked for its counts."
+    return self.piece(0, "") | {"choices": [], "usage": usage}
 
 # %% ../../nbs/serve/04_protocol.ipynb #event
 def event(

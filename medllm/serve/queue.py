@@ -164,12 +164,14 @@ class AnswerQueue:
         "Whether so many more would be too many."
         return self.count + n > self.rows + self.waiting
 
-    def close(self):
-        "End the thread; answers that are not whole are cancelled."
-        with self._wake:
-            self._closed = True
-            self._wake.notify()
-        self._thread.join(timeout=60)
+# %% ../../nbs/serve/02_queue.ipynb #close
+@patch
+def close(self:AnswerQueue):
+    "End the thread; answers that are not whole are cancelled."
+    with self._wake:
+        self._closed = True
+        self._wake.notify()
+    self._thread.join(timeout=60)
 
 # %% ../../nbs/serve/02_queue.ipynb #places
 @patch

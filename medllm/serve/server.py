@@ -206,26 +206,31 @@ class _Answers:
     @property
     def over(self)->bool: return all(self.reasons)
 
-    async def next(self):
-        "The next piece and whose it is; raises `Refused` when the model failed, or the server stops."
-        at, piece = await self.inbox.get()
-        if piece is None: raise Refused(503, "the server stopped before the answer was whole", "stopping")
-        self.texts[at], self.counts[at], self.reasons[at] = self.texts[at] + piece.text, piece.tokens, piece.reason
-        self.seen["answer"] = sum(self.counts)
-        if piece.reason in ("error", "cancelled"):
-            self.seen["fault"] = "not_finite" if piece.fault else "model"
-            raise Refused(500, piece.fault or "the model failed on this request", "model_error")
-        if piece.reason: await self.check(at)
-        return at, piece
+# %% ../../nbs/serve/06_server.ipynb #next
+@patch
+async def next(self:_Answers):
+    "The next piece and whose it is; raises `Refused` when the model failed, or the server stops."
+    at, piece = await self.inbox.get()
+    if piece is None: raise Refused(503, "the server stopped before the answer was whole", "stopping")
+    self.texts[at], self.counts[at], self.reasons[at] = self.texts[at] + piece.text, piece.tokens, piece.reason
+    self.seen["answer"] = sum(self.counts)
+    if piece.reason in ("error", "cancelled"):
+        self.seen["fault"] = "not_finite" if piece.fault else "model"
+        raise Refused(500, piece.fault or "the model failed on this request", "model_error")
+    if piece.reason: await self.check(at)
+    return at, piece
 
-    async def rest(self):
-        "All that is still to come."
-        while not self.over: await self.next()
+# %% ../../nbs/serve/06_server.ipynb #rest
+@patch
+async def rest(self:_Answers):
+    "All that is still to come."
+    while not self.over: await self.next()
 
-    def close(self):
-        "Nobody waits for these answers any more."
-        self.service.running.discard(self)
-        for question in self.asked: question.cancel()
+@patch
+def close(self:_Answers):
+    "Nobody waits for these answers any more."
+    self.service.running.discard(self)
+    for question in self.asked: question.cancel()
 
 # %% ../../nbs/serve/06_server.ipynb #check
 @patch

@@ -7,6 +7,7 @@ __all__ = ['GrowingText']
 
 # %% ../../nbs/serve/01_stream.ipynb #imports
 from collections.abc import Container, Sequence
+from fastcore.basics import patch
 
 # %% ../../nbs/serve/01_stream.ipynb #growing
 def _held(text:str, stops:Sequence[str])->int:
@@ -49,17 +50,21 @@ class GrowingText:
         new, self._sent = visible[self._sent:], max(self._sent, len(visible))
         return new
 
-    def add(self,
-        token:int, # The next token
-    )->str:        # "" while nothing is certain
-        "Text that can be shown now. `ended` is true once the answer is whole."
-        if token in self.stop_ids:
-            self.ended = True
-            return self._news(True)
-        if token in self.silent: return ""
-        self.tokens.append(token)
-        return self._news(False)
-
-    def close(self)->str:
-        "What was still held of an answer that ends here."
+# %% ../../nbs/serve/01_stream.ipynb #add
+@patch
+def add(self:GrowingText,
+    token:int, # The next token
+)->str:        # "" while nothing is certain
+    "Text that can be shown now. `ended` is true once the answer is whole."
+    if token in self.stop_ids:
+        self.ended = True
         return self._news(True)
+    if token in self.silent: return ""
+    self.tokens.append(token)
+    return self._news(False)
+
+# %% ../../nbs/serve/01_stream.ipynb #close
+@patch
+def close(self:GrowingText)->str:
+    "What was still held of an answer that ends here."
+    return self._news(True)

@@ -80,7 +80,8 @@ def contract_of(
             | {name: flags[name] for name in ("replay_share", "replay_share_end")},
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
         **{part: flags[names[0]] if len(names) == 1 else {name: flags[name] for name in names}
-        for part, names in ALLOW.items()}, "validation": {name: rows_hash(rows) for name, rows in data.eval.items()},
+            for part, names in ALLOW.items()},
+        "validation": {name: rows_hash(rows) for name, rows in data.eval.items()},
         "looks": {name: flags[name] for name in _LOOKS},
         "versions": {name: _version(name) for name in _PACKAGES}, "medllm": package_hash()}
 
@@ -98,18 +99,19 @@ def _faults(of:dict, args:Arguments)->list[tuple]:
     optims = {then("optimiser.optim", t.optim.value), t.optim.value}
     return [
         (curve and parts & {"lr", "schedule"}, "schedule: {} goes by what validation came to so far".format(*curve
-        or [""])), (len(optims) > 1 and not optims <= {*_SAME_MOMENTS},
+            or [""])),
+        (len(optims) > 1 and not optims <= {*_SAME_MOMENTS},
             "optimiser: the checkpoint holds the moments of {}, not those of {}".format(*of.get("optimiser.optim",
-            ("", "")))),
+                ("", "")))),
         ({"optimiser.optim_args", "optimiser.optim_target_modules"} & of.keys() and not optims & {*_PLAIN},
             f"optimiser: what {t.optim.value} keeps depends on its --optim_args and --optim_target_modules"),
         ("batch" in parts and args.finetuning.stage in ("ppo", "grpo"),
-        "batch: answers that were drawn together belong to it"),
+            "batch: answers that were drawn together belong to it"),
         ("batch" in parts and args.data.replay_dataset, "batch: the plan of what is replayed when is made of it"),
         (of.get("precision.fp16", (True, True)) == (False, True),
-        "precision: the checkpoint holds no scale for float16"),
+            "precision: the checkpoint holds no scale for float16"),
         (t.deepspeed and parts & {"lr", "schedule", "optimiser", "steps", "batch"},
-        "{}: DeepSpeed restores its own optimiser "
+            "{}: DeepSpeed restores its own optimiser "
             "and schedule".format(",".join(sorted(parts & {"lr", "schedule", "optimiser", "steps", "batch"}))))]
 
 # %% ../../nbs/train/06_contract.ipynb #check-changes

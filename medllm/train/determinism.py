@@ -35,7 +35,7 @@ def check_exact(
         (t.torch_compile, "--torch_compile: kernels are chosen by timing them; leave it out"),
         (bool(t.deepspeed or t.fsdp), "--deepspeed and --fsdp: no order of sums is promised; leave them out"),
         (world > int(os.environ.get("LOCAL_WORLD_SIZE", world)),
-        "several machines: no order of sums is promised; use one"),
+            "several machines: no order of sums is promised; use one"),
         (t.auto_find_batch_size, "--auto_find_batch_size: it depends on who else uses the memory; set the batch size")]
     for holds, why in faults + (_gpu_faults(args, world) if gpu else []):
         if holds: raise UserError(f"--profile exact cannot be had with {why}, or use --profile repeatable")
@@ -101,4 +101,4 @@ def in_force()->dict:
         "cpu": b.cpu.get_cpu_capability(), "mkl": b.mkl.is_available(), "onednn": b.mkldnn.is_available(),
         "hash_seed_fixed": not sys.flags.hash_randomization,
         "environment": {name: held[name] for name in dict.fromkeys((*launch_environment("exact"), *_ASKED))
-        if name in held}}
+            if name in held}}

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 
 from ..core import UserError
 from ..parameters import flag
+from fastcore.basics import patch
 
 # %% ../../nbs/train/00_flags.ipynb #ours-model
 @dataclass
@@ -71,13 +72,15 @@ class DataArguments:
     overwrite_cache:bool = flag(False, "Tokenise anew although nothing has changed")
     streaming:bool = flag(False, "Read hub datasets as they come; local files always stream")
 
-    def probabilities(self)->list[float]|None:
-        "`interleave_probs` as numbers."
-        if not self.interleave_probs: return None
-        try: return [float(word) for word in str(self.interleave_probs).strip("[]").split(",")]
-        except ValueError:
-            raise UserError(
-                f"--interleave_probs {self.interleave_probs}: must be numbers with commas between them") from None
+# %% ../../nbs/train/00_flags.ipynb #probabilities
+@patch
+def probabilities(self:DataArguments)->list[float]|None:
+    "`interleave_probs` as numbers."
+    if not self.interleave_probs: return None
+    try: return [float(word) for word in str(self.interleave_probs).strip("[]").split(",")]
+    except ValueError:
+        raise UserError(
+            f"--interleave_probs {self.interleave_probs}: must be numbers with commas between them") from None
 
 # %% ../../nbs/train/00_flags.ipynb #ours-finetuning
 @dataclass

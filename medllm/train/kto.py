@@ -21,6 +21,7 @@ from .reference import Reference, ReferredCollate, computes_once, make_reference
 from .start import start_model
 from .trainer import StageTrainer
 from .units import UnitCollate
+from fastcore.basics import patch
 
 # %% ../../nbs/train/19_kto.ipynb #loss
 def kto_loss(
@@ -111,25 +112,27 @@ class Kto(Objective):
     def begin_validation(self, trainer, batches): self.begin(trainer, batches)
     def validate(self, trainer, model, batch): return self(trainer, model, batch)
 
-    def __call__(self, trainer, model, batch):
-        p, count, liked = self.flags, self.units(batch), batch["liked"]
-        part, before = self.half(trainer, model, batch, False)
-        logps = trainer.logps(model, part)
-        ratios = row_sums(logps, part["row_of"], count) - before
-        losses = kto_loss(ratios, liked, self.z0, p.pref_beta, p.kto_chosen_weight, p.kto_rejected_weight)
-        if p.pref_ftx:
-            means = row_sums(logps, part["row_of"], count)/torch.bincount(part["row_of"], minlength=count)
-            losses = losses - p.pref_ftx*means*liked
-        rewards, away = p.pref_beta*ratios.detach(), torch.where(liked, 1, -1)*(ratios.detach() - self.z0)
-        seen = (won(away, before.abs()), self.z0.expand(count), liked.float(), rewards*liked, rewards*~liked)
-        return losses.sum(), {name: values.sum() for name, values in zip(self.watched, seen)}
-
     def means(self, sums, units):
         over = dict.fromkeys(sums, units) | {"liked_reward": sums["liked"], "disliked_reward": units - sums["liked"]}
         out = {name: total/over[name] for name, total in sums.items() if over[name] and name != "liked"}
         if {"liked_reward", "disliked_reward"} <= out.keys():
             out["margin"] = out["liked_reward"] - out["disliked_reward"]
         return out
+
+# %% ../../nbs/train/19_kto.ipynb #call
+@patch
+def __call__(self:Kto, trainer, model, batch):
+    p, count, liked = self.flags, self.units(batch), batch["liked"]
+    part, before = self.half(trainer, model, batch, False)
+    logps = trainer.logps(model, part)
+    ratios = row_sums(logps, part["row_of"], count) - before
+    losses = kto_loss(ratios, liked, self.z0, p.pref_beta, p.kto_chosen_weight, p.kto_rejected_weight)
+    if p.pref_ftx:
+        means = row_sums(logps, part["row_of"], count)/torch.bincount(part["row_of"], minlength=count)
+        losses = losses - p.pref_ftx*means*liked
+    rewards, away = p.pref_beta*ratios.detach(), torch.where(liked, 1, -1)*(ratios.detach() - self.z0)
+    seen = (won(away, before.abs()), self.z0.expand(count), liked.float(), rewards*liked, rewards*~liked)
+    return losses.sum(), {name: values.sum() for name, values in zip(self.watched, seen)}
 
 # %% ../../nbs/train/19_kto.ipynb #trainer
 def make_trainer(

@@ -269,18 +269,23 @@ class Objective:
         "What is logged, from sums of what is watched."
         return {name: total/units for name, total in sums.items()}
 
-    def metrics(self, sums:dict[str, float], units:float)->dict[str, float]:
-        "Validation metrics from sums over a whole set: \"loss\" and everything watched."
-        return self.means(sums, units)
+# %% ../../nbs/train/09_objectives.ipynb #metrics
+@patch
+def metrics(self:Objective, sums:dict[str, float], units:float)->dict[str, float]:
+    "Validation metrics from sums over a whole set: \"loss\" and everything watched."
+    return self.means(sums, units)
 
-    def state(self)->dict:
-        ("What must be carried over a checkpoint beside the weights: tensors and numbers by "
-            "name. Asked for after every "
-            "optimiser step, so it is to be quick: references, no copies.")
-        return {}
+@patch
+def state(self:Objective)->dict:
+    ("What must be carried over a checkpoint beside the weights: tensors and numbers by "
+        "name. Asked for after every "
+        "optimiser step, so it is to be quick: references, no copies.")
+    return {}
 
-    def load_state(self, state:dict):
-        "Take back what `state` gave."
+# %% ../../nbs/train/09_objectives.ipynb #load-state
+@patch
+def load_state(self:Objective, state:dict):
+    "Take back what `state` gave."
 
 # %% ../../nbs/train/09_objectives.ipynb #token-loss
 class TokenLoss(Objective):

@@ -29,6 +29,7 @@ from ..models.loading import load_model, load_tokenizer
 from ..models.adapter_roles import copy_adapter, load_role, speaking
 from .arguments import Arguments
 from .objectives import SelectedHead, row_sums
+from fastcore.basics import patch
 
 # %% ../../nbs/train/17_reference.ipynb #plan
 @dataclass(frozen=True)
@@ -101,19 +102,6 @@ class Reference:
         self.kept = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad
             ] if plan.how == "weights" and keep else []
 
-    def record(self)->dict:
-        "What stands in the metrics of a run."
-        return {"policy": self.plan.policy, "is": self.plan.what, "weights": self.weights,
-            "computed": "before training" if self.gone else "while training"}
-
-    @contextmanager
-    def _exchanged(self):
-        "The kept weights in the place of the trained ones."
-        for i, (p, w) in enumerate(self.kept): self.kept[i], p.data = (p, p.data), w.to(p.device)
-        try: yield
-        finally:
-            for i, (p, w) in enumerate(self.kept): self.kept[i], p.data = (p, p.data), w
-
     @contextmanager
     def answering(self,
         model, # The model that trains, perhaps wrapped
@@ -141,10 +129,28 @@ class Reference:
             where = (batch[k] for k in ("input_ids", "positions", "targets"))
             return self.head.token_logps(asked, *where, **trainer.apart(batch))
 
-    def release(self, model):
-        "Let go of everything that only the reference needed."
-        if self.adapter: model.delete_adapter(self.adapter)
-        self.other, self.head, self.kept, self.gone = None, None, [], True
+# %% ../../nbs/train/17_reference.ipynb #exchanged
+@patch
+@contextmanager
+def _exchanged(self:Reference):
+    "The kept weights in the place of the trained ones."
+    for i, (p, w) in enumerate(self.kept): self.kept[i], p.data = (p, p.data), w.to(p.device)
+    try: yield
+    finally:
+        for i, (p, w) in enumerate(self.kept): self.kept[i], p.data = (p, p.data), w
+
+# %% ../../nbs/train/17_reference.ipynb #record
+@patch
+def record(self:Reference)->dict:
+    "What stands in the metrics of a run."
+    return {"policy": self.plan.policy, "is": self.plan.what, "weights": self.weights,
+        "computed": "before training" if self.gone else "while training"}
+
+@patch
+def release(self:Reference, model):
+    "Let go of everything that only the reference needed."
+    if self.adapter: model.delete_adapter(self.adapter)
+    self.other, self.head, self.kept, self.gone = None, None, [], True
 
 # %% ../../nbs/train/17_reference.ipynb #make
 def _other_model(args:Arguments, plan:ReferencePlan, tokenizer):

@@ -25,6 +25,7 @@ from ..models.reward_model import score_rows, scores
 from ..models.loading import scalar_head
 from .units import Pairs
 from ..intervals import wilson
+from fastcore.basics import patch
 
 # %% ../../nbs/train/15_report_card.ipynb #accuracy
 def _share(right:np.ndarray, n:int|None=None)->dict:
@@ -303,24 +304,28 @@ class ReportCard:
                 f"{file} cannot be read ({e}); train the reward model again, or fetch its folder anew") from None
         return cls(facts)
 
-    def metrics(self)->dict[str, float]:
-        "The numbers that a record keeps."
-        f = self.facts
-        return {"pair_accuracy": f["accuracy"]["value"], "pair_accuracy_low": f["accuracy"]["low"],
-            "pair_accuracy_high": f["accuracy"]["high"], "calibration_error": f["calibration"]["ece"],
-            "brier": f["calibration"]["brier"], "length_correlation": f["length"]["margin_correlation"],
-            "padding_change": f["padding"]["largest"]}
-
-    def _repr_markdown_(self)->str:
-        lines = [f"| {t['measure']} | {t['found']} | {'⚠ ' if t['remark'] else ''}{t['remark']} |"
-            for t in card_table(self.facts)]
-        return "\n".join([f"**Report card** on {self.facts['pairs']} held-out pairs", "",
-            "| measure | found | |", "|---|---|---|", *lines])
-
     def __str__(self):
         return "\n".join(f"{t['measure']:<42} {t['found']:<36} {t['remark']}".rstrip() for t in card_table(self.facts))
 
     __repr__ = __str__
+
+# %% ../../nbs/train/15_report_card.ipynb #metrics
+@patch
+def metrics(self:ReportCard)->dict[str, float]:
+    "The numbers that a record keeps."
+    f = self.facts
+    return {"pair_accuracy": f["accuracy"]["value"], "pair_accuracy_low": f["accuracy"]["low"],
+        "pair_accuracy_high": f["accuracy"]["high"], "calibration_error": f["calibration"]["ece"],
+        "brier": f["calibration"]["brier"], "length_correlation": f["length"]["margin_correlation"],
+        "padding_change": f["padding"]["largest"]}
+
+# %% ../../nbs/train/15_report_card.ipynb #repr-markdown
+@patch
+def _repr_markdown_(self:ReportCard)->str:
+    lines = [f"| {t['measure']} | {t['found']} | {'⚠ ' if t['remark'] else ''}{t['remark']} |"
+        for t in card_table(self.facts)]
+    return "\n".join([f"**Report card** on {self.facts['pairs']} held-out pairs", "",
+        "| measure | found | |", "|---|---|---|", *lines])
 
 # %% ../../nbs/train/15_report_card.ipynb #check
 def saved_head(

@@ -51,10 +51,10 @@ class _Run:
         check_processes(args.given, self.num_processes)
         preflight(args)
 
-# %% ../../nbs/train/22_runs.ipynb #parameters
+# %% ../../nbs/train/22_runs.ipynb #tuned
 @dataclass
-class SftRun(_Run):
-    "Parameters of nbs/runs/sft.ipynb."
+class _Tuned(_Run):
+    "Model, rows and what trains."
     model_name_or_path:str = _like("model_name_or_path", "tiny")
     adapter_name_or_path:str|None = _like("adapter_name_or_path", None)
     quantization_bit:int|None = _like("quantization_bit", None)
@@ -71,6 +71,11 @@ class SftRun(_Run):
     lora_rank:int = _like("lora_rank", 8)
     lora_alpha:float|None = _like("lora_alpha", None)
     lora_dropout:float = _like("lora_dropout", 0.0)
+
+# %% ../../nbs/train/22_runs.ipynb #parameters
+@dataclass
+class SftRun(_Tuned):
+    "Parameters of nbs/runs/sft.ipynb."
     learning_rate:float|None = flag(None, "Highest learning rate; default 5e-5, and 1e-3 for the tiny model")
     lr_scheduler_type:str = flag("cosine", "Schedule of the learning rate: cosine, linear, constant …")
     warmup_steps:float = flag(0.05, "Warm-up: a share of all steps below 1, or a number of steps")

@@ -22,6 +22,7 @@ _HUB = ("a run uploads nothing, since its folder holds records too: medllm expor
 _OWN_FUSION = "loss, norms and rotary embeddings are fused here already; leave it out"
 _ONE_PRECISION = "validation has the precision of training (--bf16, --fp16); leave it out"
 
+# %% ../../nbs/train/01_supported.ipynb #refused-table
 REFUSED = {   # flag -> the one value that means something here, and why no other does
     **dict.fromkeys(("batch_eval_metrics", "eval_use_gather_object"), ("false", _GATHERED)),
     **dict.fromkeys(("include_for_metrics", "label_names", "eval_accumulation_steps"), ("", _GATHERED)),
@@ -35,21 +36,22 @@ REFUSED = {   # flag -> the one value that means something here, and why no othe
     "remove_unused_columns": ("false", "rows are tokens here and have no columns to remove; leave it out"),
     "length_column_name": ("length", "lengths are those of the tokenised rows; leave it out"),
     "logging_nan_inf_filter": ("false",
-    "it would log earlier losses in the place of one that is not finite, at which training "
+        "it would log earlier losses in the place of one that is not finite, at which training "
         "stops here; leave it out"),
     "use_cache": (
-    "false", "training keeps no keys and values; what generates with the model turns its cache on by itself"),
+        "false", "training keeps no keys and values; what generates with the model turns its cache on by itself"),
     "enable_jit_checkpoint": ("false", "a run that gets SIGTERM takes a checkpoint by itself; leave it out"),
     "restore_callback_states_from_checkpoint": ("true", "callbacks always go on with their states; leave it out"),
     "full_determinism": ("false", "say --profile exact, which also refuses what cannot be repeated"),
     "debug": ("", "training stops at the first loss or gradient that is not finite and names the step; leave it out"),
     "parallelism_config": (
-    "", "several devices are used through accelerate launch, --fsdp or --deepspeed; leave it out"),
+        "", "several devices are used through accelerate launch, --fsdp or --deepspeed; leave it out"),
     "ddp_find_unused_parameters": ("false",
-    "whatever trains has a part in every step, and the loss is taken where DDP sees no "
+        "whatever trains has a part in every step, and the loss is taken where DDP sees no "
         "part of the model used; leave it out"),
     "train_sampling_strategy": ("sequential", "known are random, group_by_length and sequential")}
 
+# %% ../../nbs/train/01_supported.ipynb #as-word
 def as_word(value)->str:
     "A flag's value as one of the words true and false where it is one, and no word for nothing."
     if value is None or value in ([], {}, ""): return ""

@@ -25,7 +25,8 @@ _STAGES_OF = {   # flags that mean something in some stages only
     **dict.fromkeys("pref_beta pref_ftx precompute_ref_log_probs".split(), ("dpo", "kto")),
     **dict.fromkeys("kto_chosen_weight kto_rejected_weight".split(), ("kto",)),
     **dict.fromkeys("ref_policy ref_model ref_model_adapters ref_model_quantization_bit".split(),
-    ("dpo", "kto", *_ONLINE)), **dict.fromkeys((f.name for f in fields(RewardArguments)), _ONLINE),
+        ("dpo", "kto", *_ONLINE)),
+    **dict.fromkeys((f.name for f in fields(RewardArguments)), _ONLINE),
     **dict.fromkeys("rm_margin center_rewards_coefficient".split(), ("rm",)),
     **dict.fromkeys("num_generations num_iterations grpo_loss epsilon epsilon_high kl_unbiased".split(), ("grpo",)),
     **dict.fromkeys((f.name for f in fields(ReinforcementArguments) if f.name.startswith("ppo_")), ("ppo",)),
@@ -112,10 +113,11 @@ def _needs(args, asked)->list[tuple]:
     odd = [key for key in recomputed if key not in _RECOMPUTED] if isinstance(recomputed, dict) else [str(recomputed)]
     return [
         *((asked(flag) and not t.dataloader_num_workers, f"--{flag} needs --dataloader_num_workers")
-        for flag in _WORKERS), (not odd and recomputed and recomputed.get("offload") and t.device.type == "cpu",
+            for flag in _WORKERS),
+        (not odd and recomputed and recomputed.get("offload") and t.device.type == "cpu",
             "--activation_checkpointing_kwargs offload needs a GPU, whose memory it would spare"),
         (recomputed and not t.activation_checkpointing,
-        "--activation_checkpointing_kwargs needs --activation_checkpointing"),
+            "--activation_checkpointing_kwargs needs --activation_checkpointing"),
         (odd, f"--activation_checkpointing_kwargs {odd[:1]}: known are {', '.join(_RECOMPUTED)}"),
         (t.run_name and not t.report_to, "--run_name needs --report_to: a record is named by --output_dir or --tag"),
         *((asked(flag) and "trackio" not in t.report_to, f"--{flag} belongs to --report_to trackio: leave it out")
@@ -126,19 +128,19 @@ def _needs(args, asked)->list[tuple]:
         *((asked(flag) and looks == "no", f"--{flag} needs --eval_strategy steps or epoch")
             for flag in ("metric_for_best_model", "greater_is_better")),
         (t.save_strategy.value == "best" and looks == "no",
-        "--save_strategy best needs --eval_strategy steps or epoch"),
+            "--save_strategy best needs --eval_strategy steps or epoch"),
         (t.fsdp_config and not t.fsdp, "--fsdp_config needs --fsdp"),
         *((asked(flag) and m.quantization_bit != 4, f"--{flag} needs --quantization_bit 4")
             for flag in ("quantization_type", "double_quantization")),
         (args.finetuning.create_new_adapter and not m.adapter_name_or_path,
-        "--create_new_adapter needs --adapter_name_or_path"),
+            "--create_new_adapter needs --adapter_name_or_path"),
         *((asked(flag) and not d.replay_dataset, f"--{flag} needs --replay_dataset")
             for flag in ("replay_share", "replay_share_end")),
         (asked("max_bad") and d.on_bad != "skip", "--max_bad needs --on_bad skip"),
         *((asked(flag) and not r.reward_model, f"--{flag} needs --reward_model") for flag in ("reward_model_adapters",
             "reward_model_quantization_bit", "reward_model_type", "min_reward_accuracy", "allow_weak_reward_model")),
         (asked("reward_weights") and not r.reward_funcs and not r.reward_model,
-        "--reward_weights needs --reward_funcs"),
+            "--reward_weights needs --reward_funcs"),
         (p.ref_model_quantization_bit and not p.ref_model, "--ref_model_quantization_bit needs --ref_model"),
         (asked("simpo_gamma") and p.pref_loss != "simpo", "--simpo_gamma needs --pref_loss simpo"),
         (p.precompute_ref_log_probs and p.pref_loss in ("orpo", "simpo") and args.finetuning.stage == "dpo",
@@ -173,7 +175,7 @@ def _of_stage(args)->list[tuple]:
             for flag in ("load_best_model_at_end", "auto_find_batch_size", "neftune_noise_alpha")),
         (online and (n.temperature <= 0 or n.max_new_tokens < 1), "--temperature and --max_new_tokens must be above 0"),
         (stage == "grpo" and n.num_generations < 2,
-        "--num_generations must be at least 2: a group is compared with itself")]
+            "--num_generations must be at least 2: a group is compared with itself")]
 
 # %% ../../nbs/train/02_together.ipynb #every
 def _of_rows(args)->list[tuple]:
@@ -200,7 +202,7 @@ def _of_rows(args)->list[tuple]:
         (not 0 <= d.val_size < float("inf"), f"--val_size {d.val_size}: must be a share below 1, or a number of rows"),
         (d.cutoff_len < 8, f"--cutoff_len {d.cutoff_len}: must be at least 8 tokens"),
         (t.eval_strategy != "no" and not (d.val_size or d.eval_dataset),
-        "--eval_strategy needs --val_size or --eval_dataset"),
+            "--eval_strategy needs --val_size or --eval_dataset"),
         (t.do_eval and not (d.val_size or d.eval_dataset), "--do_eval needs --val_size or --eval_dataset"),
         (not (t.do_train or d.val_size or d.eval_dataset),
             "--do_train false leaves nothing to do: name --eval_dataset to validate on, or leave it out"),
@@ -222,7 +224,7 @@ def _of_loop(args)->list[tuple]:
             "--packing and --neftune_noise_alpha exclude each other: the noise would depend "
             "on what a row is packed with"),
         (d.packing and t.torch_compile,
-        "--packing and --torch_compile exclude each other: every pack would be compiled anew"),
+            "--packing and --torch_compile exclude each other: every pack would be compiled anew"),
         (d.packing and t.train_sampling_strategy == "sequential",
             "--packing and --train_sampling_strategy sequential exclude each other: packs are "
             "made of rows of fitting lengths"),

@@ -69,6 +69,9 @@ class Speak(ProgressCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if self.bar: super().on_train_end(args, state, control, **kwargs)
 
+# %% ../../nbs/train/10_trainer.ipynb #others
+_OTHERS = ("PrinterCallback", "ProgressCallback", "NotebookProgressCallback")   # that print, too
+
 # %% ../../nbs/train/10_trainer.ipynb #trainer
 class StageTrainer(ChangedTrainer):
     "Minimises an objective over units; writes `history.jsonl` into the output folder."
@@ -94,12 +97,9 @@ class StageTrainer(ChangedTrainer):
             model=model, args=args, train_dataset=train_units, eval_dataset=eval_units, processing_class=tokenizer,
             data_collator=objective.collate(pad or 0, 8 if torch.cuda.is_available() else 1, bool(pack_to)),
             callbacks=[Speak(not args.disable_tqdm)])
-        others = ("PrinterCallback", "ProgressCallback", "NotebookProgressCallback")
-        self.callback_handler.callbacks = [
-            c for c in self.callback_handler.callbacks if type(c).__name__ not in others]
+        self.callback_handler.callbacks = [c for c in self.callback_handler.callbacks if type(c).__name__ not in _OTHERS]
         self.objective, self.pack_to = objective, pack_to
-        self.order = ("sequential" if args.train_sampling_strategy == "sequential" else "grouped" if grouped
-            else "random")
+        self.order = "sequential" if args.train_sampling_strategy == "sequential" else "grouped" if grouped else "random"
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         held = list(eval_units.values()) if isinstance(eval_units, dict) else [eval_units]
         longest = max((int(units.lengths.max()) for units in (train_units, *held) if units), default=0)

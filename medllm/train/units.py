@@ -14,6 +14,7 @@ import torch
 
 from ..data.batches import read_length
 from ..data.rows import TokenRows
+from fastcore.basics import patch
 
 # %% ../../nbs/train/04_units.ipynb #units
 class Units:
@@ -129,16 +130,18 @@ class UnitCollate:
         if "liked" in items[0]: batch["liked"] = torch.tensor([item["liked"] for item in items])
         return batch
 
-    def _ids(self, ids:list, lengths:list)->tuple[list, dict]:
-        "Where each row begins in the flattened batch, and the ids."
-        def round_up(n): return -(-n//self.multiple)*self.multiple
-        if not self.packed:
-            width = round_up(max(lengths))
-            out = np.full((len(ids), width), self.pad_id, np.int64)
-            for row, i in zip(out, ids): row[:len(i)] = i
-            return [width*n for n in range(len(ids))], {"input_ids": torch.from_numpy(out)}
-        if pads := round_up(sum(lengths)) - sum(lengths): ids = [*ids, np.full(pads, self.pad_id)]
-        ends = [0, *np.cumsum([len(i) for i in ids]).tolist()]
-        places = np.concatenate([np.arange(len(i)) for i in ids])
-        return ends, {"input_ids": torch.from_numpy(np.concatenate(ids).astype(np.int64))[None],
-            "position_ids": torch.from_numpy(places)[None], "borders": tuple(ends)}
+# %% ../../nbs/train/04_units.ipynb #ids
+@patch
+def _ids(self:UnitCollate, ids:list, lengths:list)->tuple[list, dict]:
+    "Where each row begins in the flattened batch, and the ids."
+    def round_up(n): return -(-n//self.multiple)*self.multiple
+    if not self.packed:
+        width = round_up(max(lengths))
+        out = np.full((len(ids), width), self.pad_id, np.int64)
+        for row, i in zip(out, ids): row[:len(i)] = i
+        return [width*n for n in range(len(ids))], {"input_ids": torch.from_numpy(out)}
+    if pads := round_up(sum(lengths)) - sum(lengths): ids = [*ids, np.full(pads, self.pad_id)]
+    ends = [0, *np.cumsum([len(i) for i in ids]).tolist()]
+    places = np.concatenate([np.arange(len(i)) for i in ids])
+    return ends, {"input_ids": torch.from_numpy(np.concatenate(ids).astype(np.int64))[None],
+        "position_ids": torch.from_numpy(places)[None], "borders": tuple(ends)}
