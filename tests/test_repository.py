@@ -61,9 +61,9 @@ def test_a_module_keeps_to_the_sizes(path):
     assert source(code[0]).startswith("#| default_exp ")
     target = source(code[0]).split()[-1].split(".")[-1]
     assert target.strip("_") == re.sub(r"^\d+_", "", path.stem)
-    assert sum(len(c["source"]) for c in exported(path)) <= 350
+    assert sum(len(c["source"]) - 1 for c in exported(path)) <= 350
     for cell in exported(path):
-        assert len(cell["source"]) <= 60, cell["id"]
+        assert len(cell["source"]) <= 41, cell["id"]        # with the line that says so
         assert not re.search(r"^from \.|import \*", source(cell), re.M), "no relative or star imports"
     hidden = [c for c in code if source(c).startswith("#| hide")]
     assert len(hidden) <= max(3, 0.34*len(code))

@@ -204,6 +204,7 @@ class Branches(Documents):
 # %% ../../nbs/models/05_packed_attention.ipynb #attend
 @patch
 def attend(self:Branches, query, key, value, window=None, scale=None, dropout=0.0):
+    "Attention of each branch to its shared beginning and to itself; shapes as `torch` has them."
     whole, real, back, further = self.laid(query.device, window)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     def rows(x, at): return x.index_select(0, at.flatten()).view(*at.shape, *x.shape[1:]).transpose(1, 2)

@@ -229,6 +229,7 @@ class PpoObjective(RolloutObjective):
 # %% ../../nbs/rl/06_ppo.ipynb #rollout
 @patch
 def rollout(self:PpoObjective, trainer, prompts):
+    "Answers to prompts, with what the value model expects of each token and what the answer earned."
     drawn = trainer.sample(prompts)
     values, = trainer.token_logps(drawn, lambda batch: (trainer.model.critic(trainer, batch).float(),))
     parts, scores = add_rewards(self.rewards, drawn)
