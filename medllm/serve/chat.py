@@ -147,6 +147,7 @@ class Commands:
 # %% ../../nbs/serve/03_chat.ipynb #do-set
 @patch
 def do_set(self:Commands, rest):
+    "Change how answers are drawn."
     name, _, value = rest.partition(" ")
     known = {f: type(v) for f, v in vars(self.talk.how).items()}
     if name and name not in known: raise UserError(f"/set knows {', '.join(known)}{nearest(name, known)}")
@@ -162,6 +163,7 @@ def do_history(self:Commands, rest):
 # %% ../../nbs/serve/03_chat.ipynb #do-save
 @patch
 def do_save(self:Commands, rest):
+    "Write the conversation into a new file."
     if not rest: raise UserError("/save needs the name of a file")
     if Path(rest).expanduser().exists(): raise UserError(f"{rest} is there already; name a new file")
     try: self.show(f"saved: {write_json(Path(rest).expanduser(), {'messages': self.talk.as_messages()})}")
