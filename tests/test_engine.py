@@ -45,7 +45,7 @@ def ends(folder, *cells, engine="medllm", given=None, record=False, **options):
     try: execute_notebook(str(file), str(out), given, engine_name=engine, kernel_name="python3", progress_bar=False, **options)
     except (Exception, SystemExit) as error: raised = error
     nb = nbformat.read(out, 4) if out.exists() else None
-    ours = [c for c in nb.cells if re.fullmatch(r"c\d+", c.get("id", "")) and "papermill" in c.metadata] if nb else []
+    ours = [c for c in nb.cells if re.fullmatch(r"c\d\d?", c.get("id", "")) and "papermill" in c.metadata] if nb else []
     return raised, nb, [c.metadata.papermill.status for c in ours]
 
 

@@ -241,7 +241,7 @@ def card(folder, accuracy, head):
     from medllm.intervals import wilson
     low, high = wilson(accuracy, 200)
     facts = {"value": accuracy, "low": low, "high": high, "pairs": 200, "questions": 200, "ties": 0}
-    (folder/"report_card.json").write_text(json.dumps({"accuracy": facts, "head": head}))
+    (folder/"report_card.json").write_text(json.dumps({"accuracy": facts, "head": head, "pairs": 200}))
 
 
 @pytest.mark.parametrize("kind, judge, bits", [
