@@ -14,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from .core import UserError, first_line, interruption, project_root, say, visible
+from .core import Unwritable, UserError, first_line, interruption, project_root, say, visible
 from .machine import place_fault
 
 # %% ../nbs/12_exits.ipynb #address
@@ -31,7 +31,8 @@ def issue_address()->str:
 # %% ../nbs/12_exits.ipynb #exit
 def _told(error:BaseException)->int|None: # None: it is nobody's but ours
     "The exit code of an error, said in a sentence."
-    error = interruption(error) or error
+    if not isinstance(error, Unwritable):   # of both, that nothing was kept says more
+        error = interruption(error) or error
     code = {"Interrupted": 75, "Unwritable": 74}.get(type(error).__name__, 2)
     if why := "" if isinstance(error, UserError) else place_fault(error): error = UserError(why)
     if type(error).__name__ == "PanicException":
