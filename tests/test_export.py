@@ -20,7 +20,7 @@ from medllm.models.sampling import Sampling
 from medllm.export import export as exporting
 from medllm.export.equivalence import distance, fixed_questions, forward_of, reference_of
 from medllm.export.export import ExportPlan, export
-from medllm.export.gguf import FORMATS, read_gguf, write_gguf
+from medllm.export.gguf import GGUF_FORMATS, read_gguf, write_gguf
 from medllm.export.merge import merge, stored_dtype, write_model
 from medllm.export.ollama import modelfile
 
@@ -102,7 +102,7 @@ def test_gguf_keeps_the_tokens(exported):
     found = verdicts(json.loads((exported/"equivalence.json").read_text()))
     assert found["gguf-f16"]["measures"]["agreement"] >= 0.99 and found["gguf-f16"]["measures"]["tokens"] >= 400
     assert found["gguf-q8_0"]["measures"]["kl"] < 1e-3
-    for kind in FORMATS: assert found[f"gguf-{kind}, tokens"]["measures"]["agreement"] == 1.0
+    for kind in GGUF_FORMATS: assert found[f"gguf-{kind}, tokens"]["measures"]["agreement"] == 1.0
     small, large = ((exported/f"gguf/model-{kind}.gguf").stat().st_size for kind in ("q8_0", "f16"))
     assert small < 0.65*large
 

@@ -89,7 +89,7 @@ def test_a_network_that_is_away_does_not_end_a_run(monkeypatch, tmp_path, capsys
         def find(self, *a, **k): raise OSError("no route")
         def put_file(self, *a):
             if broken[0]: raise OSError("no route to host")
-    monkeypatch.setattr(places, "open_place", lambda url: places.Place(Broken(), "x", url))
+    monkeypatch.setattr(places, "open_place", lambda url: places.RemoteFolder(Broken(), "x", url))
     with pytest.raises(UserError, match="no route to host.*it is whole in"), landing("s3://b/x", every=0.01) as folder:
         write_json(f"{folder}/run.json", {})
         time.sleep(0)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from conftest import losses, run
 
 from medllm.core import UserError
-from medllm.data.rows import Mark, RowWriter, TokenRows
+from medllm.data.rows import RowInfo, RowWriter, TokenRows
 from medllm.models.adapters import AdaptPlan, adapt
 from medllm.models.packed_attention import branched, isolate
 from medllm.models.loading import load_model
@@ -339,7 +339,7 @@ def judged_of(rng, count=6):
     writer = RowWriter()
     for i in range(count):
         ids, trained = row_of(some_ids(rng, 3 + i), some_ids(rng, 2 + 3*i % 7))
-        writer.add([ids], [trained], [Mark(i, i, i % 2)])
+        writer.add([ids], [trained], [RowInfo(i, i, i % 2)])
     return Liked(writer.close(), seed=0)
 
 

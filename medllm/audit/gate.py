@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOOP', 'PLACES', 'BATCH', 'ALONE', 'FAULTS', 'Plan', 'Finding', 'Measured', 'short_place', 'Measurer', 'stream',
-           'measured', 'Report', 'length_table', 'inspect', 'watched', 'fault_lines']
+           'measure_batches', 'Report', 'length_table', 'inspect', 'watched', 'fault_lines']
 
 # %% ../../nbs/audit/06_gate.ipynb #imports
 import multiprocessing
@@ -167,7 +167,7 @@ def _begin(plan:Plan):
 def _measure(rows:list, first:int, expected:tuple)->Measured: return _measurer(rows, first, expected)
 
 # %% ../../nbs/audit/06_gate.ipynb #measured-2
-def measured(
+def measure_batches(
     batches:Iterable[tuple], # Rows, number of the first, scripts
     plan:Plan,               # What to check
     processes:int=1,         # Processes for a long dataset
@@ -282,7 +282,7 @@ def inspect(
         for piece in _by_file(source):
             lines, start = [], counted
             examples = stream(piece, account, max_samples, plan.trust_remote_code)
-            for part in measured(_batches(examples, expected, start), plan, processes):
+            for part in measure_batches(_batches(examples, expected, start), plan, processes):
                 _take(report, part, store, watch)
                 lengths.append(part.lengths)
                 lines.append(part.lines)

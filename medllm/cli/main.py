@@ -107,16 +107,16 @@ def _preview(args)->int:
 
 # %% ../../nbs/cli/02_main.ipynb #gate
 def _check(args)->int:
-    from medllm.audit.card import card_text, thresholds_text, write_card
-    from medllm.audit.check import DataRun, check
+    from medllm.audit.card import data_card_text, thresholds_text, write_card
+    from medllm.audit.check import DataRun, check_datasets
     if args.show_thresholds:
         print(thresholds_text())
         return 0
     if not args.names: raise UserError("no dataset named; see medllm data check --help")
-    card, _ = check(DataRun(",".join(args.names), ",".join(args.validation) or None, ",".join(args.against) or None,
+    card, _ = check_datasets(DataRun(",".join(args.names), ",".join(args.validation) or None, ",".join(args.against) or None,
         args.columns, args.dataset_dir, args.thresholds, not args.no_near, presidio=args.presidio,
         max_samples=args.max_samples, processes=args.processes, trust_remote_code=args.trust_remote_code))
-    print(card_text(card))
+    print(data_card_text(card))
     say(f"checked in {card['seconds']} s")
     if args.output: print(f"card: {write_card(card, args.output).parent}")
     return 0 if card["verdict"] == "passed" else 1

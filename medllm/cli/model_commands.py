@@ -37,11 +37,11 @@ def _coloured()->bool:
 def _told(found:dict)->str:
     "An evaluation for a terminal: the verdict, the figures, the comparison, and the conclusion again."
     from medllm.evaluate.compare import comparison_rows
-    from medllm.evaluate.result import as_markdown
+    from medllm.evaluate.result import figures_table
     from medllm.marks import as_lines, conclusion
     from medllm.tables import markdown_table
     said = conclusion(found["verdict"])
-    parts = (said, "\n".join(as_lines(found["verdict"], _coloured())), as_markdown(found["tuned"], found["base"]),
+    parts = (said, "\n".join(as_lines(found["verdict"], _coloured())), figures_table(found["tuned"], found["base"]),
         markdown_table(comparison_rows(found["comparisons"])), said)
     return "\n\n".join(filter(None, parts))
 
@@ -96,14 +96,14 @@ then
 def _export(args)->int:
     from medllm.models.chat import ModelChoice
     from medllm.export.release import release
-    from medllm.export.equivalence import as_table, not_the_same
+    from medllm.export.equivalence import equivalence_table, not_the_same
     from medllm.export.export import ExportPlan
     choice = ModelChoice(args.model_name_or_path, args.adapter_name_or_path, args.template, args.quantization_bit,
         default_system=args.default_system, enable_thinking=args.enable_thinking)
     plan = ExportPlan(args.output, choice, args.dtype, args.max_shard_size, tuple(args.bits), tuple(args.gguf),
         args.prompts, args.answers, args.max_new_tokens, tuple(args.limit), args.overwrite)
     report = release(plan, args.record, args.evaluation)
-    print("\n".join(filter(None, (as_table(report["verdicts"]), not_the_same(report["verdicts"])))))
+    print("\n".join(filter(None, (equivalence_table(report["verdicts"]), not_the_same(report["verdicts"])))))
     if not report["passed"]:
         say("not exported: an artefact is not within its limits of the trained model; see "
             f"{plan.place}.failed/equivalence.md")
@@ -261,13 +261,13 @@ def _ask(args)->int:
 
 # %% ../../nbs/cli/00_model_commands.ipynb #measure
 def _measure(args)->int:
-    from medllm.evaluate.result import as_markdown, summary
+    from medllm.evaluate.result import figures_table, summary
     from medllm.retrieval.grounding import GroundingPlan
     from medllm.retrieval.metrics import list_questions, search_result
     from medllm.retrieval.search import open_index
     questions = list_questions(args.files, args.column, args.items, args.seed, args.dataset_dir)
     found = search_result(open_index(_sources(args)), questions, "retrieval", GroundingPlan(args.passages, args.least))
-    print(as_markdown({"retrieval": summary(found)}))
+    print(figures_table({"retrieval": summary(found)}))
     return 0
 
 # %% ../../nbs/cli/00_model_commands.ipynb #raft

@@ -24,11 +24,11 @@ def _json(value)->int:
     return 0
 
 def _list(args)->int:
-    from medllm.records.listing import as_table, list_runs
+    from medllm.records.listing import listing_table, list_runs
     where = [*args.where, *([f"stage={args.stage}"] if args.stage else [])]
     rows = list_runs(args.runs, where, args.sort, args.reverse)
     if args.json: return _json(rows)
-    print(as_table(rows))
+    print(listing_table(rows))
     return 0
 
 # %% ../../nbs/cli/01_run_commands.ipynb #show
@@ -48,8 +48,8 @@ def _show(args)->int:
 
 # %% ../../nbs/cli/01_run_commands.ipynb #compare
 def _compare(args)->int:
-    from medllm.records.compare import compare, notebook_differences, plot
-    found = compare(*(_record(args, name) for name in args.records))
+    from medllm.records.compare import compare_records, notebook_differences, plot_curves
+    found = compare_records(*(_record(args, name) for name in args.records))
     if args.json: _json(found.as_dict())
     else: print(found)
     if args.notebooks:
@@ -57,7 +57,7 @@ def _compare(args)->int:
             print(f"\nnotebook of {visible(other.name, lines=False)}:\n"
                 + (notebook_differences(found.folders[0], other) or "the same code was run"))
     if args.plot:
-        plot(found, args.plot, args.quantity)
+        plot_curves(found, args.plot, args.quantity)
         say(f"curves: {args.plot}")
     return int(bool(args.same_contract and found.contract))
 
@@ -115,13 +115,13 @@ def report(
     run,   # `medllm.records.record.Run` that has ended
 )->int:    # The exit code
     "Say how a run ended and where its record is."
-    from medllm.records.record import read_state
+    from medllm.records.record import read_run_json
     from medllm.records.seal import digest_of
     state = run.state
     if state["status"] != "completed":
         say(f"{state['status']}: {state.get('reason', '')}\nrecord: {run.folder}")
         return _of_failure(run)
-    m = read_state(run.folder).get("metrics") or {}       # a notebook that keeps no record of its own has none
+    m = read_run_json(run.folder).get("metrics") or {}       # a notebook that keeps no record of its own has none
     if "passed" in m: print(f"the data {'passed' if m['passed'] else 'did not pass'}: {run.folder/'card.md'}")
     known = all(m.get(name) is not None for name in ("loss_first", "loss_last", "steps",
         "train_runtime")) and m["loss_first"]

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..core import UserError
-from .formats import KINDS, Example, kind_of, to_examples
+from .formats import DATASET_KINDS, Example, kind_of, to_examples
 from .json_reader import Bad, Row, file_and_at
-from .messages import DEFECTS, REASONS, Rejected, shown_names, told
+from .messages import DEFECTS, REASONS, Rejected, shown_names, with_names
 from .readers import read_rows
 from .registry import Source
 from fastcore.basics import patch
@@ -56,7 +56,7 @@ class Account:
         out = [str(self)]
         for reason in self.rejected:
             file, at, _ = next(r for r in self.rejects if r[2] == reason)
-            why = told(*self.whys.get(reason, ["", ()])) or REASONS.get(reason, "")
+            why = with_names(*self.whys.get(reason, ["", ()])) or REASONS.get(reason, "")
             out.append(f"{self.name}: {reason}: {why}; the first is {file}, {at}")
         def kind(key): return key.partition(" '")[0] if key.endswith("'") else ""
         keys = [key for key in self.unread if kind(key) not in _SAID]
@@ -134,7 +134,7 @@ OVERLONG = ("truncate_prompt", "reject", "truncate_answer")
 # %% ../../nbs/data/07_accounts.ipynb #check-kind
 def _check_kind(source:Source, row:Row, stage:str):
     "Raise `UserError` when a dataset is of another kind than the stage wants."
-    want, got = KINDS.get(stage, ""), kind_of(row, source)
+    want, got = DATASET_KINDS.get(stage, ""), kind_of(row, source)
     if want == "pair" and got != "pair":
         raise UserError(f"dataset '{source.name}' has no pairs: --stage {stage} needs a set with \"ranking\": true")
     if want in ("answer", "document") and got == "pair":
@@ -170,7 +170,7 @@ def stream_examples(
     streaming:bool = False,     # Read a hub set as it comes, without a copy on disk
 )->Iterator[Example]:
     "Examples of a dataset, one after another. Raises `UserError` for what cannot be read or is not allowed."
-    kind, checked = KINDS.get(stage, ""), False
+    kind, checked = DATASET_KINDS.get(stage, ""), False
     rows = itertools.islice(read_rows(source, trust_remote_code, streaming), max_samples)
     for row in rows:
         account.read += 1

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_ROW', 'Row', 'Bad', 'file_and_at', 'open_bytes', 'find_encoding', 'read_lines', 'is_text', 'json_line',
-           'json_lines', 'json_rows']
+           'jsonl_rows', 'json_rows']
 
 # %% ../../nbs/data/02_json_reader.ipynb #imports
 import codecs
@@ -229,7 +229,7 @@ def json_line(
     return _row(value, name, line, byte, text)
 
 # %% ../../nbs/data/02_json_reader.ipynb #json-lines
-def json_lines(
+def jsonl_rows(
     file:Path, name:str, encoding:str, # As for `read_lines`
 )->Iterator[Row|Bad]:
     "Rows of a file with one JSON object a line; blank lines are none."
@@ -379,7 +379,7 @@ def json_rows(
     if opens == "{": alone = first.reason != "row_too_large" if isinstance(first, Bad) else _stands_alone(first)
     by_lines = opens != "{" or ".jsonl" in file.suffixes or next(filled, None) is not None
     if opens != "[" and (alone is None or (alone and by_lines)):
-        yield from json_lines(file, name, encoding)
+        yield from jsonl_rows(file, name, encoding)
         return
     with open_bytes(file) as f: yield from _told_apart(_walked(_Window(f, name, encoding), opens))
 

@@ -21,7 +21,7 @@ import numpy as np
 from ..core import UserError, say
 from ..machine import scratch
 from .json_reader import (
-    MAX_ROW, Bad, Row, find_encoding, is_text, json_line, json_lines, json_rows, open_bytes, read_lines)
+    MAX_ROW, Bad, Row, find_encoding, is_text, json_line, jsonl_rows, json_rows, open_bytes, read_lines)
 from .compressed import FACTOR, Total, check_arrow, check_parquet, check_rows, check_xlsx, row_bytes, row_parts
 from .registry import Source
 from ..machine import check_hub
@@ -68,7 +68,7 @@ def _text(file:Path, name:str, encoding:str)->Iterator[Row|Bad]:
     if first is None: raise UserError(f"{name} is empty")
     is_json = isinstance(first[2], str) and first[2].lstrip()[0] == "{"
     if is_json and isinstance(json_line(first[2], "", 1, 0), Row):
-        yield from json_lines(file, name, encoding)
+        yield from jsonl_rows(file, name, encoding)
         return
     for line, byte, text in itertools.chain([first], lines):
         if isinstance(text, Bad): yield text

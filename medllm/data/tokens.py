@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from ..core import UserError, foreign, say
 from .formats import Example
 from .messages import Call, Turn
-from .skeleton import Piece, Shape, shape_of, skeleton
+from .skeleton import Span, Shape, shape_of, skeleton
 from .templates import chat_jinja, control_tokens, write_messages
 
 # %% ../../nbs/data/11_tokens.ipynb #plain
@@ -159,7 +159,7 @@ class Renderer:
 
     def pieces(self,
         shape:Shape, # From `shape_of`
-    )->tuple[Piece, ...]:
+    )->tuple[Span, ...]:
         "The skeleton of a conversation of this shape."
         if self.mask_history:
             last = max((i for i, m in enumerate(shape.messages) if m["role"] == "assistant"), default=-1)
@@ -263,10 +263,10 @@ class Step(NamedTuple):
     place:str             # Where its text stands (see `PlainText`), "" when its ids are ready
     trained:bool          # Whether it counts in the loss
     ids:np.ndarray|None   # Ids, when they are ready
-    parts:tuple = ()      # Texts and `Piece`s of contents otherwise
+    parts:tuple = ()      # Texts and `Span`s of contents otherwise
 
 # %% ../../nbs/data/11_tokens.ipynb #runs-2
-def _runs(pieces:Iterable[Piece], control:dict)->Iterable[list]:
+def _runs(pieces:Iterable[Span], control:dict)->Iterable[list]:
     "Pieces joined to runs [place, trained, parts or ids]; a run ends at a control token or a border of training."
     run, place = None, "start"
     for piece in pieces:
@@ -284,7 +284,7 @@ def _runs(pieces:Iterable[Piece], control:dict)->Iterable[list]:
 
 # %% ../../nbs/data/11_tokens.ipynb #planned
 @patch
-def _planned(self:Renderer, pieces:Iterable[Piece])->tuple[Step, ...]:
+def _planned(self:Renderer, pieces:Iterable[Span])->tuple[Step, ...]:
     "The plan of a skeleton."
     steps = []
     for place, trained, parts in _runs(pieces, self.plain.control):
@@ -320,7 +320,7 @@ def _filled(parts:tuple, texts:list[str])->str:
     "The text of a run with its contents put in."
     return "".join([p if type(p) is str else _content(p, texts[p.mark]) for p in parts])
 
-def _content(piece:Piece, text:str)->str:
+def _content(piece:Span, text:str)->str:
     "A content as the template would write it."
     if piece.trim: text = text.strip()
     for _ in range(piece.escape): text = json.dumps(text, ensure_ascii=False)[1:-1]
@@ -373,5 +373,5 @@ def _document(self:Renderer, example:Example)->tuple[list[Step], list[str]]:
     if self.tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no EOS token to put behind a document; set eos_token")
     before, ready = begin_ids(self.tokenizer), lambda ids: [Step("", True, np.array(ids, np.int32))] if ids else []
-    text = Step("start", True, None, (Piece("content", "", 0, True),))
+    text = Step("start", True, None, (Span("content", "", 0, True),))
     return [*ready(before), text, *ready([self.tokenizer.eos_token_id])], [example.turns[0].text]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..audit.canaries import SPACE, Canary, canary_row, secret
-from ..data.formats import KINDS, Example, Turn
+from ..data.formats import DATASET_KINDS, Example, Turn
 from .result import figure
 from .spelling import continued, decoded, likelihoods, place_of, spells
 from .statistics import LEVEL, holm, mean, share
@@ -46,7 +46,7 @@ def canary_example(
 )->Example:
     "A canary as the conversation, or the document, that it is trained as."
     row = canary_row(one, stage)
-    if KINDS[stage] == "document": return Example((Turn("document", row["text"]),))
+    if DATASET_KINDS[stage] == "document": return Example((Turn("document", row["text"]),))
     return Example((Turn("user", row["instruction"]), Turn("assistant", row["output"])))
 
 # %% ../../nbs/evaluate/17_exposure.ipynb #canary-items

@@ -19,7 +19,7 @@ from ..core import UserError
 from ..data.formats import Rejected, kind_of, to_examples
 from .choice import model_facts
 from .result import Result, Task, compares, measures, summarises, told_apart
-from .likelihood import Row, batch_logprobs
+from .likelihood import TokenisedRequest, batch_logprobs
 from .statistics import holm, sign_p, verdict_words
 from .text import dataset_rows, drawn_figure, item_draws, row_data, some_of
 from ..models.chat import ChatModel
@@ -61,13 +61,13 @@ def windows(
     ids:Sequence[int], # Tokens of a document
     before:int,        # The token in front of it
     longest:int,       # Positions of the model
-)->list[Row]:          # Context and what is counted behind it
+)->list[TokenisedRequest]:          # Context and what is counted behind it
     "A document as pieces that the model has positions for."
     if longest < 8: raise UserError(f"a model of {longest} positions is too short to read documents")
     rows, at = [], 0
     while at < len(ids):
         context = [before] if not at else list(ids[at - longest//4:at])
-        rows.append(Row(context, [list(ids[at:at + longest - len(context)])], False))
+        rows.append(TokenisedRequest(context, [list(ids[at:at + longest - len(context)])], False))
         at += len(rows[-1].continuations[0])
     return rows
 

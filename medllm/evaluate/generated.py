@@ -9,7 +9,7 @@ __all__ = ['ORDERS', 'READABLE', 'question_turn', 'read_answer', 'written_answer
 import re
 from collections.abc import Sequence
 
-from ..medical.answer_text import chosen_letters, conclusion, said
+from ..medical.answer_text import chosen_letters, answer_conclusion, said
 from ..data.formats import Turn
 from .options import LETTERS, MCQItem
 from .likelihood import WORDS
@@ -40,7 +40,7 @@ _unless = r"(?!\s*/|\s*,?\s*(?:or|and)\b|\s+(?:doubt|question|one|idea|longer|pr
 
 def _word(answer:str, labels:Sequence[str])->frozenset:
     "The label that an answer begins with or concludes with; none when these differ."
-    places = [said(answer), conclusion(answer)]
+    places = [said(answer), answer_conclusion(answer)]
     any_of = "|".join(map(re.escape, labels))
     found = {m[1].lower() for text in places if (m := re.match(rf"\W*({any_of})\b{_unless}", text, re.IGNORECASE))}
     return frozenset(label for label in labels if label.lower() in found) if len(found) == 1 else frozenset()

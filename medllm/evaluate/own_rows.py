@@ -16,7 +16,7 @@ from ..audit.canaries import canaries
 from ..data.rows import TokenRows
 from .asked_rows import SCORER, Made, ask_sides
 from .exposure import canary_items
-from .memorisation import OTHERS, TrainedRow, learnt
+from .memorisation import OTHERS, TrainedRow, is_memorised
 from .result import Result, Task, figures_of, shown, summary, told_apart, write_result
 from .targets import TARGETS, limit_row
 from ..tables import markdown_table
@@ -152,7 +152,7 @@ def warning(
     result:Result|None, # From `drawn_out`
 )->str:                 # "" when nothing was drawn out
     "What must be said aloud when a training is over."
-    mine = [i for i in result.items if i.get("side") == "trained" and learnt(i, "said")] if result else []
+    mine = [i for i in result.items if i.get("side") == "trained" and is_memorised(i, "said")] if result else []
     def count(what, words): return f"{n} {words}{'s'*(n > 1)}" if (n := sum(i["what"] == what for i in mine)) else ""
     told = " and ".join(filter(None, (count("personal", "identifier"), count("row", "row"))))
     return (f"{told} of the training data can be drawn out of this model ({result.name}.items.jsonl "

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Task', 'Result', 'figure', 'told_apart', 'measures', 'summarises', 'compares', 'plots', 'kind_function', 'summary',
-           'write_result', 'read_result', 'compare', 'shown', 'with_interval', 'figures_of', 'measure_words',
-           'figure_rows', 'as_markdown']
+           'write_result', 'read_result', 'compare_results', 'shown', 'with_interval', 'figures_of', 'measure_words',
+           'figure_rows', 'figures_table']
 
 # %% ../../nbs/evaluate/02_result.ipynb #imports
 import importlib
@@ -194,7 +194,7 @@ def read_result(
 # %% ../../nbs/evaluate/02_result.ipynb #compare
 _SAME = ("dataset_sha256", "scorer", "prompt_sha256")
 
-def compare(
+def compare_results(
     base:Result,  # Of the model before
     tuned:Result, # Of the model after
 )->dict:          # What its kind says, with `n` and `left_out`
@@ -273,7 +273,7 @@ def figure_rows(
     return rows
 
 # %% ../../nbs/evaluate/02_result.ipynb #as-markdown
-def as_markdown(
+def figures_table(
     summaries:dict[str, dict],      # By name of the set
     base:dict[str, dict]|None = None, # Of the base model
 )->str:

@@ -23,7 +23,7 @@ from .choice import model_facts
 from .compare import compare_scores, groups_of
 from .result import Result, Task, compares, figure, measures, summarises, told_apart
 from .statistics import bootstrap_means, share
-from .text import Asked, asked_facts, dataset_rows, own_id, row_data, said_to, some_of
+from .text import TextQuestion, asked_facts, dataset_rows, own_id, row_data, said_to, some_of
 from ..models.chat import ChatModel, ModelChoice, load_chat_model
 
 # %% ../../nbs/evaluate/14_rubric.ipynb #score
@@ -69,7 +69,7 @@ def _turns(prompt)->list[Turn]:
 def read_rubrics(
     chat:ChatModel, # Whose template and length count
     task:Task,      # dataset: rows with prompt and rubrics; limit, seed
-)->tuple[list[tuple[Asked, list[Criterion]]], dict, str]: # Questions with criteria, reasons of rows left out, hash of the files
+)->tuple[list[tuple[TextQuestion, list[Criterion]]], dict, str]: # Questions with criteria, reasons of rows left out, hash of the files
     "Questions with their criteria. Raises `UserError` when there is none."
     rows, sha256 = dataset_rows(task.dataset, task)
     found, skipped = [], Counter()
@@ -83,7 +83,7 @@ def read_rubrics(
     return some_of(found, task, skipped), dict(skipped), sha256
 
 # %% ../../nbs/evaluate/14_rubric.ipynb #rubric-row
-def _rubric_row(chat:ChatModel, row, id:str)->tuple[Asked, list[Criterion]]:
+def _rubric_row(chat:ChatModel, row, id:str)->tuple[TextQuestion, list[Criterion]]:
     "A row as a question with criteria."
     data = row_data(row)
     turns, criteria = _turns(data.get("prompt", data.get("question"))), criteria_of(data)
@@ -91,7 +91,7 @@ def _rubric_row(chat:ChatModel, row, id:str)->tuple[Asked, list[Criterion]]:
     try: prompt = chat.prompt(turns, system)
     except UserError: raise Rejected("template_refuses") from None
     if len(prompt) >= chat.longest: raise Rejected("longer_than_model")
-    return Asked(id, "", prompt, Example(tuple(turns), system)), criteria
+    return TextQuestion(id, "", prompt, Example(tuple(turns), system)), criteria
 
 # %% ../../nbs/evaluate/14_rubric.ipynb #judge
 Judge = Callable[[Sequence[str], int], Sequence[str]]
@@ -219,7 +219,7 @@ def rubric_summary(
 # %% ../../nbs/evaluate/14_rubric.ipynb #measure
 def judge_answers(
     judge:Judge,              # Who judges
-    rows:Sequence[tuple[Asked, list[Criterion]]], # From `read_rubrics`
+    rows:Sequence[tuple[TextQuestion, list[Criterion]]], # From `read_rubrics`
     answers:Sequence[str],    # One for each
     attempts:int = 3,         # Most calls for a verdict
     repeats:int = 1,          # Verdicts of each criterion

@@ -25,7 +25,7 @@ from ..machine import check_writable
 from ..evaluate.runs import EvaluateRun
 from ..records.parameters import check_value, declared
 from .plan import PipelineRun
-from ..records.record import ENDED, RUNNING, Run, new_folder, now, read_lines, read_state, status_of
+from ..records.record import ENDED, RUNNING, Run, new_folder, now, read_log, read_run_json, status_of
 from ..records.seal import read_notebook
 from ..secrets import scrub_values
 from ..interruption import listening, polled
@@ -70,11 +70,11 @@ class Progress:
 
     def _stages(self)->list:
         "The stages of a pipeline, as its record has them."
-        return read_state(self.file.parent).get("stages", [])
+        return read_run_json(self.file.parent).get("stages", [])
 
     def _step(self, file:Path)->str:
         "The newest logged step of a history."
-        logged = [h for h in read_lines(file, shape=_LOGGED) if None not in (h.get("loss"), h.get("step"))
+        logged = [h for h in read_log(file, shape=_LOGGED) if None not in (h.get("loss"), h.get("step"))
             or "rows" in h]
         if not logged: return ""
         if "rows" in logged[-1]: return pace_line(logged[-1])

@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 from ..core import UserError, say, visible
 from ..json_file import NUMBER
-from ..records.listing import read_lines, read_state
+from ..records.listing import read_log, read_run_json
 from ..records.record import RUNNING, Run, code_version, status_of
 from .execute import RUNS, execute
 from ..records.seal import broken
@@ -58,7 +58,7 @@ def _own_rows(values:dict)->dict:
 # %% ../../nbs/experiment/05_rerun.ipynb #state
 def _state(folder:Path)->dict:
     "run.json of a record that can be executed again."
-    state = read_state(folder)
+    state = read_run_json(folder)
     if not state.get("stage") or not isinstance(state.get("parameters"), dict):
         raise UserError(f"{folder}/run.json does not say what was run: it is torn, or not a record's")
     if state["stage"] not in RUNS:
@@ -115,7 +115,7 @@ _TIMES = ("runtime", "per_second", "memory")
 def _losses(folder:Path)->dict:
     "Step and name to value: training and validation losses."
     numbers = {"step!": NUMBER, "loss": NUMBER, "eval_loss": NUMBER}
-    logged = read_lines(folder/"history.jsonl", shape=numbers)
+    logged = read_log(folder/"history.jsonl", shape=numbers)
     return {(h["step"], k): h[k] for h in logged for k in ("loss", "eval_loss") if k in h}
 
 # %% ../../nbs/experiment/05_rerun.ipynb #likeness-2
@@ -125,7 +125,7 @@ def likeness(
     tolerance:float = 0.02, # Of a loss [nat]
 )->Likeness:
     "Whether a second run came to what the first came to."
-    (s, t), (x, y) = ((read_state(f) for f in (a, b)), (_losses(Path(f)) for f in (a, b)))
+    (s, t), (x, y) = ((read_run_json(f) for f in (a, b)), (_losses(Path(f)) for f in (a, b)))
     if s.get("stage") == "pipeline": return _by_stages(s, t, tolerance)
     if s.get("weights") and s.get("weights") == t.get("weights") and _hashed(s["weights"]):
         first = next(iter(s["weights"].items()))

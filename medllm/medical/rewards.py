@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from ..core import UserError, nearest, say
-from .answer_text import boxed, chosen_letters, conclusion, json_in, letters_of, options_in, said
-from .names import asserts, name_key, others_named, plain, read_names
+from .answer_text import boxed, chosen_letters, answer_conclusion, json_in, letters_of, options_in, said
+from .names import asserts, name_key, others_named, plain_spelling, read_names
 from .quantities import Quantity, analyte_in, comparable, folded, quantities, same_quantity
 
 # %% ../../nbs/medical/03_rewards.ipynb #rule
@@ -69,7 +69,7 @@ def name_rule(
     "Share of the things that are named and meant. Raises `UserError` for a table that cannot be read."
     table = read_names(option)
     def score(answer, things, prompt):
-        every, end = [name for names in things for name in names], conclusion(answer)
+        every, end = [name for names in things for name in names], answer_conclusion(answer)
         if end and (others_named(end, every, table) or any(asserts(end, t, table) for t in things)): text = end
         else: text = said(answer)
         if len(others_named(text, every, table)) > MOST_OTHERS: return 0
@@ -109,7 +109,7 @@ def _score_number(answer:str, n:_Number, prompt:str)->bool:
     if n.gold.powers == (("s", -1),): answer = _frequency.sub(r"\1次/天", folded(answer))
     analyte = n.analyte or analyte_in(said(answer))
     def fits(text): return [q for q in quantities(text) if comparable(q, n.gold, analyte, n.unit_given)]
-    found = fits(re.split("[=≈]", conclusion(answer))[-1])[:1] or fits(said(answer))[-1:]
+    found = fits(re.split("[=≈]", answer_conclusion(answer))[-1])[:1] or fits(said(answer))[-1:]
     return bool(found) and same_quantity(found[0], n.gold, n.tolerance, analyte, n.unit_given)
 
 # %% ../../nbs/medical/03_rewards.ipynb #number-rule
@@ -259,7 +259,7 @@ def refusal_rule(
         text = said(answer)
         if due: return refuses(answer) and not _complies.search(text)
         helps = _helps.search(text) or _disclaims.search(text.replace("’", "'"))
-        return bool(plain(text)) and not (refuses(answer) and not helps)
+        return bool(plain_spelling(text)) and not (refuses(answer) and not helps)
     return Rule("refusal", "REFUSE or ANSWER", lambda gold, prompt: _VERDICTS.get(gold.strip().upper()), score)
 
 # %% ../../nbs/medical/03_rewards.ipynb #registry

@@ -15,7 +15,7 @@ from pathlib import Path
 from ..core import UserError, find_path, first_line, foreign, quiet_bars
 from ..json_file import place as can_be_path
 from ..machine import check_hub, hub_answers
-from .folder import check_code, check_counts, check_files, check_json, check_size, held, read_object, weight_files
+from .folder import check_code, check_counts, check_files, check_json, check_model_size, held, read_object, weight_files
 from .tiny import tiny_folder
 from fastcore.basics import patch
 
@@ -265,7 +265,7 @@ def _check_model(kind, name:str, place:str, hub:dict):
     with torch.device("meta"), no_init_weights():
         model = kind.from_config(config, trust_remote_code=False)
         model.tie_weights()
-    check_size(f"model {name}", model, found, getattr(config, "quantization_config", None) is not None)
+    check_model_size(f"model {name}", model, found, getattr(config, "quantization_config", None) is not None)
 
 # %% ../../nbs/models/02_loading.ipynb #pretrained-2
 def pretrained(

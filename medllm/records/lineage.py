@@ -13,7 +13,7 @@ from ..core import UserError, find_path, visible
 from ..models.adapters import names
 from ..models.loading import model_location
 from ..json_file import NUMBER, misfit, place, read_json
-from .record import read_events, read_state
+from .record import read_events, read_run_json
 from ..models.weights import weights, weights_hash
 
 # %% ../../nbs/records/02_lineage.ipynb #tree
@@ -39,7 +39,7 @@ def _note(then:dict, now:dict, place:str)->str:
 
 def _record_of(place:str|Path)->dict:
     "run.json beside a model, or what training without a record left; a torn one is said to be so."
-    if (Path(place)/"run.json").exists(): return read_state(place) or {"status": "torn"}
+    if (Path(place)/"run.json").exists(): return read_run_json(place) or {"status": "torn"}
     return _trained(Path(place)) if (Path(place)/"contract.json").exists() else {}
 
 # %% ../../nbs/records/02_lineage.ipynb #trained

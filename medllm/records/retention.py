@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from ..core import UserError, find_path, project_root
 from ..json_file import place, read_json
-from .listing import read_state, records_in
+from .listing import read_run_json, record_folders
 from .record import BEAT, ENDED, Run, status_of
 from .lineage import MODELS
 from .seal import left_out
@@ -159,7 +159,7 @@ def waste(
     "What can be freed. Raises `UserError` when there is no such folder."
     place = find_path(runs)
     if not place.is_dir(): raise UserError(f"there are no records: {runs} is not a folder; --runs names another")
-    states = {f: read_state(f) for f in sorted(records_in(place))}
+    states = {f: read_run_json(f) for f in sorted(record_folders(place))}
     kept = _parents(states)
     found = [w for f, state in states.items() if f not in kept and not _promoted(f) and not _alive(f, state)
         for w in _of_run(f, state, failed_days)]
@@ -171,7 +171,7 @@ def _free(w:Waste):
     "Delete one thing, so that a crash at any moment leaves something that is known to be waste."
     if w.folder.name.startswith(FREED): return shutil.rmtree(w.folder)
     told = w.name if w.name != "." else "all"
-    Run(w.folder).event("freed", names=[told], bytes=w.bytes, why=w.why) if read_state(w.folder) else None
+    Run(w.folder).event("freed", names=[told], bytes=w.bytes, why=w.why) if read_run_json(w.folder) else None
     if w.name == ".":
         gone = w.folder.with_name(f"{FREED}{w.folder.name}")
         os.rename(w.folder, gone)
@@ -189,7 +189,7 @@ def collect(
     "Free what was found, unless it has come to life meanwhile."
     freed = 0
     for w in found:
-        if not w.place.exists() or (not w.folder.name.startswith(FREED) and _alive(w.folder, read_state(w.folder))):
+        if not w.place.exists() or (not w.folder.name.startswith(FREED) and _alive(w.folder, read_run_json(w.folder))):
             continue
         _free(w)
         freed += w.bytes
@@ -201,7 +201,7 @@ def promote(
     to:str|Path|None = None,    # Where promoted records are; default nbs/_records of the checkout
 )->Path:                        # The copy
     "Copy a record, without its weights, to where it can be committed. Raises `UserError` when it does not hold, or is there."
-    folder, state = Path(folder).resolve(), read_state(folder)
+    folder, state = Path(folder).resolve(), read_run_json(folder)
     held = verify(folder, record_only=True)
     if not held: raise UserError(f"{folder} cannot be promoted: {held.defects[0]}")
     if state.get("status") != "completed": raise UserError(f"{folder} cannot be promoted: it is {state.get('status')}")

@@ -17,9 +17,9 @@ from ..json_file import read_json
 from ..models.loading import model_location
 from .listing import field_of, find_record
 from .lineage import ancestry
-from .record import RUNNING, read_events, read_lines, read_state, status_of, why_torn
-from .seal import SealState, broken, cell_names, fingerprint, flat, hashes, look_at_seal, read_notebook
-from .signing import signature
+from .record import RUNNING, read_events, read_log, read_run_json, status_of, why_torn
+from .seal import SealState, broken, cell_names, fingerprint, flat_table, hashes, look_at_seal, read_notebook
+from .signing import seal_signature
 
 # %% ../../nbs/records/13_verify.ipynb #status
 def _status(folder:Path, state:dict, found:dict)->str:
@@ -41,10 +41,10 @@ def _checkpoints(folder:Path, found:dict)->str:
     commits = [f for f in sorted(folder.glob("checkpoint-*/COMMIT.json"))
         if re.fullmatch(r"checkpoint-\d+", f.parent.name)]
     if not commits: return ""
-    try: from medllm.checkpoint.commit import check
+    try: from medllm.checkpoint.commit import checkpoint_fault
     except ImportError: return ""
     for commit in commits:
-        if reason := check(commit.parent): found[commit.parent.name] = f"{commit.parent.name}: {reason}"
+        if reason := checkpoint_fault(commit.parent): found[commit.parent.name] = f"{commit.parent.name}: {reason}"
     return f"checkpoints ({len(commits)})"
 
 # %% ../../nbs/records/13_verify.ipynb #cells
@@ -84,7 +84,7 @@ def _metrics(folder:Path, state:dict, found:dict)->str:
     metrics = state.get("metrics") or {}
     def named(path): return f"run.json metrics.{path}" in found
     if (folder/"metrics.json").exists():
-        for path, value in flat(_table(folder/"metrics.json", found)).items():
+        for path, value in flat_table(_table(folder/"metrics.json", found)).items():
             here = field_of(metrics, path)
             if named(path) or fingerprint(here) == fingerprint(value): continue
             found.pop("metrics.json", None)
@@ -102,7 +102,7 @@ def _metrics(folder:Path, state:dict, found:dict)->str:
             for k in ("parameters", "effective")
                 } & found.keys() and name not in ("output_dir", "runs_dir"):
             found[f"effective {name}"] = f"run.json: parameter {name} is {value}, the kernel had {effective[name]}"
-    return f"metrics ({len(flat(metrics))})" if metrics else ""
+    return f"metrics ({len(flat_table(metrics))})" if metrics else ""
 
 # %% ../../nbs/records/13_verify.ipynb #history
 def _table(file:Path, found:dict)->dict:
@@ -115,7 +115,7 @@ def _table(file:Path, found:dict)->dict:
 
 def _history(folder:Path, found:dict)->list[dict]:
     "Logged steps."
-    try: return read_lines(folder/"history.jsonl", strict=True)
+    try: return read_log(folder/"history.jsonl", strict=True)
     except ValueError: found["history.jsonl"] = "history.jsonl: it holds a line that is not JSON"
     return []
 
@@ -244,7 +244,7 @@ def verify(
     digest:str = "",              # That the seal must have: 64 hex digits
 )->Verified:                      # False when there is a defect
     "Look at everything a record claims. Raises `UserError` for a run that is not over yet."
-    folder, state = Path(folder), read_state(folder)
+    folder, state = Path(folder), read_run_json(folder)
     if not state: return Verified(folder, [], [f"{folder/'run.json'} is torn: {why_torn(folder)}"])
     if status_of(folder, state) in RUNNING: raise UserError(f"{folder} is still running; verify it when it has ended")
     seal = look_at_seal(folder)
@@ -263,7 +263,7 @@ def _vouched(folder:Path, seal:SealState, allowed, digest:str)->tuple[dict, list
         raise UserError(f"--digest {digest}: a digest has 64 hex digits")
     have = seal.sealed.get("digest", "")
     if not seal.sealed: return {}, []
-    wrong, told = signature(folder, allowed)
+    wrong, told = seal_signature(folder, allowed)
     found = {"seal.json.sig": wrong} if wrong else {}
     notes = [f"sealed {seal.sealed.get('time', 'at a time it does not tell')}, digest {have}"]
     if digest and digest.lower() != have:
@@ -325,7 +325,7 @@ def _marked(file:Path, before:list[str], name:str, path:str, runs, changed:dict)
     "What is wrong with one marked number."
     try: folder = find_record(file.parent/name if (file.parent/name/"run.json").exists() else find_path(name), runs)
     except UserError as error: return [str(error)]
-    value = field_of(read_state(folder), path)
+    value = field_of(read_run_json(folder), path)
     seal = changed.setdefault(folder, broken(folder))
     if not before: return [f"no number stands before the mark of {path}"]
     if not isinstance(value, int | float): return [f"{folder.name} has no number {path}"]

@@ -22,9 +22,9 @@ from ..core import UserError, bundled
 from ..data.formats import Example
 from ..models.chat import ChatModel
 from .disclaimer import disclaimer
-from .guard import Guard, Keys, log_line, refusal
+from .guard import Guard, Keys, write_log, refusal
 from .protocol import Limits, Refused, Reply, Wanted, event, not_served, read_body, read_request
-from .queue import AnswerQueue, Full, Piece, Question
+from .queue import AnswerQueue, Full, Chunk, QueuedRequest
 
 # %% ../../nbs/serve/06_server.ipynb #page
 @cache
@@ -77,9 +77,9 @@ class Service:
         wanted:Wanted,            # A request
         prompts:list[np.ndarray], # From `prompts`
         put:Callable,             # Takes (which answer, piece), in the queue's thread
-    )->list[Question]:
+    )->list[QueuedRequest]:
         "Put a request into the places that were taken for it."
-        asked = [Question(p, wanted.how, wanted.seed + i, wanted.stops, lambda piece, at=j*wanted.n + i: put(at, piece))
+        asked = [QueuedRequest(p, wanted.how, wanted.seed + i, wanted.stops, lambda piece, at=j*wanted.n + i: put(at, piece))
             for j, p in enumerate(prompts) for i in range(wanted.n)]
         self.queue.ask(asked, held=True)
         return asked
@@ -198,7 +198,7 @@ class _Answers:
         if self.asked: return
         # nothing was found: the model is not asked
         text = self.service.grounding.nothing(self.wanted.turns)
-        for at in range(n): self.inbox.put_nowait((at, Piece(text, 0, "stop")))
+        for at in range(n): self.inbox.put_nowait((at, Chunk(text, 0, "stop")))
 
     @property
     def grounded(self)->bool: return bool(self.service.grounding) and self.wanted.kind == "chat"
@@ -334,7 +334,7 @@ def build_app(
     service:Service,     # Who answers
     keys:Keys = Keys(),  # Who may ask
     local:bool = True,   # Whether requests must name this machine
-    log:Callable[[str], None] = log_line, # Takes a line for each request
+    log:Callable[[str], None] = write_log, # Takes a line for each request
 )->Guard:                # An ASGI application
     "The server as an application. Raises `UserError` without FastAPI."
     try: from fastapi import FastAPI, Request

@@ -19,11 +19,11 @@ from ..data.accounts import Account, OnBad, stream_examples
 from ..data.cache import Recipe, cached_rows
 from ..audit.canaries import CANARIES, write_canaries
 from ..audit.duplicates import leak_groups, sketch_examples
-from ..data.formats import KINDS
+from ..data.formats import DATASET_KINDS
 from ..audit.gate import fault_lines, watched
 from ..data.mixing import check_mix, joined_groups, mix_order, sample_order, split_groups
 from ..data.registry import Source, find_sources
-from ..data.rows import TokenRows, mark_of
+from ..data.rows import TokenRows, row_info
 from ..data.tokens import Renderer
 from ..models.loading import load_tokenizer
 from ..secrets import resolve
@@ -91,7 +91,7 @@ _UNITS = {"pair": Pairs, "liked": Liked, "prompt": Prompts}
 
 def _units(args:Arguments, rows:TokenRows)->TokenRows|Units:
     "Rows as units of the stage."
-    kind = _UNITS.get(KINDS[args.finetuning.stage])
+    kind = _UNITS.get(DATASET_KINDS[args.finetuning.stage])
     return kind(rows, args.training.seed) if kind else rows
 
 # %% ../../nbs/train/05_inputs.ipynb #seed
@@ -140,7 +140,7 @@ def with_near_groups(
             unused = Account(source.name)
             for example in watched(stream_examples(source, unused, r.stage, r.on_bad, r.max_samples, r.all_pairs,
                     r.trust_remote_code, r.streaming), unused):
-                keys.append(mark_of(example).question)
+                keys.append(row_info(example).question)
                 yield example
     names = leak_groups(sketch_examples(passing()), [str(key) for key in keys])
     known, first = np.unique(np.array(keys, np.uint64), return_index=True)

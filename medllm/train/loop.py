@@ -23,8 +23,8 @@ from ..data.rows import TokenRows
 from ..models.adapters import describe, trained_parameters
 from ..machine import placed
 from .arguments import Arguments, check_output_dir, goes_on_there, parse, preflight, resumes
-from ..checkpoint.commit import check, newest, owned, whole_result
-from ..checkpoint.compatibility import as_change, compare
+from ..checkpoint.commit import checkpoint_fault, newest, owned, whole_result
+from ..checkpoint.compatibility import as_change, check_compatible
 from .contract import check_changes, contract_of
 from .determinism import apply, in_force
 from .inputs import TrainingData, prepare_data
@@ -102,7 +102,7 @@ def find_checkpoint(
         if asked != "true": return check_output_dir(folder, args.finetuning.overwrite_output_dir, checkpoints=not asked)
         raise UserError(f"--resume_from_checkpoint: there is no checkpoint in {folder}" + (
             f" that is whole ({'; '.join(left_out)})" if left_out else ""))
-    if why := check(asked): raise UserError(f"--resume_from_checkpoint {asked}: {why}")
+    if why := checkpoint_fault(asked): raise UserError(f"--resume_from_checkpoint {asked}: {why}")
     if not goes_on_there(args): check_output_dir(folder, args.finetuning.overwrite_output_dir)
     return Path(asked)
 
@@ -110,7 +110,7 @@ def find_checkpoint(
 def _agreed(args:Arguments, contract:dict, checkpoint:Path):
     "Compare a checkpoint's contract with the run's, and record what differs. Raises `UserError` for what may not."
     then = json.loads((checkpoint/"contract.json").read_text(encoding="utf-8"))
-    found = compare(then, contract, checkpoint.name, args.finetuning.allow)
+    found = check_compatible(then, contract, checkpoint.name, args.finetuning.allow)
     check_changes(found, args, checkpoint.name)
     say(f"going on from {checkpoint.name}" + (f"; not as it was: {', '.join(map(as_change, found))}" if found else ""))
     if is_first_process():

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ReferencePlan', 'plan_reference', 'Reference', 'make_reference', 'worth_precomputing', 'computes_once', 'rows_hash',
-           'weights_hash', 'reference_sums', 'Referred', 'ReferredCollate', 'precompute']
+           'reference_hash', 'reference_sums', 'Referred', 'ReferredCollate', 'precompute']
 
 # %% ../../nbs/train/17_reference.ipynb #imports
 import hashlib
@@ -229,7 +229,7 @@ def _tensors(reference:Reference, model)->Iterator[tuple[str, torch.Tensor]]:
         yield name, tensor
 
 # %% ../../nbs/train/17_reference.ipynb #weights-hash
-def weights_hash(
+def reference_hash(
     reference:Reference, # Before training, or with copies of its own
     model,               # The model that trains
 )->str:
@@ -326,7 +326,7 @@ def precompute(
     how:str = "",        # What `weighted` does, for the name
 ):
     "Give the trainer's units the reference's sums, computed before training or found on disk."
-    reference.weights, start = weights_hash(reference, trainer.model), time.perf_counter()
+    reference.weights, start = reference_hash(reference, trainer.model), time.perf_counter()
     folder = cache_folder(args.data.tokenized_path)/"reference"
     folder.mkdir(exist_ok=True, mode=0o700)
     autocast = "bf16" if args.training.bf16 else "fp16" if args.training.fp16 else "float32"
