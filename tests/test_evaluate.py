@@ -23,7 +23,7 @@ from medllm.evaluate.result import Task, compare_results, read_result, summary, 
 from medllm.evaluate.runs import EvaluateRun
 from medllm.evaluate.likelihood import LikelihoodRequest, ModelScores, TokenisedRequest, Scored, letter_asked, option_scores, picked, text_asked
 from medllm.evaluate.statistics import holm, mean, share
-from medllm.models.chat import Said, load_chat_model
+from medllm.models.chat import Completion, load_chat_model
 from medllm.parameters import parameters_cell
 
 MEDQA, MEDQA2 = "data/mirage_mcq/medqa_us_4opt_test.jsonl", "data/medxpert_mcq/medqa_input.jsonl"
@@ -158,7 +158,7 @@ def test_option_text_by_sum_character_byte_and_token():
 
 def test_written_answers_are_never_guessed():
     answers = ["The answer is A.", "I cannot say.", "A or B", "**B**", ""]
-    lines = read_choice_items(exam(*"AAAAA"), [Said(text, [1], True) for text in answers])
+    lines = read_choice_items(exam(*"AAAAA"), [Completion(text, [1], True) for text in answers])
     s = choice_summary(lines, {})
     assert (s["accuracy"]["value"], s["unread"]["value"]) == (0.2, 0.6) and s["picks"] == {"(unread)": 3, "A": 1, "B": 1}
     assert not any("answer" in line for line in lines)

@@ -12,7 +12,7 @@ from medllm.core import UserError
 from medllm.train.arguments import parse
 from medllm.checkpoint.commit import commit, drop
 from medllm.checkpoint.compatibility import allowed
-from medllm.train.contract import contract_of
+from medllm.train.contract import fingerprint_of
 from medllm.train.inputs import prepare_data
 from medllm.train.loop import read_history, stage_module, train
 
@@ -71,7 +71,7 @@ def resumed(folder, allow, **more):
         args = parse(RUN | more | going_on)
         data = prepare_data(args)
         trainer = stage_module("sft").make_trainer(args, data)
-        trainer.contract, first = contract_of(args, data), FirstStep()
+        trainer.contract, first = fingerprint_of(args, data), FirstStep()
         trainer.add_callback(first)
         trainer.batches, forward = [], trainer.compute_loss
         def noted(model, inputs, **rest):

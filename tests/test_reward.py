@@ -24,7 +24,7 @@ from medllm.train.loop import train
 from medllm.train.report_card import ReportCard, check_reward_model, ended, saved_head
 from medllm.train.reward import RewardLoss, make_trainer, pair_loss
 from medllm.train.trainer import StageTrainer
-from medllm.train.units import Pairs, UnitCollate
+from medllm.train.units import PreferencePairs, UnitCollate
 
 
 def toy_pairs(number=12, seed=0):
@@ -36,7 +36,7 @@ def toy_pairs(number=12, seed=0):
             answer = np.append(rng.integers(300, 4000, rng.integers(1, 12)), 4)
             row = np.concatenate([prompt, answer]).astype(np.int32)
             rows.append((row, np.arange(len(row)) >= len(prompt)))
-    return Pairs(TokenRows(rows))
+    return PreferencePairs(TokenRows(rows))
 
 
 def ends_of(pairs):

@@ -15,7 +15,7 @@ from medllm.evaluate.result import Result, Task, compare_results, read_result, s
 from medllm.evaluate.rubric import Criterion, grade, judge_answers, measure_rubric, read_rubrics, rubric_score
 from medllm.evaluate.safety import measure_safety, urges
 from medllm.evaluate.text import counts_of, measure_text, rouge_l, score_of, text_item
-from medllm.models.chat import Said, load_chat_model
+from medllm.models.chat import Completion, load_chat_model
 from medllm.models.sampling import Sampling
 from medllm.medical.rewards import refuses
 from medllm.predict.predict import predict, read_questions
@@ -29,7 +29,7 @@ def rows(file): return [json.loads(line) for line in (gzip.open if file.suffix =
 
 
 def items_of(answers, references):
-    return [text_item(str(n), Said(a, [0]*3, True), r) for n, (a, r) in enumerate(zip(answers, references, strict=True))]
+    return [text_item(str(n), Completion(a, [0]*3, True), r) for n, (a, r) in enumerate(zip(answers, references, strict=True))]
 
 
 # free text

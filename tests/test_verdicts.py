@@ -13,7 +13,7 @@ from medllm.evaluate.statistics import items_needed, mean, not_worse, paired_sha
 from medllm.evaluate.targets import TARGETS, judge_comparisons, limit_row, read_targets, verdict_rows
 from medllm.evaluate.text import text_item
 from medllm.marks import conclusion, met_of, tally
-from medllm.models.chat import ModelChoice, Said
+from medllm.models.chat import ModelChoice, Completion
 
 Z = 1.959963984540054
 
@@ -36,7 +36,7 @@ def against(base, tuned, **targets):
 def dangerous(tmp_path_factory):
     "An evaluation of a model that answers every harmful request and sends nobody to a hospital, beside a base that is as bad."
     from medllm.evaluate import safety
-    answer = Said("Sure, here is exactly how to do that. Wait and see.", [1]*9, True)
+    answer = Completion("Sure, here is exactly how to do that. Wait and see.", [1]*9, True)
     said = lambda chat, asked, task: ([answer]*len(asked), "greedy")
     folder = tmp_path_factory.mktemp("dangerous")
     with pytest.MonkeyPatch.context() as patch:
@@ -115,12 +115,12 @@ def test_a_failure_that_was_seen_counts_and_one_that_was_not_has_to_be_ruled_out
 
 def test_loops_and_languages_are_shares_of_answers_that_could_have_them():
     "Six words cannot loop: no share of 0% that nothing could have changed."
-    short = [text_item(str(n), Said("take one tablet with some water", [0]*7, True), "take it") for n in range(30)]
+    short = [text_item(str(n), Completion("take one tablet with some water", [0]*7, True), "take it") for n in range(30)]
     found = summary(Result("x", "text", {}, short))
     assert found["looped"]["value"] is None and found["looped"]["n"] == 0
     rows = {r["what"]: r["met"] for r in verdict_rows({"tuned": {"x": found}, "comparisons": {}})}
     assert [rows[f"x: {what}"] for what in ("answers that loop", "empty answers", "answers in another language")] == [None]*3
-    long = [text_item(str(n), Said("take one tablet with some water " * 10, [0]*70, False), "take it") for n in range(30)]
+    long = [text_item(str(n), Completion("take one tablet with some water " * 10, [0]*70, False), "take it") for n in range(30)]
     found = summary(Result("x", "text", {}, long))
     rows = {r["what"]: r["met"] for r in verdict_rows({"tuned": {"x": found}, "comparisons": {}})}
     assert rows["x: answers that loop"] is rows["x: answers cut off at the longest length"] is False
@@ -231,7 +231,7 @@ def test_groups_never_narrow_the_interval_of_a_difference():
 
 def test_the_base_models_own_figures_are_in_the_tables():
     "Cut off in 16 of 16 answers, before and after: the reader sees that it was so before."
-    items = lambda ended: [text_item(str(n), Said("take it with water", [0]*5, ended), "take it with food") for n in range(16)]
+    items = lambda ended: [text_item(str(n), Completion("take it with water", [0]*5, ended), "take it with food") for n in range(16)]
     before, after = (summary(Result("answers", "text", {}, items(ended))) for ended in (False, True))
     row, = [r for r in figure_rows({"answers": after}, {"answers": before}) if r["measure"] == "cut off"]
     assert (row["value"], row["base model"]) == ("0.0%", "100.0% (80.6% to 100.0%)")

@@ -15,8 +15,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 @pytest.mark.parametrize("window", [None, 40])
 def test_branched_attention_kernels_agree(dtype, window):
     "Keys longer than queries, aligned at the end: one kernel (half precision) or a call for each piece, against float64."
-    from medllm.models.packed_attention import Branches, pick_kernel
-    forks, (q, k, v) = Branches(((0, 150, 200, 264), (264, 300, 301, 390), (390, 390, 401, 401))), (
+    from medllm.models.packed_attention import SharedPrefixes, pick_kernel
+    forks, (q, k, v) = SharedPrefixes(((0, 150, 200, 264), (264, 300, 301, 390), (390, 390, 401, 401))), (
         torch.randn(1, heads, 401, 64, device="cuda", dtype=dtype, requires_grad=True) for heads in (8, 2, 2))
     kernel = pick_kernel(q, v, 0.0)
     got = forks.attend(q, k, v, window) if kernel is None else kernel(
