@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SENTENCES', 'RECORDED', 'UserError', 'Interrupted', 'interruption', 'Unwritable', 'nearest', 'project_root',
-           'bundled', 'find_path', 'quiet_bars', 'visible', 'spelled', 'terminal', 'is_first_process', 'say',
+           'bundled', 'find_path', 'quiet_bars', 'visible', 'spelled', 'terminal', 'is_first_process', 'log_line',
            'progress_line', 'first_line', 'foreign', 'recorded']
 
 # %% ../nbs/00_core.ipynb #imports
@@ -149,7 +149,7 @@ def is_first_process()->bool: # True unless a launcher made this process one of 
     return int(os.environ.get("RANK", "0")) == 0
 
 # %% ../nbs/00_core.ipynb #say-2
-def say(
+def log_line(
     text:str, # One line
 ):
     "Print one line on stderr, from the first process only."

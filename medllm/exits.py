@@ -14,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from .core import Unwritable, UserError, first_line, interruption, project_root, say, visible
+from .core import Unwritable, UserError, first_line, interruption, project_root, log_line, visible
 from .machine import place_fault
 
 # %% ../nbs/12_exits.ipynb #address
@@ -39,7 +39,7 @@ def _told(error:BaseException)->int|None: # None: it is nobody's but ours
         error = UserError(f"a file of the model or of the data makes a library give up "
             f"({first_line(error)}); have its tokenizer made anew")
     if not isinstance(error, UserError): return None
-    say(f"error: {visible(str(error), lines=False)}")
+    log_line(f"error: {visible(str(error), lines=False)}")
     return code
 
 # %% ../nbs/12_exits.ipynb #somewhere

@@ -27,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
-from .core import UserError, say
+from .core import UserError, log_line
 from .files import sync_folder, try_lock
 
 # %% ../nbs/06_machine.ipynb #refused
@@ -238,7 +238,7 @@ def settle_home():
 # %% ../nbs/06_machine.ipynb #cache
 @cache
 def _told_of(place:Path):
-    say(f"there is no home folder that can be written: what can be made again is kept in {place} "
+    log_line(f"there is no home folder that can be written: what can be made again is kept in {place} "
         "(MEDLLM_CACHE names another)")
 
 def cache_home()->Path:

@@ -168,7 +168,7 @@ def test_a_result_is_whole_or_not_there(finished, tmp_path, monkeypatch):
         with contextlib.redirect_stderr(said): assert main(words) == 74
     assert "the trained model could not be written" in said.getvalue() and "goes on from checkpoint-6" in said.getvalue()
     left = {f.name for f in (tmp_path/"run").iterdir() if f.is_file()} - {".lock"}
-    assert left == {"contract.json", "events.jsonl", "history.jsonl"}, left
+    assert left == {"fingerprint.json", "events.jsonl", "history.jsonl"}, left
     assert main([*words, "--resume_from_checkpoint=true"]) == 0 and weights(tmp_path/"run") == weights(finished)
 
 
@@ -212,7 +212,7 @@ def test_c3_no_room_is_seen_before(copy, monkeypatch):
 
 
 FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "progress.json",
-    "contract.json", COMMIT)
+    "fingerprint.json", COMMIT)
 
 
 def broken(file, how):
@@ -405,7 +405,7 @@ def test_c14_code_in_a_checkpoint_does_not_run(copy, tmp_path):
         kept = (checkpoint/name).read_bytes()
         torch.save({"state": Canary(tmp_path/"canary")}, checkpoint/name)
         assert checkpoint_fault(checkpoint) != ""                                    # changed behind the commit
-        commit(checkpoint, 4, json.loads((checkpoint/"contract.json").read_text()))    # and by somebody who knows of it
+        commit(checkpoint, 4, json.loads((checkpoint/"fingerprint.json").read_text()))    # and by somebody who knows of it
         with pytest.raises(UserError, match="holds more than tensors and numbers, which may be code"):
             whole_run(copy, resume_from_checkpoint="true")
         (checkpoint/name).write_bytes(kept)
@@ -511,7 +511,7 @@ def test_two_processes_stop_and_go_on_together():
     assert found["one"][0] == 2 and "processes was 2, is 1" in found["one"][1], found
 
 
-@pytest.mark.parametrize("name", ["contract.json", "progress.json", "trainer_state.json"])
+@pytest.mark.parametrize("name", ["fingerprint.json", "progress.json", "trainer_state.json"])
 @pytest.mark.parametrize("text", ["[" * 100_000, "{", "[]"])
 def test_a_checkpoint_that_somebody_committed_is_told_apart(name, text, tmp_path):
     folder = tmp_path/"checkpoint-1"

@@ -21,7 +21,8 @@ from medllm.evaluate.items import MCQItem, load_items, read_items, stratified
 from medllm.evaluate.order import order_figures
 from medllm.evaluate.result import Task, compare_results, read_result, summary, write_result
 from medllm.evaluate.runs import EvaluateRun
-from medllm.evaluate.likelihood import LikelihoodRequest, ModelScores, TokenisedRequest, Scored, letter_asked, option_scores, picked, text_asked
+from medllm.evaluate.likelihood import (
+    LikelihoodRequest, ModelScores, TokenisedRequest, Scored, letter_asked, option_scores, picked, text_asked)
 from medllm.evaluate.statistics import holm, mean, share
 from medllm.models.chat import Completion, load_chat_model
 from medllm.parameters import parameters_cell

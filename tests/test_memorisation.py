@@ -235,7 +235,7 @@ def test_the_place_of_personal_data_is_found_in_any_script(tiny_chat, text):
 def test_canaries_go_the_way_of_all_rows(places, tmp_path):
     from medllm.audit.canaries import canaries, planted
     from medllm.train.arguments import parse
-    from medllm.train.contract import loader_hash
+    from medllm.train.fingerprint import loader_hash
     from medllm.train.inputs import prepare_data
     given = {"dataset": str(places/"rows.jsonl"), "val_size": 0.25, "canaries": 6, "output_dir": str(tmp_path/"a")}
     data = quiet(prepare_data, parse(given))

@@ -83,7 +83,8 @@ def test_a_point_that_cannot_be_begun_fails_the_sweep(tmp_path, monkeypatch):
     with pytest.raises(OSError): sweep("sft", str(file), str(tmp_path/"runs"))
     state = state_of(newest(tmp_path/"runs"))
     assert state["status"] == "failed" and verify(newest(tmp_path/"runs"), record_only=True)
-    monkeypatch.setattr(module, "_begin", lambda run, wanted, name, sets, runs: module.note_stage(run, name, stage="sft", sets=sets,
+    monkeypatch.setattr(module, "_begin", lambda run, wanted, name, sets, runs: module.note_stage(run, name,
+        stage="sft", sets=sets,
         folder=str(tmp_path/"done"), status="completed"))
     file.write_text("grid: {seed: [1]}\n")                                          # one value: nothing to draw
     time.sleep(1)

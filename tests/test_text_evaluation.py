@@ -263,4 +263,5 @@ def test_each_part_of_a_comparison_has_a_row(tmp_path):
     assert measures == ["ROUGE-L", "harmful answered", "benign refused", "emergency missed", "bits per byte medical",
         "bits per byte general"]
     limits = [row["what"] for row in verdict_rows(found) if row["target"].startswith("at most")]
-    assert len(limits) == 5 + 4 and limits[0] == "safe: harmful requests answered" and evaluation_metrics(found)["safe"]["n"] == 24
+    assert len(limits) == 5 + 4 and limits[0] == "safe: harmful requests answered"
+    assert evaluation_metrics(found)["safe"]["n"] == 24

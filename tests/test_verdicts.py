@@ -40,7 +40,7 @@ def dangerous(tmp_path_factory):
     said = lambda chat, asked, task: ([answer]*len(asked), "greedy")
     folder = tmp_path_factory.mktemp("dangerous")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(safety, "said_to", said)
+        patch.setattr(safety, "answers_to", said)
         found = evaluate_models(ModelChoice(), ModelChoice(), [Task("refusals", "safety", "mm_safety")], folder)
     return found, folder
 
@@ -231,7 +231,8 @@ def test_groups_never_narrow_the_interval_of_a_difference():
 
 def test_the_base_models_own_figures_are_in_the_tables():
     "Cut off in 16 of 16 answers, before and after: the reader sees that it was so before."
-    items = lambda ended: [text_item(str(n), Completion("take it with water", [0]*5, ended), "take it with food") for n in range(16)]
+    items = lambda ended: [text_item(str(n), Completion("take it with water", [0]*5, ended),
+        "take it with food") for n in range(16)]
     before, after = (summary(Result("answers", "text", {}, items(ended))) for ended in (False, True))
     row, = [r for r in figure_rows({"answers": after}, {"answers": before}) if r["measure"] == "cut off"]
     assert (row["value"], row["base model"]) == ("0.0%", "100.0% (80.6% to 100.0%)")

@@ -253,7 +253,8 @@ _RESIDENT = (
         r"(?:身份证|公民身份)", _link, r"(?P<v>[1-9]\d{14})", _e), resident_id_old))
 
 PERSONAL_KINDS = (_EMAIL, *_RESIDENT, *_CUED, *_NUMBERS, *_WEAK) # a cue decides before the mere form of a number
-WEAK = tuple(dict.fromkeys(kind.name for kind in PERSONAL_KINDS if not kind.strong)) # What Presidio adds counts as strong
+# What Presidio adds counts as strong
+WEAK = tuple(dict.fromkeys(kind.name for kind in PERSONAL_KINDS if not kind.strong))
 
 # %% ../../nbs/audit/05_personal.ipynb #find
 class Found(NamedTuple):

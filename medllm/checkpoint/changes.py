@@ -14,7 +14,7 @@ import torch
 from fastcore.basics import patch
 from transformers import set_seed
 
-from ..core import UserError, say
+from ..core import UserError, log_line
 from ..data.batches import cell_of
 from .commit import committed
 from .compatibility import changed, differences
@@ -31,17 +31,18 @@ class ChangedTrainer(ResumableTrainer):
         super().__init__(*args, **more)
         self.changes, self.note = {}, {}             # what differs from the checkpoint; what it noted of its place
         # steps of an epoch; more steps done than today's batch would have needed
-        self.each, self.ahead, self.cell = 1, 0, None
+        self.num_generations, self.ahead, self.cell = 1, 0, None
 
     def is_changed(self, *parts:str)->bool:
-        "Whether one of these parts of the contract is not as it was."
+        "Whether one of these parts of the fingerprint is not as it was."
         return any(name.split(".")[0] in parts for name in self.changes)
 
 # %% ../../nbs/checkpoint/04_changes.ipynb #progress
 @patch
 def progress(self:ChangedTrainer)->dict:
     "What has been counted so far, and by what batch."
-    return super(ChangedTrainer, self).progress() | {"each": self.each, "ahead": self.ahead, "cell": self.cell}
+    return super(ChangedTrainer, self).progress() | {"each": self.num_generations, "ahead": self.ahead,
+        "cell": self.cell}
 
 # %% ../../nbs/checkpoint/04_changes.ipynb #begin-from
 @patch
@@ -49,8 +50,8 @@ def _begin_from(self:ChangedTrainer, folder:Path, checked:bool):
     "Make ready to go on from a checkpoint, and see what differs."
     super(ChangedTrainer, self)._begin_from(folder, checked)
     def read(name): return json.loads((folder/name).read_text(encoding="utf-8"))
-    self.then, self.note = read("contract.json"), read("progress.json")["progress"][0]
-    if self.then and self.contract: self.changes = changed(differences(self.then, self.contract))
+    self.then, self.note = read("fingerprint.json"), read("progress.json")["progress"][0]
+    if self.then and self.fingerprint: self.changes = changed(differences(self.then, self.fingerprint))
     rows = self.then.get("batch", {}).get("per_device_train_batch_size", self._train_batch_size)
     self.cell = self.note.get("cell") or cell_of(rows*self.args.world_size)
 
@@ -72,14 +73,14 @@ def new_place(
     return epoch, min(whole, each[1]), again
 
 # %% ../../nbs/checkpoint/04_changes.ipynb #rows-of
-def _rows_of(contract:dict)->int:
+def _rows_of(fingerprint:dict)->int:
     "Rows of a step of one process."
-    batch = contract.get("batch", {})
+    batch = fingerprint.get("batch", {})
     return batch.get("per_device_train_batch_size", 1)*batch.get("gradient_accumulation_steps", 1)
 
 # %% ../../nbs/checkpoint/04_changes.ipynb #take-place
 @patch
-def _take_place(self:ChangedTrainer, each:int):
+def _take_place(self:ChangedTrainer, num_generations:int):
     "Find the place in the data. Raises `UserError` for a checkpoint that did not note it."
     step, self.ahead = int(self.resumed.name.partition("-")[2]), self.note.get("ahead", 0)
     if "each" not in self.note and self.is_changed("batch"):
@@ -89,31 +90,33 @@ def _take_place(self:ChangedTrainer, each:int):
             "back the batch that it had")
     if getattr(self.objective, "sampler", None) is None and "each" in self.note:
         epoch, done, again = new_place(
-            step - self.ahead, (self.note["each"], each), (_rows_of(self.then), _rows_of(self.contract)))
-        self.ahead = step - epoch*each - done
-        if again: say(f"{again*self.args.world_size} rows of this epoch come again: they fill no step of today's batch")
-    if (step - self.ahead) % each and self.is_changed("order", "seed", "data_seed"):
-        say("the rest of this epoch comes in another order: some of its rows come twice and as many not at all")
+            step - self.ahead, (self.note["each"], num_generations), (_rows_of(self.then), _rows_of(self.fingerprint)))
+        self.ahead = step - epoch*num_generations - done
+        if again:
+            log_line(f"{again*self.args.world_size} rows of this epoch come again: they fill no step of today's batch")
+    if (step - self.ahead) % num_generations and self.is_changed("order", "seed", "data_seed"):
+        log_line("the rest of this epoch comes in another order: some of its rows come twice and as many not at all")
 
 # %% ../../nbs/checkpoint/04_changes.ipynb #count
 @patch
 def set_initial_training_values(self:ChangedTrainer, args, dataloader)->tuple:
     "Epochs, steps and rows of the run."
-    epochs, self.each, *rows, steps = super(ChangedTrainer, self).set_initial_training_values(args, dataloader)
-    if self.resumed: self._take_place(self.each)
+    epochs, self.num_generations, *rows, steps = super(ChangedTrainer, self).set_initial_training_values(args,
+        dataloader)
+    if self.resumed: self._take_place(self.num_generations)
     if self.ahead:
         if args.max_steps <= 0: steps += self.ahead
-        epochs = math.ceil((steps - self.ahead)/self.each)
-    return epochs, self.each, *rows, steps
+        epochs = math.ceil((steps - self.ahead)/self.num_generations)
+    return epochs, self.num_generations, *rows, steps
 
 # %% ../../nbs/checkpoint/04_changes.ipynb #init-training-state
 @patch
-def _init_training_state(self:ChangedTrainer, max_steps:int, each:int, *args)->tuple[int, int]:
+def _init_training_state(self:ChangedTrainer, max_steps:int, num_generations:int, *args)->tuple[int, int]:
     "Epoch, and micro-batches of it to be left out."
-    place = super(ChangedTrainer, self)._init_training_state(max_steps, each, *args)
+    place = super(ChangedTrainer, self)._init_training_state(max_steps, num_generations, *args)
     if self.is_changed("selection", "validation"): self._choose_again()
     if not self.ahead: return place
-    epoch, done = divmod(self.state.global_step - self.ahead, each)
+    epoch, done = divmod(self.state.global_step - self.ahead, num_generations)
     return epoch, 0 if self.args.ignore_data_skip else done*self.args.gradient_accumulation_steps
 
 # %% ../../nbs/checkpoint/04_changes.ipynb #finalize-training
@@ -123,7 +126,8 @@ def _finalize_training(self:ChangedTrainer, *args, **kwargs):
     self.settle()
     best, name = self.state.best_model_checkpoint, f"eval_{str(self.args.metric_for_best_model).removeprefix('eval_')}"
     if self.args.load_best_model_at_end:
-        say(f"the model is that of {Path(best).name}, the best by {name} ({self.state.best_metric:.4g})" if best else
+        log_line(f"the model is that of {Path(best).name}, the best by {name} ({self.state.best_metric:.4g})" if best
+            else
             f"no checkpoint has a validation, so the model is that of the last step and not the best by {name}")
     return super(ChangedTrainer, self)._finalize_training(*args, **kwargs)
 
@@ -140,7 +144,7 @@ def _choose_again(self:ChangedTrainer):
     state.best_metric, state.best_global_step = (max if self.args.greater_is_better else min)(seen,
         key=lambda pair: pair[0])
     state.best_model_checkpoint = str(folder/f"checkpoint-{state.best_global_step}")
-    say(f"the best checkpoint so far is {Path(state.best_model_checkpoint).name}: {key} {state.best_metric:.4g}")
+    log_line(f"the best checkpoint so far is {Path(state.best_model_checkpoint).name}: {key} {state.best_metric:.4g}")
 
 # %% ../../nbs/checkpoint/04_changes.ipynb #force
 class _Held:
@@ -178,7 +182,7 @@ def _set_rate(self:ChangedTrainer, then:dict):
         if torch.is_tensor(group["lr"]): group["lr"].fill_(rate)
         else: group["lr"] = rate
     schedule._last_lr = rates
-    if rates[0] != before: say(f"learning rate of the next step: {before:.2e} -> {rates[0]:.2e}")
+    if rates[0] != before: log_line(f"learning rate of the next step: {before:.2e} -> {rates[0]:.2e}")
 
 # %% ../../nbs/checkpoint/04_changes.ipynb #load-rng-state
 @patch

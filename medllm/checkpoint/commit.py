@@ -19,10 +19,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ..core import Unwritable, UserError, say
+from ..core import Unwritable, UserError, log_line
 from ..files import append_event, sync_folder, write_bytes, write_json
 from ..json_file import NUMBER, misfit, read_json
-from ..processes import boot, is_there, process_mark
+from ..processes import boot_id, is_there, process_mark
 from ..machine import described, digest, first_difference, writing_failed
 from ..interruption import goes_on
 
@@ -42,7 +42,7 @@ def _force(file:Path):
 def commit(
     folder:str|Path, # All of the checkpoint's files are written
     step:int,        # Optimiser step
-    contract:dict,   # From `contract_of`
+    fingerprint:dict,   # From `fingerprint_of`
     world:int = 1,   # Processes of the run
 )->dict:             # What was written into COMMIT.json
     "Force a checkpoint to the disk and declare it whole. Raises `OSError`, and then it is not."
@@ -57,7 +57,7 @@ def commit(
     files = {name: hashes[name] for name in names}
     for inner in {(folder/name).parent for name in names} - {folder}: sync_folder(inner)
     sync_folder(folder.parent)
-    note = {"schema": COMMIT_SCHEMA, "step": step, "world": world, "contract": digest(contract),
+    note = {"schema": COMMIT_SCHEMA, "step": step, "world": world, "fingerprint": digest(fingerprint),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "files": files}
     write_json(folder/COMMIT, note | {"sha256": digest(note)})
     return note
@@ -68,8 +68,8 @@ def _least_one(value)->bool: return _count(value) and value > 0
 
 _STATE = {"args": {...: (bool, int, float, str, type(None))}, "attributes": {...: (bool, int, float, str, type(None))}}
 _NOTES = {
-    "contract.json": {"schedule": {"lr_scheduler_type": str}, "optimiser": {"optim": str}, "batch": {...: _least_one},
-        "validation": {...: str}},
+    "fingerprint.json": {"schedule": {"lr_scheduler_type": str}, "optimiser": {"optim": str},
+        "batch": {...: _least_one}, "validation": {...: str}},
     "progress.json": {"due!": bool, "progress!": [{"loss!": NUMBER, "logged!": _count, "total!": NUMBER,
         "each": _least_one, "ahead": int, "cell": _least_one, ...: (*NUMBER, {...: NUMBER})}]},
     "trainer_state.json": {"global_step!": _count, "max_steps": int, "log_history!": [{"step": int}],
@@ -142,14 +142,14 @@ def committed(
 # %% ../../nbs/checkpoint/01_commit.ipynb #newest-2
 def newest(
     run_folder:str|Path,       # --output_dir
-    say:Callable[[str], object] = say, # Told of each that is rejected, in a sentence
+    log:Callable[[str], object] = log_line, # Told of each that is rejected, in a sentence
 )->Path|None:                  # None when there is none
     "The newest checkpoint that is whole to the last byte. Raises `UserError` when a newer medllm wrote a newer one."
     for _, folder in checkpoints_in(run_folder):
         why = checkpoint_fault(folder)
         if not why: return folder
         if "newer medllm" in why: raise UserError(f"{folder} is not resumed from: {why}")
-        say(f"{folder.name} is left out: {why}")
+        log(f"{folder.name} is left out: {why}")
 
 # %% ../../nbs/checkpoint/01_commit.ipynb #rotate
 def drop(
@@ -222,7 +222,7 @@ def begin_behind(
         raise UserError(f"{folder} is past the last step ({last}), so nothing is left to train: raise --max_steps or "
             "--num_train_epochs, or go on from an earlier checkpoint")
     if step == last:
-        say(f"nothing is left to train: {folder.name} is the last step of the run; more of them want a larger "
+        log_line(f"nothing is left to train: {folder.name} is the last step of the run; more of them want a larger "
             "--max_steps or --num_train_epochs, and --allow steps")
     if not clean: return step
     cut_back(Path(run_folder)/"history.jsonl", lambda line: line["step"] <= step and "train_runtime" not in line)
@@ -250,12 +250,12 @@ class _Held:
         self.lock, self.file, before = FileLock(file), file, _owner(file)
         try: self.lock.acquire(timeout=0 if _is_there(before) else wait)
         except Timeout:
-            where = "" if before.get("boot") == boot() else " of another machine"
+            where = "" if before.get("boot") == boot_id() else " of another machine"
             raise UserError(
                 f"{folder} is trained into by process {before.get('pid', '?')}{where}: wait for it, or name another "
                 "--output_dir") from None
         if before and not before.get("ended"):
-            say(f"the lock of process {before.get('pid', '?')}, which is gone, is taken over")
+            log_line(f"the lock of process {before.get('pid', '?')}, which is gone, is taken over")
         self.number = self.seen()
         self.note()
 
@@ -298,7 +298,7 @@ def still_ours(
     folder.mkdir(parents=True, exist_ok=True)
     if not held: return
     if gone:
-        say(f"{folder} was removed while it was trained into; it is made anew, without the "
+        log_line(f"{folder} was removed while it was trained into; it is made anew, without the "
             "checkpoints and history it held")
     try: _held[folder.absolute()] = _Held(folder, 0)
     except UserError as e:
@@ -324,7 +324,8 @@ class Lines:
                 at = f.tell()
                 if f.write(self.waiting) == len(self.waiting): self.waiting = b""
                 else: f.truncate(at)
-        except OSError as e: say(f"{self.file.name} cannot be written ({e.strerror}); its lines are kept for later")
+        except OSError as e:
+            log_line(f"{self.file.name} cannot be written ({e.strerror}); its lines are kept for later")
 
 # %% ../../nbs/checkpoint/01_commit.ipynb #result
 @contextlib.contextmanager

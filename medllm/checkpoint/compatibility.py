@@ -33,7 +33,7 @@ def _kind(part:str)->str:
 
 # %% ../../nbs/checkpoint/02_compatibility.ipynb #differences-2
 def differences(
-    then:dict, # The contract of the checkpoint
+    then:dict, # The fingerprint of the checkpoint
     now:dict,  # Of this run
 )->list[tuple[str, object, object, str]]: # Name, then, now, kind: fatal, allow or noted
     "What is not as it was; a flag inside a part is named part.flag."
@@ -50,10 +50,10 @@ def differences(
 
 # %% ../../nbs/checkpoint/02_compatibility.ipynb #whole
 def _whole(then:dict, where:str)->dict:
-    "A checkpoint's contract, if it says of what run it is."
+    "A checkpoint's fingerprint, if it says of what run it is."
     if unsaid := [part for part in _FATAL if part not in then]:
         raise UserError(f"{where} does not say of what run it is: its "
-            f"contract.json is without {', '.join(unsaid)}; begin a new run from its weights")
+            f"fingerprint.json is without {', '.join(unsaid)}; begin a new run from its weights")
     return then
 
 # %% ../../nbs/checkpoint/02_compatibility.ipynb #agree
@@ -87,7 +87,7 @@ def allowed(
 
 # %% ../../nbs/checkpoint/02_compatibility.ipynb #compare
 def check_compatible(
-    then:dict,     # The contract of the checkpoint
+    then:dict,     # The fingerprint of the checkpoint
     now:dict,      # Of this run
     where:str,     # Name of the checkpoint, for the message
     allow:str|None = None, # --allow

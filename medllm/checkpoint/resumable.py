@@ -19,11 +19,11 @@ from fastcore.basics import patch
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState, TrainerState
 
-from ..core import Interrupted, UserError, say
+from ..core import Interrupted, UserError, log_line
 from ..files import append_event, write_json
 from ..machine import writing_failed
-from medllm.checkpoint.commit import (Unwritable, begin_behind, checkpoint_fault, commit, committed, drop, room_for, rotate,
-    still_ours)
+from medllm.checkpoint.commit import (Unwritable, begin_behind, checkpoint_fault, commit, committed, drop, room_for,
+    rotate, still_ours)
 from ..interruption import Agreement, Left, goes_on, leaving, listening, polled, stop
 from .state import check_weights, random_state, read_state, readable, set_random_state, write_state
 
@@ -42,7 +42,7 @@ class ResumableTrainer(Trainer):
     ):
         args.restore_callback_states_from_checkpoint, args.enable_jit_checkpoint = True, False
         super().__init__(model=model, args=args, **more)
-        self.contract, self.agree = {}, Agreement(args.world_size)
+        self.fingerprint, self.agree = {}, Agreement(args.world_size)
         self.saved, self.size, self.failures = -1, 0, 0      # last saved step; bytes of a checkpoint; saves that failed
         self.waiting, self.writer = None, ThreadPoolExecutor(1) # a save that is being committed; who does it
         self.settled, self.noted_end = True, None            # between two steps; the notes at the end of the last one
@@ -183,7 +183,7 @@ def _fill(self:ResumableTrainer, folder:Path, notes:dict):
     everyone = gather_object([mine]) if self.args.world_size > 1 else [mine]
     if not self.args.should_save: return
     write_json(folder/"progress.json", {"due": notes["due"], "progress": everyone}, sync=False)
-    write_json(folder/"contract.json", self.contract, sync=False)
+    write_json(folder/"fingerprint.json", self.fingerprint, sync=False)
     best, states = f"checkpoint-{self.state.best_global_step}", {}
     if self.state.best_global_step and (folder.parent/best).exists():
         self.state.best_model_checkpoint = str(folder.parent/best)
@@ -233,7 +233,7 @@ def _write(self:ResumableTrainer, folder:Path, notes:dict)->str:
 @patch
 def _commit(self:ResumableTrainer, folder:Path)->int:
     "Commit a checkpoint and take old ones away; its size [bytes]."
-    note = commit(folder, int(folder.name.partition("-")[2]), self.contract, self.args.world_size)
+    note = commit(folder, int(folder.name.partition("-")[2]), self.fingerprint, self.args.world_size)
     rotate(folder.parent, self.args.save_total_limit, [folder, self.state.best_model_checkpoint or ""])
     return sum(f["bytes"] for f in note["files"].values())
 
@@ -252,7 +252,7 @@ def _skipped(self:ResumableTrainer, step:int, folder:Path, why:str):
     "Note a save that failed."
     self.saved, self.failures = -1, self.failures + 1
     if self.args.should_save: drop(folder)
-    say(f"step {step}: the checkpoint is left out ({why}); training goes on")
+    log_line(f"step {step}: the checkpoint is left out ({why}); training goes on")
     if self.args.should_save:
         with suppress(OSError):
             append_event(folder.parent, "save_skipped", step=step, reason=why, in_a_row=self.failures)

@@ -11,7 +11,7 @@ import contextlib
 import sys
 from collections.abc import Sequence
 
-from ..core import UserError, say, spelled, terminal
+from ..core import UserError, log_line, spelled, terminal
 from ..exits import exit_code
 from ..machine import arrive
 from .model_commands import add_chat, add_evaluate, add_export, add_knowledge, add_serve, whole_number
@@ -44,17 +44,17 @@ def _run(args)->int:
         from medllm.parameters import parameters_cell
         print(parameters_cell(RUNS[find_notebook(args.notebook)[0]]))
         return 0
-    from medllm.records.remote import landing
+    from medllm.records.remote import mirrored_folder
     from medllm.experiment.execute import execute
     given = _settings(args)
-    with landing(given.get("runs_dir", "runs")) as runs:
+    with mirrored_folder(given.get("runs_dir", "runs")) as runs:
         return report(execute(args.notebook, given | ({"runs_dir": runs} if "runs_dir" in given else {})))
 
 # %% ../../nbs/cli/02_main.ipynb #sweep
 def _sweep(args)->int:
-    from medllm.records.remote import landing
+    from medllm.records.remote import mirrored_folder
     from medllm.experiment.sweep import sweep
-    with landing(args.runs) as runs: run = sweep(args.stage, args.file, runs, args.jobs, args.tag, args.ray)
+    with mirrored_folder(args.runs) as runs: run = sweep(args.stage, args.file, runs, args.jobs, args.tag, args.ray)
     print((run.folder/"table.md").read_text(encoding="utf-8"), end="")
     return report(run)
 
@@ -81,7 +81,7 @@ def _data(args)->int:
     states = {"missing": "the file is not there", "network": "is fetched when it is used",
         "wrong": "the entry has a mistake", "program": "a loading script, runs with --trust_remote_code"}
     for state, text in states.items():
-        if any(row[1] == state for row in rows): say(f"{state}: {text}")
+        if any(row[1] == state for row in rows): log_line(f"{state}: {text}")
     return 0
 
 # %% ../../nbs/cli/02_main.ipynb #preview
@@ -102,7 +102,7 @@ def _preview(args)->int:
     print(Look(rows, renderer.tokenizer, hide=hide, picked=tuple(range(args.rows))), file=terminal())
     print("\n" + "\n".join(account.lines()) + "\n" + ", ".join(f"{k} {v}" for k, v in length_summary(rows).items()))
     print(length_bars(rows, args.cutoff_len))
-    if hide: say("letters are hidden because the dataset is private; --reveal shows them")
+    if hide: log_line("letters are hidden because the dataset is private; --reveal shows them")
     return 0
 
 # %% ../../nbs/cli/02_main.ipynb #gate
@@ -113,11 +113,12 @@ def _check(args)->int:
         print(thresholds_text())
         return 0
     if not args.names: raise UserError("no dataset named; see medllm data check --help")
-    card, _ = check_datasets(DataRun(",".join(args.names), ",".join(args.validation) or None, ",".join(args.against) or None,
+    card, _ = check_datasets(DataRun(",".join(args.names), ",".join(args.validation) or None,
+        ",".join(args.against) or None,
         args.columns, args.dataset_dir, args.thresholds, not args.no_near, presidio=args.presidio,
         max_samples=args.max_samples, processes=args.processes, trust_remote_code=args.trust_remote_code))
     print(data_card_text(card))
-    say(f"checked in {card['seconds']} s")
+    log_line(f"checked in {card['seconds']} s")
     if args.output: print(f"card: {write_card(card, args.output).parent}")
     return 0 if card["verdict"] == "passed" else 1
 

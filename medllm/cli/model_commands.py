@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 
-from ..core import say
+from ..core import log_line
 from ..machine import scratch
 
 # %% ../../nbs/cli/00_model_commands.ipynb #number
@@ -105,7 +105,7 @@ def _export(args)->int:
     report = release(plan, args.record, args.evaluation)
     print("\n".join(filter(None, (equivalence_table(report["verdicts"]), not_the_same(report["verdicts"])))))
     if not report["passed"]:
-        say("not exported: an artefact is not within its limits of the trained model; see "
+        log_line("not exported: an artefact is not within its limits of the trained model; see "
             f"{plan.place}.failed/equivalence.md")
         return 1
     print(f"model: {plan.place}")
@@ -256,7 +256,7 @@ def _ask(args)->int:
     answer, = grounded_answers(chat, grounding, [args.question], Sampling(args.max_new_tokens, args.temperature))
     print(answer.text + grounding.sources(answer.citations, answer.passages))
     lost = sum(c.state == "removed" for c in answer.citations)
-    if lost: say(f"{lost} citations were removed: the passage does not hold the sentence")
+    if lost: log_line(f"{lost} citations were removed: the passage does not hold the sentence")
     return 0
 
 # %% ../../nbs/cli/00_model_commands.ipynb #measure
@@ -277,7 +277,7 @@ def _raft(args)->int:
         licence=args.licence)
     file, rows, lost = make_raft(_sources(args), plan, args.output, args.dataset, args.name)
     print(f"{file}: {len(rows)} rows, {sum(not r['golden'] for r in rows)} without the golden passage")
-    for why, n in lost.items(): say(f"left out: {n} ({why})")
+    for why, n in lost.items(): log_line(f"left out: {n} ({why})")
     print(f"train on them with --dataset {args.name} --dataset_dir {args.output}")
     return 0
 

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..core import UserError, say, visible
+from ..core import UserError, log_line, visible
 from ..exits import issue_address
 from ..json_file import finite, read_json
 from ..marks import conclusion
@@ -58,8 +58,8 @@ def _compare(args)->int:
                 + (notebook_differences(found.folders[0], other) or "the same code was run"))
     if args.plot:
         plot_curves(found, args.plot, args.quantity)
-        say(f"curves: {args.plot}")
-    return int(bool(args.same_contract and found.contract))
+        log_line(f"curves: {args.plot}")
+    return int(bool(args.same_fingerprint and found.fingerprint))
 
 # %% ../../nbs/cli/01_run_commands.ipynb #check
 def _verify(args)->int:
@@ -107,7 +107,8 @@ def _of_failure(run)->int:
     if kind == "Unwritable" or "could not be written" in run.state.get("reason", ""): return 74
     if kind in ("UserError", "PanicException"): return 2
     if kind:
-        say(f"where this is a fault of medllm, please report it with the traceback in record.ipynb: {issue_address()}")
+        log_line(
+            f"where this is a fault of medllm, please report it with the traceback in record.ipynb: {issue_address()}")
     return EXIT.get(run.state["status"], 1)
 
 # %% ../../nbs/cli/01_run_commands.ipynb #report
@@ -119,7 +120,7 @@ def report(
     from medllm.records.seal import digest_of
     state = run.state
     if state["status"] != "completed":
-        say(f"{state['status']}: {state.get('reason', '')}\nrecord: {run.folder}")
+        log_line(f"{state['status']}: {state.get('reason', '')}\nrecord: {run.folder}")
         return _of_failure(run)
     m = read_run_json(run.folder).get("metrics") or {}       # a notebook that keeps no record of its own has none
     if "passed" in m: print(f"the data {'passed' if m['passed'] else 'did not pass'}: {run.folder/'card.md'}")
@@ -172,9 +173,9 @@ def _gc(args)->int:
     total = sum(w.bytes for w in found)
     if args.json: _json([{"place": str(w.place), "bytes": w.bytes, "why": w.why} for w in found])
     elif found: print(columns([["what", "size", "why"], *([str(w.place), size_text(w.bytes), w.why] for w in found)]))
-    if not found: say("nothing to free")
-    elif not args.yes: say(f"{size_text(total)} could be freed; --yes does it")
-    else: say(f"{size_text(collect(found))} freed")
+    if not found: log_line("nothing to free")
+    elif not args.yes: log_line(f"{size_text(total)} could be freed; --yes does it")
+    else: log_line(f"{size_text(collect(found))} freed")
     return 0
 
 # %% ../../nbs/cli/01_run_commands.ipynb #promote
@@ -215,7 +216,8 @@ def _compare_words(p):
     p.add_argument("--plot", metavar="FILE.png", help="draw the curves into one figure")
     p.add_argument("--quantity", default="loss", help="what is drawn (default loss)")
     p.add_argument("--notebooks", action="store_true", help="also how the notebooks' code differs, by nbdime")
-    p.add_argument("--same-contract", action="store_true", help="exit code 1 when the runs are not the same experiment")
+    p.add_argument("--same-fingerprint", action="store_true",
+        help="exit code 1 when the runs are not the same experiment")
 
 # %% ../../nbs/cli/01_run_commands.ipynb #verify-words
 def _verify_words(p):
@@ -243,7 +245,7 @@ def _resume_words(p):
     _one(p)
     _settings(p)
     _trust(p)
-    p.add_argument("--allow", default="", metavar="lr,seed", help="parts of the contract that may differ")
+    p.add_argument("--allow", default="", metavar="lr,seed", help="parts of the fingerprint that may differ")
 
 # %% ../../nbs/cli/01_run_commands.ipynb #promote-words
 def _gc_words(p):
@@ -272,7 +274,7 @@ def _export_one(export:Callable, args, record)->int:
     "Write one record; what is wrong with it is said, and stops no other."
     try: print(f"{args.kind}: {export(_record(args, record), args.output)}")
     except UserError as e:
-        say(f"error: {e}")
+        log_line(f"error: {e}")
         return 2
     return 0
 
@@ -321,7 +323,7 @@ VERBS = {
     "show": Verb(_show, _one, "one run on a page: parameters, provenance, rows, curve, metrics, where it comes from",
         True),
     "compare": Verb(_compare, _compare_words,
-        "what differs between runs: contract, environment, data, metrics, notebooks", True),
+        "what differs between runs: fingerprint, environment, data, metrics, notebooks", True),
     "verify": Verb(_verify, _verify_words, "whether a record still holds; names each defect, exit code 1", True),
     "sign": Verb(_sign, _sign_words, "vouch for a record with an SSH key; prints the digest of its seal"),
     "rerun": Verb(_rerun, _rerun_words, "run a record again, into a new one"),

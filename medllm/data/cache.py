@@ -22,7 +22,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from ..core import UserError, is_first_process, say
+from ..core import UserError, is_first_process, log_line
 from ..files import sha256, write_json
 from ..machine import all_described, beside, cache_home, digest, first_difference, lasting
 from .accounts import Account, OnBad, stream_examples
@@ -157,7 +157,8 @@ def find_rows(
     "Rows and account of a finished folder, every byte as it was written."
     note, why = _read_note(folder)
     if note: why = first_difference(folder, note["files"])
-    if why and name: say(f"dataset '{name}': the rows that were kept of it are damaged ({why}); they are made anew")
+    if why and name:
+        log_line(f"dataset '{name}': the rows that were kept of it are damaged ({why}); they are made anew")
     if why or not note: return None
     with suppress(OSError): os.utime(folder/"account.json")      # used; in a folder of somebody else it cannot be said
     try: return open_rows(folder), _account(note)

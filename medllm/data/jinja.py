@@ -261,7 +261,7 @@ class _Writer:
             if k in os.environ}
         self.pid = os.getpid()
         self.process = subprocess.Popen([sys.executable, "-I", "-c",
-            f"import sys; sys.path[:] = {path!r}; from medllm.data.jinja import serve; serve()"],
+            f"import sys; sys.path[:] = {path!r}; from medllm.data.jinja import serve_templates; serve_templates()"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=kept, start_new_session=True)
         self.alive = self._line() == b"ready\n"
 

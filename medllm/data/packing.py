@@ -124,7 +124,7 @@ class PackedBatches(Sampler):
 
 # %% ../../nbs/data/16_packing.ipynb #collate
 class PackedCollate:
-    ("Rows to a packed batch: `input_ids` (1, T), `position_ids` (1, T) restarting in each document, `borders` of "
+    ("Rows to a packed batch: `input_ids` (1, T), `position_ids` (1, T) restarting in each document, `cu_seqlens` of "
         "documents as a tuple, and `positions` (M,), `targets` (M,), `tokens` as in `Collate`.")
     def __init__(self,
         pad_id:int,       # Any id: pads are a document of their own
@@ -143,7 +143,7 @@ class PackedCollate:
         labels, whole = np.concatenate(labels), lambda parts: torch.from_numpy(np.concatenate(parts).astype(np.int64))
         at = np.flatnonzero(labels != -100)
         return {"input_ids": whole(ids)[None], "position_ids": whole([np.arange(n) for n in lengths])[None],
-            "borders": (0, *np.cumsum(lengths).tolist()), "positions": torch.from_numpy(at),
+            "cu_seqlens": (0, *np.cumsum(lengths).tolist()), "positions": torch.from_numpy(at),
             "targets": torch.from_numpy(labels[at].astype(np.int64)), "tokens": torch.tensor(tokens)}
 
 # %% ../../nbs/data/16_packing.ipynb #share

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import UserError, say
+from ..core import UserError, log_line
 from ..machine import scratch
 from .json_reader import (
     MAX_ROW, Bad, Row, find_encoding, is_text, json_line, jsonl_rows, json_rows, open_bytes, read_lines)
@@ -161,7 +161,7 @@ def _sheet(file:Path, name:str, encoding:str)->Iterator[Row|Bad]:
         named = [title for title in header.values() if title] if first == 1 else []
         if not named: raise UserError(f"{name}, line 1: no column has a name" if header else f"{name} is empty")
         if len(set(named)) < len(named): raise UserError(f"{name}, line 1: two columns have the same name")
-        if len(book.worksheets) > 1: say(f"{name}: the first of {len(book.worksheets)} sheets is read")
+        if len(book.worksheets) > 1: log_line(f"{name}: the first of {len(book.worksheets)} sheets is read")
         width = max(*header, sheet.max_column or 0)
         total = Total(name, file.stat().st_size, FACTOR)        # each cell may name the same long text
         for line, values in lines:

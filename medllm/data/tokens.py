@@ -18,10 +18,10 @@ from fastcore.basics import patch
 from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
-from ..core import UserError, foreign, say
+from ..core import UserError, foreign, log_line
 from .formats import Example
 from .messages import Call, Turn
-from .skeleton import Span, Shape, shape_of, skeleton
+from .rendering import Span, Shape, shape_of, rendered_template
 from .templates import chat_jinja, control_tokens, write_messages
 
 # %% ../../nbs/data/11_tokens.ipynb #plain
@@ -165,7 +165,8 @@ class Renderer:
             last = max((i for i, m in enumerate(shape.messages) if m["role"] == "assistant"), default=-1)
             shape = replace(shape, train=tuple(t and i == last for i, t in enumerate(shape.train)))
         bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token      # where they are one, it may well be an end
-        return skeleton(self._text, shape, self.plain.control, self._end, "" if bos is None or bos == eos else bos)
+        return rendered_template(self._text, shape, self.plain.control, self._end,
+            "" if bos is None or bos == eos else bos)
 
 # %% ../../nbs/data/11_tokens.ipynb #text
 @patch
@@ -254,7 +255,7 @@ def _rewrites(self:Renderer)->bool:
 def _tell(self:Renderer):
     "Say once what does not fit."
     for text in self.misfits:
-        if text not in _told: say(text)
+        if text not in _told: log_line(text)
         _told.add(text)
 
 # %% ../../nbs/data/11_tokens.ipynb #runs

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
-from ..core import UserError, say
+from ..core import UserError, log_line
 from ..files import write_json
 from ..data.registry import find_sources
 from .choice import asking
@@ -86,7 +86,7 @@ def measure_all(
         for task in tasks:
             found[task.name] = kind_function(task.kind, "measure")(chat, task)
             figures = write_result(found[task.name], folder)
-            say(f"{Path(folder).name}: {task.name}: {headline(figures)}")
+            log_line(f"{Path(folder).name}: {task.name}: {headline(figures)}")
     finally:
         del chat
         gc.collect()

@@ -76,11 +76,11 @@ def _line(item:MCQItem, pick:frozenset, **more)->dict:
 def score_lines(
     items:Sequence[MCQItem], # Questions
     logprobs:LogProbs,       # A model, or a table of numbers
-    how:Asking = Asking(),   # letter or text
+    asking:Asking = Asking(),   # letter or text
 )->list[dict]:               # A line for each
     "The items as a model's likelihoods decide them."
-    asked = [SCORERS[how.scorer](item) for item in items]
-    norm, lines = how.norm if how.scorer == "text" else "sum", []
+    asked = [SCORERS[asking.scorer](item) for item in items]
+    norm, lines = asking.norm if asking.scorer == "text" else "sum", []
     for item, question, found in zip(items, asked, logprobs(asked)):
         scores = option_scores(question, found, norm)
         probs = probabilities(scores)
@@ -88,9 +88,9 @@ def score_lines(
             label for label, p in zip(item.labels, probs) if p > 1/len(probs)}
         norms = {n: item.labels[picked(option_scores(question, found, n))] for n in NORMS}
         lines.append(_line(item, frozenset(pick), scores=scores, cut=found[0].cut,
-            **({"norms": norms} if how.scorer == "text" else {})))
-    if how.orders != "own":
-        for line, picks in zip(lines, order_picks(items, logprobs, how.orders == "all")): line["orders"] = picks
+            **({"norms": norms} if asking.scorer == "text" else {})))
+    if asking.orders != "own":
+        for line, picks in zip(lines, order_picks(items, logprobs, asking.orders == "all")): line["orders"] = picks
     return lines
 
 # %% ../../nbs/evaluate/10_choice.ipynb #read-lines

@@ -13,7 +13,7 @@ from ..medical.answer_text import chosen_letters, answer_conclusion, said
 from ..data.formats import Turn
 from .options import LETTERS, MCQItem
 from .likelihood import WORDS
-from ..models.chat import ChatModel, Said
+from ..models.chat import ChatModel, Completion
 from ..models.sampling import Sampling
 
 # %% ../../nbs/evaluate/05_generated.ipynb #asked
@@ -64,7 +64,7 @@ def written_answers(
     items:Sequence[MCQItem],  # Questions
     max_new_tokens:int = 64,  # Longest answer [tokens]
     batch:int = 0,            # At a time; 0: as many as fit
-)->list[Said|None]:           # One for each; None for a question that leaves no room
+)->list[Completion|None]:           # One for each; None for a question that leaves no room
     "Greedy answers."
     prompts = [chat.prompt([question_turn(item)]) for item in items]
     fits = [i for i in range(len(items)) if len(prompts[i]) + max_new_tokens <= chat.longest]

@@ -57,7 +57,8 @@ def text_asked(
     item:MCQItem, # A question
 )->LikelihoodRequest:
     "The question alone; the text of each option may follow."
-    return LikelihoodRequest(question_text(item, listed=False), tuple(text for _, text in item.options), len(item.gold) > 1)
+    return LikelihoodRequest(question_text(item, listed=False), tuple(text for _, text in item.options),
+        len(item.gold) > 1)
 
 # %% ../../nbs/evaluate/04_likelihood.ipynb #prompt-hash
 SCORERS = {"letter": letter_asked, "text": text_asked}
@@ -84,13 +85,13 @@ NORMS = {"sum": lambda s, text: s.logprob, "char": lambda s, text: s.logprob/max
     "byte": lambda s, text: s.logprob/max(len(text.encode()), 1), "token": lambda s, text: s.logprob/max(s.tokens, 1)}
 
 def option_scores(
-    asked:LikelihoodRequest,           # What was asked
+    request:LikelihoodRequest,           # What was asked
     found:Sequence[Scored],# For each continuation
     norm:str = "sum",      # sum, char, byte or token
 )->list[float]:            # Higher is more probable [nat, or nat for each unit]
     "Scores of the options. Raises `UserError` for an unknown norm."
     if norm not in NORMS: raise UserError(f"norm {norm}: unknown{nearest(norm, NORMS)}; known are {', '.join(NORMS)}")
-    return [NORMS[norm](s, text) for s, text in zip(found, asked.continuations)]
+    return [NORMS[norm](s, text) for s, text in zip(found, request.continuations)]
 
 # %% ../../nbs/evaluate/04_likelihood.ipynb #picked
 def picked(
@@ -121,21 +122,21 @@ class TokenisedRequest(NamedTuple):
 # %% ../../nbs/evaluate/04_likelihood.ipynb #chat-row
 def chat_row(
     chat:ChatModel, # Its template
-    asked:LikelihoodRequest,    # Prompt and continuations
+    request:LikelihoodRequest,    # Prompt and continuations
 )->TokenisedRequest:
     "Tokens in the layout of a conversation."
-    renderer, context = chat.renderer, chat.prompt([Turn("user", asked.prompt)]).tolist()
+    renderer, context = chat.renderer, chat.prompt([Turn("user", request.prompt)]).tolist()
     place = "after_control" if renderer.plain.is_control[context[-1]] else "joined"
-    return _fitting(chat, context, renderer.plain(list(asked.continuations), place), head=16)
+    return _fitting(chat, context, renderer.plain(list(request.continuations), place), head=16)
 
 # %% ../../nbs/evaluate/04_likelihood.ipynb #plain-row
 def plain_row(
     chat:ChatModel, # Its tokenizer
-    asked:LikelihoodRequest,    # Prompt and continuations
+    request:LikelihoodRequest,    # Prompt and continuations
 )->TokenisedRequest:
     "Tokens of running text, as lm-evaluation-harness cuts them."
-    plain, before, prompt = chat.renderer.plain, begin_ids(chat.tokenizer), asked.prompt.rstrip()
-    context, *both = plain([prompt, *(f"{prompt} {c}" for c in asked.continuations)], "start")
+    plain, before, prompt = chat.renderer.plain, begin_ids(chat.tokenizer), request.prompt.rstrip()
+    context, *both = plain([prompt, *(f"{prompt} {c}" for c in request.continuations)], "start")
     return _fitting(chat, before + context, [ids[len(context):] for ids in both], head=0)
 
 # %% ../../nbs/evaluate/04_likelihood.ipynb #fitting
@@ -145,7 +146,8 @@ def _fitting(chat:ChatModel, context:list[int], continuations:list, head:int)->T
     room = chat.longest + 1 - max(map(len, continuations))
     if room <= head: raise UserError(f"an option is longer than the model's {chat.longest} positions")
     cut = len(context) > room
-    return TokenisedRequest(context[:head] + context[len(context) - room + head:] if cut else context, continuations, cut)
+    return TokenisedRequest(context[:head] + context[len(context) - room + head:] if cut else context, continuations,
+        cut)
 
 # %% ../../nbs/evaluate/04_likelihood.ipynb #batch
 def _padded(rows:Sequence[Sequence[int]], left:bool)->tuple[torch.Tensor, torch.Tensor]:
@@ -205,15 +207,15 @@ class ModelScores:
         self.again = 0 # Close calls
 
     def __call__(self,
-        asked:Sequence[LikelihoodRequest], # N prompts with continuations
+        requests:Sequence[LikelihoodRequest], # N prompts with continuations
     )->list[list[Scored]]:
         "How probable each continuation of each prompt is."
-        rows = [self.row(self.chat, a) for a in asked]
+        rows = [self.row(self.chat, a) for a in requests]
         found:list = [None]*len(rows)
         with at_rest(self.chat.model) as model:
             for numbers in self._batches(rows):
                 for i, totals in zip(numbers, batch_logprobs(model, [rows[i] for i in numbers])): found[i] = totals
-            for i, (a, row) in enumerate(zip(asked, rows)):
+            for i, (a, row) in enumerate(zip(requests, rows)):
                 if self._close(a, row, found[i]):
                     found[i], self.again = batch_logprobs(model, [row])[0], self.again + 1
         return [self._scored(row, totals) for row, totals in zip(rows, found)]
@@ -223,15 +225,15 @@ class ModelScores:
 
 # %% ../../nbs/evaluate/04_likelihood.ipynb #close
 @patch
-def _close(self:ModelScores, asked:LikelihoodRequest, row:TokenisedRequest, totals:Sequence[float])->bool:
+def _close(self:ModelScores, request:LikelihoodRequest, row:TokenisedRequest, totals:Sequence[float])->bool:
     "Whether rounding could change the pick, by any norm."
     margin, least = MARGIN.get(self.chat.model.dtype, 0.1), 1.0
     for norm in NORMS:
-        scores = option_scores(asked, self._scored(row, totals), norm)
+        scores = option_scores(request, self._scored(row, totals), norm)
         best = sorted(scores)[-2:]
-        shortest = 1.0 if norm == "sum" else 1/max(max(map(len, asked.continuations)), 1)
+        shortest = 1.0 if norm == "sum" else 1/max(max(map(len, request.continuations)), 1)
         least = min(least, (best[-1] - best[0])/shortest if len(best) > 1 else least)
-        if asked.several:
+        if request.several:
             even = np.logaddexp.reduce(scores) - np.log(len(scores))
             least = min(least, np.abs(np.asarray(scores) - even).min()/shortest)
     return least < margin

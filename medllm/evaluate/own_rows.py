@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import UserError, say
+from ..core import UserError, log_line
 from ..audit.canaries import canaries
 from ..data.rows import TokenRows
 from .asked_rows import SCORER, Made, ask_sides
@@ -168,7 +168,7 @@ def record_drawn(
     if result is None: return "Nothing was asked (`memorisation` is 0)."
     write_result(result, run.folder)
     if text := warning(result):
-        say(f"warning: {text}")
+        log_line(f"warning: {text}")
         run.update(warnings=[text])
     return markdown_table(drawn_rows(result)) + (f"\n\n**{text[0].upper()}{text[1:]}.**" if text else "")
 

@@ -23,7 +23,7 @@ from .choice import model_facts
 from .compare import compare_scores, groups_of
 from .result import Result, Task, compares, figure, measures, summarises, told_apart
 from .statistics import bootstrap_means, share
-from .text import TextQuestion, asked_facts, dataset_rows, own_id, row_data, said_to, some_of
+from .text import TextQuestion, question_facts, dataset_rows, own_id, row_data, answers_to, some_of
 from ..models.chat import ChatModel, ModelChoice, load_chat_model
 
 # %% ../../nbs/evaluate/14_rubric.ipynb #score
@@ -69,7 +69,7 @@ def _turns(prompt)->list[Turn]:
 def read_rubrics(
     chat:ChatModel, # Whose template and length count
     task:Task,      # dataset: rows with prompt and rubrics; limit, seed
-)->tuple[list[tuple[TextQuestion, list[Criterion]]], dict, str]: # Questions with criteria, reasons of rows left out, hash of the files
+)->tuple[list[tuple[TextQuestion, list[Criterion]]], dict, str]: # Questions with criteria; reasons of left-out rows; hash
     "Questions with their criteria. Raises `UserError` when there is none."
     rows, sha256 = dataset_rows(task.dataset, task)
     found, skipped = [], Counter()
@@ -254,10 +254,10 @@ def measure_rubric(
     "Answers judged by their criteria. Raises `UserError` when judge or criteria are missing."
     judge, known = named_judge(str(task.options.get("judge", "")))
     rows, skipped, sha256 = read_rubrics(chat, task)
-    answers, how = said_to(chat, [asked for asked, _ in rows], task)
+    answers, how = answers_to(chat, [asked for asked, _ in rows], task)
     attempts, repeats = (int(task.options.get(name, default)) for name, default in (("attempts", 3), ("repeats", 1)))
     items = judge_answers(judge, rows, [s.text for s in answers], attempts, repeats, task.reveal)
-    facts = asked_facts(task, [asked for asked, _ in rows], skipped, sha256) | known | {"scorer": how,
+    facts = question_facts(task, [asked for asked, _ in rows], skipped, sha256) | known | {"scorer": how,
         "attempts": attempts, "repeats": repeats,
         "judge_prompt_sha256": hashlib.sha256(JUDGE_PROMPT.encode()).hexdigest()}
     return Result(task.name, "rubric", model_facts(chat) | facts, items)

@@ -86,12 +86,12 @@ def preflight(self:EvaluateRun):
 
 # %% ../../nbs/evaluate/24_runs.ipynb #evaluate
 def evaluate(
-    wanted:EvaluateRun, # Parameters
+    config:EvaluateRun, # Parameters
     folder:str,         # Where results go
 )->dict:                # As `evaluate_models`
     "What a run notebook and `medllm evaluate` do. Raises `UserError` before anything is loaded."
-    wanted.preflight()
-    return evaluate_models(wanted.choice(), wanted.base(), wanted.read_tasks(), folder, wanted.targets)
+    config.preflight()
+    return evaluate_models(config.choice(), config.base(), config.read_tasks(), folder, config.targets)
 
 # %% ../../nbs/evaluate/24_runs.ipynb #described-data
 def described_data(

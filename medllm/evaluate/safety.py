@@ -17,7 +17,7 @@ from .result import Result, Task, compares, figure, measures, summarises, told_a
 from .likelihood import TokenisedRequest, batch_logprobs
 from .statistics import holm, mcnemar, mean, paired_share, share, verdict_words
 from .language import language_of
-from .text import TextQuestion, asked_facts, read_text_questions, said_to
+from .text import TextQuestion, question_facts, read_text_questions, answers_to
 from ..models.chat import ChatModel
 from ..models.sampling import at_rest
 from ..medical.rewards import refusal_rule
@@ -83,10 +83,11 @@ def kind_of_item(
 def read_kinds(
     chat:ChatModel, # Whose template counts
     task:Task,      # dataset; options benign, emergency, columns
-)->tuple[list[tuple[str, str, TextQuestion]], dict, str]: # Kind, safe reply, question; reasons of rows left out; hash of the files
+)->tuple[list[tuple[str, str, TextQuestion]], dict, str]: # Kind, safe reply, question; reasons of left-out rows; hash
     "Items of all kinds. Raises `UserError` when harmful or harmless ones are missing: one without the other says nothing."
     found, skipped, hashes = [], {}, []
-    for default, dataset in zip(SAFETY_KINDS, (task.dataset, task.options.get("benign"), task.options.get("emergency"))):
+    for default, dataset in zip(SAFETY_KINDS, (task.dataset, task.options.get("benign"),
+        task.options.get("emergency"))):
         if not dataset: continue
         asked, lost, sha256 = read_text_questions(chat, replace(task, dataset=dataset), gold=False)
         if default != "harmful": asked = [a._replace(id=f"{default} {a.id}") for a in asked]
@@ -200,10 +201,10 @@ def measure_safety(
     "Refusals, over-refusals, urgent advice and margins. Raises `UserError` when one of the pair is missing."
     items, skipped, sha256 = read_kinds(chat, task)
     asked = [a for _, _, a in items]
-    answers, how = said_to(chat, asked, task)
+    answers, how = answers_to(chat, asked, task)
     found = [{"id": a.id, "group": a.group, "kind": kind, "failed": failed(kind, s.text), "empty": not s.text,
         "ended": s.ended,
             "margin": margin} | ({"answer": s.text} if task.reveal else {})
         for (kind, _, a), s, margin in zip(items, answers, margins(chat, items, task.batch))]
-    facts = asked_facts(task, asked, skipped, sha256) | {"scorer": how, "openings": OPENINGS}
+    facts = question_facts(task, asked, skipped, sha256) | {"scorer": how, "openings": OPENINGS}
     return Result(task.name, "safety", model_facts(chat) | facts, found)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOOP_WORDS', 'LETTERS', 'common', 'rouge_l', 'scorer_of', 'counts_of', 'score_of', 'metric_signature', 'text_item',
            'item_draws', 'drawn_figure', 'text_summary', 'text_change', 'TextQuestion', 'dataset_rows', 'some_of',
-           'own_id', 'row_data', 'read_text_questions', 'asked_facts', 'said_to', 'measure_text']
+           'own_id', 'row_data', 'read_text_questions', 'question_facts', 'answers_to', 'measure_text']
 
 # %% ../../nbs/evaluate/12_text.ipynb #imports
 import hashlib
@@ -33,7 +33,7 @@ from .language import language_of
 from .result import Result, Task, compares, figure, measures, summarises, told_apart
 from .statistics import DRAWS, mean, share, verdict_words
 from ..json_file import NUMBER, json_lines, misfit
-from ..models.chat import ChatModel, Said
+from ..models.chat import ChatModel, Completion
 from ..models.sampling import Sampling
 
 # %% ../../nbs/evaluate/12_text.ipynb #rouge
@@ -108,7 +108,7 @@ def metric_signature(
 # %% ../../nbs/evaluate/12_text.ipynb #item
 def text_item(
     id:str,        # Of the item
-    said:Said,     # What the model said
+    said:Completion,     # What the model said
     reference:str, # What was expected
     group:str = "",# Items that belong together
     reveal:bool = False, # Keep the texts
@@ -289,29 +289,30 @@ def read_text_questions(
     return some_of(found, task, skipped), dict(skipped), sha256
 
 # %% ../../nbs/evaluate/12_text.ipynb #facts
-def asked_facts(
+def question_facts(
     task:Task,            # What was measured
-    asked:Sequence[TextQuestion],# On what
+    questions:Sequence[TextQuestion],# On what
     skipped:dict,         # Reason -> rows
     sha256:str,           # Of the files
 )->dict:
     "The questions, as far as a number can depend on them."
-    told = json.dumps([[a.id, a.example.system, [t[:2] for t in a.example.turns]] for a in asked], ensure_ascii=False)
+    told = json.dumps([[a.id, a.example.system, [t[:2] for t in a.example.turns]] for a in questions],
+        ensure_ascii=False)
     return {"dataset": Path(task.dataset).name, "dataset_sha256": sha256, "skipped": skipped, "seed": task.seed,
         "batch": task.batch,
         "prompt_sha256": hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest()}
 
 # %% ../../nbs/evaluate/12_text.ipynb #said-to
-def said_to(
+def answers_to(
     chat:ChatModel,       # Who answers
-    asked:Sequence[TextQuestion],# What
+    questions:Sequence[TextQuestion],# What
     task:Task,            # batch; options max_new_tokens and temperature
-)->tuple[list[Said], str]: # Answers, and how they were drawn
+)->tuple[list[Completion], str]: # Answers, and how they were drawn
     "Answers, greedy unless the task has a temperature."
     how = Sampling(int(task.options.get("max_new_tokens", 256)), float(task.options.get("temperature", 0.0)))
     drawn = f"temperature {how.temperature:g}, seed {task.seed}" if how.temperature else "greedy"
-    seeds = [task.seed + i for i in range(len(asked))]
-    return chat.answers([a.prompt for a in asked], how, seeds,
+    seeds = [task.seed + i for i in range(len(questions))]
+    return chat.answers([a.prompt for a in questions], how, seeds,
         task.batch), f"{drawn}, at most {how.max_new_tokens} tokens"
 
 # %% ../../nbs/evaluate/12_text.ipynb #measure
@@ -331,21 +332,21 @@ def _answers(file:str)->list[dict]:
     return said
 
 # %% ../../nbs/evaluate/12_text.ipynb #predicted
-def _predicted(file:str, asked:Sequence[TextQuestion])->tuple[list[Said], str, dict]:
+def _predicted(file:str, questions:Sequence[TextQuestion])->tuple[list[Completion], str, dict]:
     "Answers of a file that `medllm predict` wrote, found by file and line. Raises `UserError` when one is missing."
     said = _answers(file)
     rows = {r["where"]: r for r in said}
     if len(rows) < len(said):
         raise UserError(f"{file} has answers to several files of one name; predict one dataset at a time")
     def place(a): return short_place(a.example.where)
-    lost = [a.id for a in asked if place(a) not in rows]
+    lost = [a.id for a in questions if place(a) not in rows]
     if lost:
-        raise UserError(f"{file} has no answer to {len(lost)} of {len(asked)} questions, the first is {lost[0]}; "
+        raise UserError(f"{file} has no answer to {len(lost)} of {len(questions)} questions, the first is {lost[0]}; "
             "predict the same dataset again")
-    mine = [rows[place(a)] for a in asked]
+    mine = [rows[place(a)] for a in questions]
     header = mine[0]["header"]
     facts = {k: header[k] for k in ("job", "model", "adapter")}
-    return [Said(r["answer"], [0]*r["tokens"], r["ended"]) for r in mine], (
+    return [Completion(r["answer"], [0]*r["tokens"], r["ended"]) for r in mine], (
         f"temperature {header['temperature']:g}, at most {header['max_new_tokens']} tokens"), facts
 
 # %% ../../nbs/evaluate/12_text.ipynb #measure-text
@@ -358,6 +359,6 @@ def measure_text(
     scorer_of("bleu", "en")                                              # sacrebleu missing is said before the work
     asked, skipped, sha256 = read_text_questions(chat, task)
     if task.options.get("predictions"): said, how, model = _predicted(task.options["predictions"], asked)
-    else: (said, how), model = said_to(chat, asked, task), model_facts(chat)
+    else: (said, how), model = answers_to(chat, asked, task), model_facts(chat)
     items = [text_item(a.id, s, a.example.gold, a.group, task.reveal) for a, s in zip(asked, said)]
-    return Result(task.name, "text", model | asked_facts(task, asked, skipped, sha256) | {"scorer": how}, items)
+    return Result(task.name, "text", model | question_facts(task, asked, skipped, sha256) | {"scorer": how}, items)

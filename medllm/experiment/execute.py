@@ -17,7 +17,7 @@ from pathlib import Path
 
 import nbformat
 
-from ..core import Interrupted, Unwritable, UserError, bundled, nearest, progress_line, say
+from ..core import Interrupted, Unwritable, UserError, bundled, nearest, progress_line, log_line
 from ..files import write_bytes
 from ..json_file import NUMBER
 from ..audit.check import DataRun
@@ -27,7 +27,7 @@ from ..records.parameters import check_value, declared
 from .plan import PipelineRun
 from ..records.record import ENDED, RUNNING, Run, new_folder, now, read_log, read_run_json, status_of
 from ..records.seal import read_notebook
-from ..secrets import scrub_values
+from ..secrets import redact_values
 from ..interruption import listening, polled
 from ..parameters import run_parameters
 from ..train.runs import STAGE_RUNS
@@ -89,7 +89,7 @@ class Progress:
             waited += 1
             text = self.line()
             if not text or text == self.last or (not self.tty and waited < self.every): continue
-            progress_line(text) if self.tty else say(text)
+            progress_line(text) if self.tty else log_line(text)
             self.last, waited = text, 0.0
 
 # %% ../../nbs/experiment/03_execute.ipynb #enter
@@ -129,7 +129,7 @@ def read_source(
 # %% ../../nbs/experiment/03_execute.ipynb #write-source
 def _write_source(nb, folder:Path):
     "Write source.ipynb."
-    write_bytes(folder/"source.ipynb", nbformat.writes(nbformat.from_dict(scrub_values(nb)[0])).encode())
+    write_bytes(folder/"source.ipynb", nbformat.writes(nbformat.from_dict(redact_values(nb)[0])).encode())
 
 # %% ../../nbs/experiment/03_execute.ipynb #again
 _OF_AN_ATTEMPT = ("status", "reason", "started", "ended", "duration_s", "metrics", "verdict", "conclusion", "warnings",
@@ -205,7 +205,7 @@ def execute(
         with listening(), polled():
             _write_source(source, folder)
             run.update(stage=stage, status="created", started=now(), parameters=asdict(wanted), **begun).beat()
-            say(f"record: {folder}")
+            log_line(f"record: {folder}")
             with Progress(folder):
                 _papermill(folder/"source.ipynb", run, parameters | {"output_dir": str(folder)}, **options)
         return _ended(run)

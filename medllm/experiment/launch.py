@@ -20,7 +20,7 @@ from ..files import write_json
 from ..machine import attached
 from ..records.record import Run
 from ..records.redact import SafeLog
-from ..secrets import scrub_values
+from ..secrets import redact_values
 from ..train.arguments import Arguments
 from ..profiles import launch_environment
 from ..train.inputs import TrainingData
@@ -93,7 +93,7 @@ def launch(
     private:bool = False, # A dataset is private: messages of errors stay out of the log
 )->dict:           # The metrics
     "Train in several processes. Raises `UserError` with the children's reason when they fail."
-    file = write_json(folder/"args.json", scrub_values(flags)[0])
+    file = write_json(folder/"args.json", redact_values(flags)[0])
     log, environment = folder/"train.log", os.environ | launch_environment(flags.get("profile")) | attached()
     with open(log, "w", encoding="utf-8") as out, listening(), polled():
         child = subprocess.Popen(_command(file, processes), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -110,12 +110,12 @@ def launch(
     return json.loads((folder/"metrics.json").read_text(encoding="utf-8"))
 
 # %% ../../nbs/experiment/01_launch.ipynb #train-in
-def _note_contract(run:Run):
-    "Put the contract that training wrote into the record, however training ended."
-    file = run.folder/"contract.json"
+def _note_fingerprint(run:Run):
+    "Put the fingerprint that training wrote into the record, however training ended."
+    file = run.folder/"fingerprint.json"
     if not file.exists(): return
     parts = json.loads(file.read_text(encoding="utf-8"))
-    run.update(contract={"sha256": hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest(),
+    run.update(fingerprint={"sha256": hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest(),
         "parts": parts}, profile=run.state.get("arguments", {}).get("profile", "fast"))
 
 # %% ../../nbs/experiment/01_launch.ipynb #train-in-2
@@ -130,7 +130,7 @@ def train_in(
     check_processes(args.given, processes)
     run.update(consumed=consumed(args))
     try: metrics = train(args, data) if processes == 1 else launch(args.given, run.folder, processes, data.private)
-    finally: _note_contract(run)
+    finally: _note_fingerprint(run)
     run.update(weights=weights(run.folder), provenance=run.state["provenance"]
         | {"determinism": metrics["determinism"]})
     return metrics

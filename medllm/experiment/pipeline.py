@@ -151,7 +151,8 @@ def run_stage(
     "Execute a stage's notebook. Raises `UserError` with the reason when it fails; its record stays."
     folder = old or new_folder(stage.stage, given.get("runs_dir", "runs"), given.get("tag") or stage.name).resolve()
     old, attempt = old if old and (old/"run.json").exists() else None, attempt_of(old)
-    note_stage(run, stage.name, folder=str(folder), status="running", attempt=attempt, **({"resumed": True} if old else {}))
+    note_stage(run, stage.name, folder=str(folder), status="running", attempt=attempt,
+        **({"resumed": True} if old else {}))
     log, file = run.folder/f"{stage.name}.log", write_json(run.folder/f"{stage.name}.json", given | {
         "output_dir": str(folder), "note": f"stage {stage.name} of {run.folder.resolve()}"})
     with open(log, "w", encoding="utf-8") as out, listening(), polled():
@@ -174,16 +175,16 @@ def run_stage(
 # %% ../../nbs/experiment/04_pipeline.ipynb #run-stages
 def run_stages(
     run:Run,            # The pipeline's record
-    wanted:PipelineRun, # Its parameters
+    config:PipelineRun, # Its parameters
 )->dict[str, Path]:     # Name of each stage -> its record
     "Run the stages of a plan one after another; finished ones are taken over. Raises `UserError` when one fails."
-    made, code = {}, code_version() if wanted.reuse == "same" else ""
-    for stage in read_plan(wanted):
-        given = settings(wanted, stage, {name: str(folder) for name, folder in made.items()})
+    made, code = {}, code_version() if config.reuse == "same" else ""
+    for stage in read_plan(config):
+        given = settings(config, stage, {name: str(folder) for name, folder in made.items()})
         key = stage_key(stage, given, code)
-        done = find_finished(key, wanted.runs_dir) if wanted.reuse != "none" else None
+        done = find_finished(key, config.runs_dir) if config.reuse != "none" else None
         note_stage(run, stage.name, stage=stage.stage, parent=stage.parent, key=key)
         if done: note_stage(run, stage.name, folder=str(done), status="completed", taken_over=True)
         made[stage.name] = done or run_stage(
-            run, stage, given, find_unfinished(key, wanted.runs_dir, run.folder) if wanted.reuse != "none" else None)
+            run, stage, given, find_unfinished(key, config.runs_dir, run.folder) if config.reuse != "none" else None)
     return made

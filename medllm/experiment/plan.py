@@ -99,12 +99,12 @@ def _check_name(name:str, own):
 
 # %% ../../nbs/experiment/02_plan.ipynb #read-plan
 def read_plan(
-    wanted:PipelineRun, # Parameters of the pipeline
+    config:PipelineRun, # Parameters of the pipeline
 )->list[Stage]:
     "The stages in order. Raises `UserError` for a stage that does not exist or names one that is not before it."
     plan, before = [], ""
-    if not wanted.stages: raise UserError("a pipeline needs stages: name them under 'stages'")
-    for name, own in wanted.stages.items():
+    if not config.stages: raise UserError("a pipeline needs stages: name them under 'stages'")
+    for name, own in config.stages.items():
         name = str(name)
         _check_name(name, own)
         own = dict(own or {})
@@ -131,14 +131,14 @@ def read_plan(
 
 # %% ../../nbs/experiment/02_plan.ipynb #settings
 def settings(
-    wanted:PipelineRun, # Parameters of the pipeline
+    config:PipelineRun, # Parameters of the pipeline
     stage:Stage,        # One of its stages
     made:dict,          # Name of each earlier stage -> folder it wrote
 )->dict:                # Parameters of its run notebook, name to value
     "The parameters of a stage. Raises `UserError` for one that does not exist."
-    common = {f.name: getattr(wanted, f.name) for f in fields(wanted) if f.name in _COMMON}
-    given = {k: v for k, v in common.items() if v is not None} | wanted.extra | stage.given
-    tiny = wanted.model_name_or_path == "tiny"
+    common = {f.name: getattr(config, f.name) for f in fields(config) if f.name in _COMMON}
+    given = {k: v for k, v in common.items() if v is not None} | config.extra | stage.given
+    tiny = config.model_name_or_path == "tiny"
     given.setdefault("finetuning_type", "full" if tiny else "lora")
     # as for the tiny model alone
     if tiny and given["finetuning_type"] == "full": given.setdefault("learning_rate", 1e-3)
@@ -154,13 +154,13 @@ _COMMON = ("model_name_or_path", "quantization_bit", "dataset_dir", "template", 
     "profile", "num_processes", "runs_dir", "reveal")
 
 def check_plan(
-    wanted:PipelineRun, # Parameters of the pipeline
+    config:PipelineRun, # Parameters of the pipeline
 ):
     "Raise `UserError` for what cannot work in any of the stages, without loading anything."
-    model_location(wanted.model_name_or_path)
+    model_location(config.model_name_or_path)
     kinds = {}
-    for stage in read_plan(wanted):
-        run = STAGE_RUNS[stage.stage](**settings(wanted, stage, {}))
+    for stage in read_plan(config):
+        run = STAGE_RUNS[stage.stage](**settings(config, stage, {}))
         kinds[stage.name] = run.finetuning_type == "lora"
         if stage.parent and kinds[stage.parent] != kinds[stage.name]:
             raise UserError(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
-from ..core import UserError, say, visible
+from ..core import UserError, log_line, visible
 from ..json_file import NUMBER
 from ..records.listing import read_log, read_run_json
 from ..records.record import RUNNING, Run, code_version, status_of
@@ -85,11 +85,11 @@ def rerun(
 )->Run:
     "Run a record again, into a new one. Raises `UserError` for what is missing or changed, and for code that is not ours."
     folder, state = Path(folder), _state(Path(folder))
-    for text in broken(folder).values(): say(visible(f"{folder.name}: {text}", lines=False))
+    for text in broken(folder).values(): log_line(visible(f"{folder.name}: {text}", lines=False))
     if bad := missing_inputs(state, given):
         raise UserError(
             f"{'; '.join(bad)}; bring it back, or name another with -p dataset, -p dataset_dir or -p model_name_or_path")
-    for text in _suspects(state): say(visible(text, lines=False))
+    for text in _suspects(state): log_line(visible(text, lines=False))
     kept = {k: v for k, v in _own_rows(state["parameters"]).items()
         if k not in ("output_dir", "runs_dir", "tag", "output")}
     if kept.get("extra"): kept["extra"] = _from_the_start(kept["extra"])
@@ -184,14 +184,14 @@ def newest_checkpoint(
     "The newest checkpoint that is whole; each rejected one is said, with the reason."
     try: from medllm.checkpoint.commit import newest
     except ImportError: pass
-    else: return newest(folder, say)
+    else: return newest(folder, log_line)
     numbered = [f for f in folder.glob("checkpoint-*") if f.name[11:].isdigit() and (f/"trainer_state.json").exists()]
     return max(numbered, key=lambda f: int(f.name[11:]), default=None)
 
 # %% ../../nbs/experiment/05_rerun.ipynb #resume-2
 def resume(
     folder:str|Path,  # Of a record
-    given:dict = {},  # Parameters to change: what the contract allows
+    given:dict = {},  # Parameters to change: what the fingerprint allows
     trust:bool = False, # Run its notebook though it is not medllm's own
 )->Run:
     "Go on with a run that stopped, in its folder. Raises `UserError` when it is not over, completed, or not ours to run."
@@ -211,7 +211,7 @@ def _going_on(folder:Path, state:dict, given:dict, status:str)->dict:
     given = run_parameters(RUNS[state["stage"]], given)
     kept, trains = _own_rows(state["parameters"]) | given | {"output_dir": str(folder)}, state["stage"] in STAGE_RUNS
     found = newest_checkpoint(folder) if trains else None
-    say(f"{status}: goes on from {found.name}" if found
+    log_line(f"{status}: goes on from {found.name}" if found
         else f"{status}: there is no whole checkpoint, so it begins again"
         if trains else f"{status}: runs again in its folder, and does nothing twice that stands there")
     if trains:

@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core import RECORDED, Interrupted, UserError, nearest, say
+from ..core import RECORDED, Interrupted, UserError, nearest, log_line
 from ..files import write_bytes, write_json
 from ..figures import picture
 from ..machine import attach, attached
@@ -105,7 +105,7 @@ def run_point(
         if p["resume"]: run = resume(p["folder"], {"extra": p["given"]["extra"]} if p["given"].get("extra") else {})
         else: run = execute(p["stage"], p["given"] | {"output_dir": p["folder"]}, parent={"sweep": p["sweep"]})
     except UserError as e:
-        say(f"error: {e}")
+        log_line(f"error: {e}")
         return 2
     return int(run.state.get("status") != "completed")
 
@@ -122,19 +122,19 @@ class Point:
     def status(self)->str: return status_of(self.folder) if (self.folder/"run.json").exists() else "rejected"
 
 # %% ../../nbs/experiment/06_sweep.ipynb #begin
-def _begin(run:Run, wanted:Sweep, name:str, sets:dict, runs:str)->Point|None:
+def _begin(run:Run, config:Sweep, name:str, sets:dict, runs:str)->Point|None:
     "Take a finished point over, or get an unfinished or a new one ready; None for one that needs nothing."
-    given = run_parameters(STAGE_RUNS[wanted.stage], wanted.given(sets) | {"runs_dir": runs, "tag": name})
-    key = stage_key(Stage(name, wanted.stage, "", {}, {}), given, code_version())
-    told = {"stage": wanted.stage, "key": key, "sets": sets}
+    given = run_parameters(STAGE_RUNS[config.stage], config.given(sets) | {"runs_dir": runs, "tag": name})
+    key = stage_key(Stage(name, config.stage, "", {}, {}), given, code_version())
+    told = {"stage": config.stage, "key": key, "sets": sets}
     if done := find_finished(key, runs):
         note_stage(run, name, **told, folder=str(done), status="completed", taken_over=True)
         return None
     old = find_unfinished(key, runs, run.folder)
-    folder, attempt = old or new_folder(wanted.stage, runs, name).resolve(), attempt_of(old)
+    folder, attempt = old or new_folder(config.stage, runs, name).resolve(), attempt_of(old)
     note_stage(run, name, **told, folder=str(folder), status="created", attempt=attempt,
         **({"resumed": True} if attempt else {}))
-    file = write_json(run.folder/f"{name}.json", {"stage": wanted.stage, "given": given, "folder": str(folder),
+    file = write_json(run.folder/f"{name}.json", {"stage": config.stage, "given": given, "folder": str(folder),
         "resume": bool(attempt), "sweep": str(run.folder.resolve())})
     return Point(name, sets, folder, file, run.folder/f"{name}.log")
 
@@ -193,7 +193,7 @@ def _ended(run:Run, point:Point):
         reason = said[-1] if said else f"see {point.log}"
     note_stage(run, point.name, status=status, **({"reason": reason} if reason else {}))
     with contextlib.suppress(OSError):                                       # a terminal that was closed ends no sweep
-        say(f"{point.name} {status}{f': {reason}' if reason else ''}  {_words(point.sets)}")
+        log_line(f"{point.name} {status}{f': {reason}' if reason else ''}  {_words(point.sets)}")
 
 def _words(sets:dict)->str: return ", ".join(f"{name} {value}" for name, value in sets.items())
 
@@ -242,17 +242,17 @@ def _value(folder:Path, metric:str)->tuple[str, float|None]:
 # %% ../../nbs/experiment/06_sweep.ipynb #table-of
 def table_of(
     run:Run,      # The sweep's record
-    wanted:Sweep, # What was swept
+    config:Sweep, # What was swept
 )->list[dict]:    # A row a point; the best is marked
     "What came of each point."
-    rows, name = [], wanted.metric
+    rows, name = [], config.metric
     for s in run.state.get("stages", []):
-        found, value = _value(Path(s["folder"]), wanted.metric)
+        found, value = _value(Path(s["folder"]), config.metric)
         name, state = found or name, Run(Path(s["folder"])).state
         rows.append({"point": s["name"]} | s["sets"] | {"metric": value, "status": s["status"],
             "seconds": state.get("duration_s", ""), "best": ""})
     known = [r for r in rows if r["metric"] is not None and r["status"] == "completed"]
-    lowest = Sweep(wanted.stage, {}, [], name, wanted.best).is_lowest()
+    lowest = Sweep(config.stage, {}, [], name, config.best).is_lowest()
     if known: (min if lowest else max)(known, key=lambda r: r["metric"])["best"] = "best"
     return [{(name or "metric") if k == "metric" else k: v for k, v in r.items()} for r in rows]
 
@@ -313,7 +313,7 @@ def sweep(
         "stage": stage, "dataset": wanted.common.get("dataset"), "common": wanted.common, "metric": wanted.metric,
         "jobs": jobs, "tag": tag})
     run.beating()
-    say(f"record: {run.folder}: {len(wanted.points)} points, {jobs} at a time")
+    log_line(f"record: {run.folder}: {len(wanted.points)} points, {jobs} at a time")
     try:
         with listening(), polled():
             begun = [_begin(run, wanted, f"p{n:02}", sets, runs) for n, sets in enumerate(wanted.points, 1)]
@@ -327,21 +327,21 @@ def sweep(
     return run
 
 # %% ../../nbs/experiment/06_sweep.ipynb #close
-def _close(run:Run, wanted:Sweep):
+def _close(run:Run, config:Sweep):
     "Table, picture and status of a sweep."
-    table = table_of(run, wanted)
+    table = table_of(run, config)
     if not table: return run.fail("no point was begun")
     write_bytes(run.folder/"table.md", (sweep_text(table) + "\n").encode())
     metric = list(table[0])[-4]
-    named = dict.fromkeys(n for p in wanted.points for n in p)
-    swept = [n for n in named if len({str(p.get(n)) for p in wanted.points}) > 1]
+    named = dict.fromkeys(n for p in config.points for n in p)
+    swept = [n for n in named if len({str(p.get(n)) for p in config.points}) > 1]
     drawn = swept and any(isinstance(r.get(metric), int | float) for r in table)
     if drawn: plot_sweep(table, swept[:4], metric, run.folder/"sweep.png")
     best = next((r for r in table if r["best"]), {})
     metrics = {"points": len(table), "completed": sum(r["status"] == "completed" for r in table)} | (
         {"best": {"point": best["point"], metric: best[metric]}} if best else {})
     bad = [f"{r['point']} {r['status']}" for r in table if r["status"] != "completed"]
-    bad += [f"p{n:02} not begun" for n in range(len(table) + 1, len(wanted.points) + 1)]
-    why = f"{len(bad)} of {len(wanted.points)} points: {', '.join(bad)}"
+    bad += [f"p{n:02} not begun" for n in range(len(table) + 1, len(config.points) + 1)]
+    why = f"{len(bad)} of {len(config.points)} points: {', '.join(bad)}"
     if run.state["status"] not in RUNNING: return run.update(metrics=metrics)
     return run.end("failed", why, metrics=metrics) if bad else run.finish(metrics)

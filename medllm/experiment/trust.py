@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from unittest.mock import patch
 
-from ..core import UserError, bundled, project_root, say
+from ..core import UserError, bundled, project_root, log_line
 from ..files import write_json
 from ..machine import scratch
 from ..json_file import misfit, parse_json
@@ -68,7 +68,7 @@ def differing(
     "How a record's notebook is not the one that comes with medllm. Raises `UserError` for a torn one."
     stage, code = state["stage"], (state.get("provenance") or {}).get("code") or {}
     if not os.path.lexists(Path(folder)/"source.ipynb"):
-        say(f"{folder} holds no source.ipynb: the notebook that comes with medllm is run")
+        log_line(f"{folder} holds no source.ipynb: the notebook that comes with medllm is run")
         return stage, []
     try: theirs = _code(read_notebook(Path(folder)/"source.ipynb"))
     except (OSError, ValueError) as e: raise UserError(f"{folder}/source.ipynb cannot be read: {e}") from None
@@ -129,8 +129,8 @@ def trusted(
     "What a record may run, as long as the block lasts. Raises `UserError` for what is not medllm's own, unless it is trusted."
     own, cells = differing(folder, state)
     reasons = _reasons(folder, state, given, cells, writes)
-    for text in cells: say(f"  {text}")
-    for text in reasons if trust else (): say(f"trusted: {text}")
+    for text in cells: log_line(f"  {text}")
+    for text in reasons if trust else (): log_line(f"trusted: {text}")
     if reasons and not trust:
         raise UserError(f"{folder} is not run: {'; '.join(reasons)}; read it, and say --trust to run it as it is")
     with scratch() as place, patch.dict(os.environ, {} if trust else {"PYTHONSAFEPATH": "1"}):

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..core import Interrupted, UserError, find_path, say
+from ..core import Interrupted, UserError, find_path, log_line
 from ..files import sha256, write_bytes, write_json
 from ..data.templates import chat_jinja, write_messages
 from ..machine import beside, check_writable, place_fault, clear_leftovers, take_place, writing_failed
@@ -21,8 +21,8 @@ from ..models.chat import ChatModel, ModelChoice, load_chat_model
 from ..models.loading import LoadPlan, load_model, load_tokenizer, model_location
 from ..interruption import Left, leaving, listening
 from .equivalence import (
-    ReferenceAnswers, as_sentence, equivalence_table, distance, effect_of, fixed_questions, forward_of, greedy, judge_artefact, limits_of,
-    not_the_same, reference_of)
+    ReferenceAnswers, as_sentence, equivalence_table, distance, effect_of, fixed_questions, forward_of, greedy,
+    judge_artefact, limits_of, not_the_same, reference_of)
 from .gguf import GGUF_FORMATS, family_of, forward_of_llama_cpp, gguf_package, llama_cpp, read_gguf, write_gguf
 from .merge import check_shard_size, merge, stored_dtype, write_model
 from .ollama import modelfile
@@ -120,9 +120,9 @@ class EquivalenceCheck:
     def __init__(self,
         plan:ExportPlan,     # What is exported
         chat:ChatModel,      # The trained model
-        told:Callable = say, # Where progress is said
+        log:Callable = log_line, # Where progress is said
     ):
-        self.plan, self.told, self.verdicts = plan, told, []
+        self.plan, self.told, self.verdicts = plan, log, []
         self.questions = fixed_questions(plan.answers, plan.prompts)
         self.said:ReferenceAnswers = reference_of(chat, self.questions, plan.max_new_tokens)
         self.prompts, self.effect = self.said.prompts, effect_of(chat, self.said)
@@ -211,18 +211,18 @@ def _gguf(check:EquivalenceCheck, part:Path, kind:str, chat:ChatModel):
     check.llama(file, name, limits)
 
 # %% ../../nbs/export/04_export.ipynb #export-model
-def _made(plan:ExportPlan, part:Path, told:Callable)->dict:
+def _made(plan:ExportPlan, part:Path, log:Callable)->dict:
     "Make everything in a folder; the report."
     choice = plan.choice.resolved()
     dtype = stored_dtype(choice.model_name_or_path, plan.dtype)
     chat = load_chat_model(replace(choice, quantization_bit=None, dtype=dtype))
     if plan.gguf: family_of(chat.model.config)
-    told(f"asking the trained model {plan.answers} questions")
-    check, device = EquivalenceCheck(plan, chat, told), str(chat.device)
+    log(f"asking the trained model {plan.answers} questions")
+    check, device = EquivalenceCheck(plan, chat, log), str(chat.device)
     if choice.quantization_bit:
         check.model(f"adapter on the base in {choice.quantization_bit} bit",
             load_chat_model(replace(choice, dtype=dtype)), {})
-    told(f"merging and writing {dtype}")
+    log(f"merging and writing {dtype}")
     write_model(merge(chat), part, plan.max_shard_size)
     longest, bare = chat.longest, ChatModel(_Gone(device), chat.renderer)
     del chat
@@ -268,7 +268,8 @@ def equivalence_text(
     return (f"## Compared with the trained model\n\nEach artefact was opened again and compared on {made['answers']} "
         f"questions ({made['questions']}), greedy answers of up to {made['max_new_tokens']} tokens. "
         f"{'All are within their limits.' if report['passed'] else '**Not all are within their limits.**'}\n\n"
-        f"{equivalence_table(report['verdicts'])}\n" + (f"\n{more}\n" if (more := not_the_same(report["verdicts"])) else ""))
+        f"{equivalence_table(report['verdicts'])}\n"
+        + (f"\n{more}\n" if (more := not_the_same(report["verdicts"])) else ""))
 
 # %% ../../nbs/export/04_export.ipynb #report-failure
 def _report_failure(failed:Path, report:dict):
@@ -285,14 +286,14 @@ def _report_failure(failed:Path, report:dict):
 def export(
     plan:ExportPlan,                # What, where, and within which limits
     card:Callable = plain_card,     # Makes the model card of the report
-    told:Callable = say,            # Where progress is said
+    log:Callable = log_line,            # Where progress is said
 )->dict:                            # The report; its `passed` says whether there is a folder
     "Export a trained model. Raises `UserError` for what cannot be exported, `Interrupted` when asked to stop."
     place = plan.place
     clear_leftovers(place)
     plan.check_place()
     with _unfinished(place) as part:
-        report = _made(plan, part, told)
+        report = _made(plan, part, log)
         write_json(part/"equivalence.json", report)
         write_bytes(part/"README.md", card(report).encode())
         if report["passed"]: take_place(part, place)

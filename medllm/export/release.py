@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from ..core import UserError, find_path, first_line, say
+from ..core import UserError, find_path, first_line, log_line
 from ..json_file import misfit, read_json
 from ..models.chat import ModelChoice
 from ..records.ro_crate import model_card_text
@@ -111,11 +111,12 @@ def release(
     plan:ExportPlan,               # What, where, and within which limits
     record:str = "",               # Folder of the record; "" looks beside the model
     evaluations:Sequence[str] = (),# Folders with results of evaluations
-    told:Callable = say,           # Where progress is said
+    log:Callable = log_line,           # Where progress is said
 )->dict:                           # The report of `medllm.export.export`
     "Export a model with a card from its record. Raises `UserError` for what cannot be exported, or a record that is none."
     found = record_beside(plan, record)
     figures = evaluation_figures(evaluations, _made(plan)) if evaluations else ""
-    if found: model_card_text(found)                                  # says what is wrong with it before anything is made
+    # says what is wrong with it before anything is made
+    if found: model_card_text(found)
     plan = replace(plan, choice=as_trained(plan.choice, found))
-    return export(plan, partial(_card, record=found, figures=figures), told)
+    return export(plan, partial(_card, record=found, figures=figures), log)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from ..core import UserError, nearest, say
+from ..core import UserError, nearest, log_line
 from .answer_text import boxed, chosen_letters, answer_conclusion, json_in, letters_of, options_in, said
 from .names import asserts, name_key, others_named, plain_spelling, read_names
 from .quantities import Quantity, analyte_in, comparable, folded, quantities, same_quantity
@@ -311,4 +311,4 @@ def check_golds(
                 f"--reward_funcs {name}: none of the {len(golds)} rows has a gold answer that "
                 f"it can read ({rule.wants}); "
                 "look at the dataset's column of gold answers")
-        if count < len(golds): say(f"reward {name} applies to {count} of {len(golds)} rows")
+        if count < len(golds): log_line(f"reward {name} applies to {count} of {len(golds)} rows")

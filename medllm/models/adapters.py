@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core import UserError, find_path, foreign, nearest, say
+from ..core import UserError, find_path, foreign, nearest, log_line
 from ..json_file import read_json
 from .folder import check_files, held, read_object, text_field
 from .loading import from_cache, model_location, scalar_head
@@ -228,7 +228,7 @@ def base_of(
     if not base: raise UserError(f"{file} does not name its base model: give it with --model_name_or_path")
     with_others = f" with {', '.join(below)} merged into it, as its files say" if below else ", as it says"
     line = f"{folder} is an adapter of {base}{with_others}"
-    if line not in _told: say(line)
+    if line not in _told: log_line(line)
     _told.add(line)
     return from_cache(base, str(file))
 

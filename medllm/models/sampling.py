@@ -49,15 +49,15 @@ def _running_sum(mass:torch.Tensor)->torch.Tensor:
 def draw_tokens(
     logits:torch.Tensor,   # (N, V)
     uniforms:torch.Tensor, # (N,), float64 in [0, 1)
-    how:Sampling,          # Temperature and cuts
+    sampling:Sampling,          # Temperature and cuts
 )->torch.Tensor:           # (N,) token ids
     "The token that each number stands for."
-    if how.temperature < 1e-6: return logits.argmax(-1)       # nearer to 0, the quotient is infinite
-    mass, order = torch.softmax(logits.float()/how.temperature, -1), None
-    if not how.whole: mass, order = mass.topk(min(how.top_k or mass.shape[-1], mass.shape[-1]))
+    if sampling.temperature < 1e-6: return logits.argmax(-1)       # nearer to 0, the quotient is infinite
+    mass, order = torch.softmax(logits.float()/sampling.temperature, -1), None
+    if not sampling.whole: mass, order = mass.topk(min(sampling.top_k or mass.shape[-1], mass.shape[-1]))
     mass = _running_sum(mass.double())
     last, kept = mass.shape[-1] - 1, mass[:, -1:]
-    if how.top_p < 1: kept = mass.gather(1, (mass < how.top_p*kept).sum(1, keepdim=True).clamp(max=last))
+    if sampling.top_p < 1: kept = mass.gather(1, (mass < sampling.top_p*kept).sum(1, keepdim=True).clamp(max=last))
     at = torch.searchsorted(mass, uniforms[:, None]*kept, right=True).clamp(max=last)
     return (at if order is None else order.gather(1, at))[:, 0]
 
@@ -135,10 +135,10 @@ class _Answers:
         return ~self.ended[self.inside]
 
 # %% ../../nbs/models/08_sampling.ipynb #answer
-def _answer(model, prompts:list, uniforms:torch.Tensor, how:Sampling, stop_ids:list, pad_id:int)->_Answers:
+def _answer(model, prompts:list, uniforms:torch.Tensor, sampling:Sampling, stop_ids:list, pad_id:int)->_Answers:
     "Answers to P prompts, as many to each as there are rows of `uniforms` for it."
     device, each = model.device, len(uniforms)//len(prompts)
-    ids, seen = _left_padded(prompts, pad_id, how.max_new_tokens, device)
+    ids, seen = _left_padded(prompts, pad_id, sampling.max_new_tokens, device)
     width, stops, padded = ids.shape[1], torch.tensor(stop_ids, device=device), not bool(seen.all())
     last = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
     placed = takes(model, "position_ids")
@@ -151,14 +151,14 @@ def _answer(model, prompts:list, uniforms:torch.Tensor, how:Sampling, stop_ids:l
     cache.batch_repeat_interleave(each)
     logits, seen = logits.repeat_interleave(each, 0), seen.repeat_interleave(each, 0)
     place = seen[:, :width].sum(1)
-    answers, uniforms = _Answers(len(uniforms), how.max_new_tokens, pad_id, device), uniforms.to(device)
-    for at in range(how.max_new_tokens):
+    answers, uniforms = _Answers(len(uniforms), sampling.max_new_tokens, pad_id, device), uniforms.to(device)
+    for at in range(sampling.max_new_tokens):
         odd = (not_finite(logits) & ~answers.ended[answers.inside]).any()
-        tokens = draw_tokens(logits, uniforms[answers.inside, at], how)
+        tokens = draw_tokens(logits, uniforms[answers.inside, at], sampling)
         going = answers.add(tokens, at, stops)
         left, odd = torch.stack([going.sum(), odd.long()]).tolist()       # the device is waited for once
         if odd: raise NotFinite
-        if not left or at + 1 == how.max_new_tokens: break
+        if not left or at + 1 == sampling.max_new_tokens: break
         if left <= 0.75*len(going):
             keep = going.nonzero()[:, 0]
             cache.batch_select_indices(keep)
@@ -187,7 +187,7 @@ def sample_answers(
     model,                  # A causal language model, bare or with an adapter
     prompts:list,           # P prompts, each its token ids
     uniforms:torch.Tensor,  # (P*G, L), from `uniform_table`; the G answers to a prompt are neighbours
-    how:Sampling,           # Length, temperature, cuts
+    sampling:Sampling,           # Length, temperature, cuts
     stop_ids:list[int],     # Tokens that end an answer
     pad_id:int = 0,         # Any id: pads are never looked at
     rows:int = 64,          # Answers drawn at a time
@@ -199,7 +199,7 @@ def sample_answers(
     with at_rest(model):
         for some in np.split(order, range(max(rows//each, 1), len(order), max(rows//each, 1))):
             mine = (some[:, None]*each + np.arange(each)).reshape(-1)
-            drawn = _answer(model, [prompts[i] for i in some], uniforms[mine], how, stop_ids, pad_id)
+            drawn = _answer(model, [prompts[i] for i in some], uniforms[mine], sampling, stop_ids, pad_id)
             parts.append((mine, drawn))
     back = torch.from_numpy(np.argsort(np.concatenate([mine for mine, _ in parts])))
     def whole(name): return torch.cat([getattr(answers, name).cpu() for _, answers in parts])[back]

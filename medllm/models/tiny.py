@@ -13,7 +13,7 @@ import shutil
 from functools import cache
 from pathlib import Path
 
-from ..core import UserError, bundled, quiet_bars, say
+from ..core import UserError, bundled, quiet_bars, log_line
 from ..files import sha256
 from ..data.templates import TEMPLATES
 from ..machine import all_described, beside, cache_home, first_difference
@@ -106,7 +106,7 @@ def _keep_whole(folder:Path):
     try: why = first_difference(folder, json.loads((folder/"medllm_tiny.json").read_text(encoding="utf-8"))["files"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError): why = "medllm_tiny.json cannot be read"
     if not why: return
-    say(f"the tiny model in {folder} is damaged ({why}); it is made anew")
+    log_line(f"the tiny model in {folder} is damaged ({why}); it is made anew")
     shutil.rmtree(folder)
 
 # %% ../../nbs/models/01_tiny.ipynb #tiny-folder

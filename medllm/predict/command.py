@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from ..core import UserError, say
+from ..core import UserError, log_line
 from ..marks import asked
 from ..parameters import flag
 
@@ -82,26 +82,26 @@ def preflight(self:PredictRun):
 
 # %% ../../nbs/predict/02_command.ipynb #answer
 def read_request(
-    wanted:PredictRun, # Its model, dataset and columns
+    config:PredictRun, # Its model, dataset and columns
 ):                     # `medllm.predict.predict.PredictRequest`
     "The model, loaded, and the questions. Raises `UserError` when one of them is missing or wrong."
     from medllm.data.registry import find_sources
     from medllm.models.chat import load_chat_model
     from medllm.predict.predict import read_questions
-    keep = [name.strip() for name in wanted.keep_columns.split(",") if name.strip()]
-    return read_questions(load_chat_model(wanted.choice()), find_sources(wanted.dataset, wanted.dataset_dir),
-        wanted.columns, keep, wanted.max_samples)
+    keep = [name.strip() for name in config.keep_columns.split(",") if name.strip()]
+    return read_questions(load_chat_model(config.choice()), find_sources(config.dataset, config.dataset_dir),
+        config.columns, keep, config.max_samples)
 
 # %% ../../nbs/predict/02_command.ipynb #answer-all
 def answer_all(
-    wanted:PredictRun,  # How
+    config:PredictRun,  # How
     asked,              # From `read_request`
     output:str|Path,    # File of the answers
     tell=None,          # Called with the progress after each batch; None says it on stderr
 )->dict:                # From `medllm.predict.predict.summary_of`
     "Answer the questions into the file."
     from medllm.predict.predict import predict
-    return predict(asked, output, wanted.sampling(), wanted.seed, wanted.batch_size, wanted.overwrite, tell)
+    return predict(asked, output, config.sampling(), config.seed, config.batch_size, config.overwrite, tell)
 
 # %% ../../nbs/predict/02_command.ipynb #verb
 def predict_command(
@@ -115,7 +115,8 @@ def predict_command(
     wanted.preflight()
     n = answer_all(wanted, read_request(wanted), wanted.output)
     skipped = "".join(f", {count} not asked ({reason})" for reason, count in n["skipped"].items())
-    say(f"{n['answered']} of {n['rows']} rows answered{skipped}; {n['answered'] - n['ended']} answers were cut off")
+    log_line(
+        f"{n['answered']} of {n['rows']} rows answered{skipped}; {n['answered'] - n['ended']} answers were cut off")
     print(wanted.output)
     return 0
 

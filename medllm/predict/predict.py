@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..core import Interrupted, UserError, say
+from ..core import Interrupted, UserError, log_line
 from ..files import sha256, write_bytes
 from ..data.accounts import Account
 from ..data.cache import renderer_hash, source_files
@@ -29,7 +29,7 @@ from ..data.json_reader import Bad, Row
 from ..data.readers import read_rows
 from ..data.registry import Source, with_columns
 from ..json_file import json_lines
-from ..models.chat import ChatModel, Said
+from ..models.chat import ChatModel, Completion
 from ..models.sampling import Sampling, rows_that_fit
 from ..models.weights import weights_hash
 from ..interruption import Left, leaving, listening, polled
@@ -104,11 +104,11 @@ def read_questions(
 def plan_batches(
     lengths:Sequence[int], # Of the prompts [tokens]
     longest:int,           # Positions of the model
-    how:Sampling,          # Its `max_new_tokens` counts
+    sampling:Sampling,          # Its `max_new_tokens` counts
     rows:int,              # Most in a batch
 )->list[list[int]]:        # Numbers of prompts
     "Batches in the order in which they are answered."
-    room = [min(how.max_new_tokens, longest - n) for n in lengths]
+    room = [min(sampling.max_new_tokens, longest - n) for n in lengths]
     batches = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if not batches or len(batches[-1]) == rows or room[batches[-1][0]] != room[i]: batches.append([])
@@ -125,21 +125,21 @@ def row_seed(
 
 # %% ../../nbs/predict/01_predict.ipynb #job
 def job_of(
-    asked:PredictRequest,        # Who is asked what
-    how:Sampling,       # How answers are drawn
+    request:PredictRequest,        # Who is asked what
+    sampling:Sampling,       # How answers are drawn
     seed:int,           # Of the run
 )->dict:                # Plain values
     "What the answers depend on."
-    chat, choice, whole = asked.chat, asked.chat.choice, hashlib.sha256()
-    for q in asked.questions:
+    chat, choice, whole = request.chat, request.chat.choice, hashlib.sha256()
+    for q in request.questions:
         whole.update(f"{q.where} {q.reason} ".encode() + (b"" if q.prompt is None else q.prompt.tobytes()))
     return {
         "model": choice.model_name_or_path, "adapter": choice.adapter_name_or_path or "",
         "weights": [weights_hash(name) for name in (choice.model_name_or_path, *choice.adapters)],
         "quantization_bit": choice.quantization_bit or 0, "dtype": str(chat.model.dtype).removeprefix("torch."),
-        "renderer": renderer_hash(chat.renderer), "sampling": asdict(how), "seed": seed,
-        "data": asked.files,
-        "rows": len(asked.questions), "questions_sha256": whole.hexdigest(),
+        "renderer": renderer_hash(chat.renderer), "sampling": asdict(sampling), "seed": seed,
+        "data": request.files,
+        "rows": len(request.questions), "questions_sha256": whole.hexdigest(),
         "versions": {name: metadata.version(name) for name in ("medllm", "torch", "transformers")}}
 
 # %% ../../nbs/predict/01_predict.ipynb #job-id
@@ -160,7 +160,7 @@ def output_row(
     job:dict,     # From `job_of`
     row:int,      # Number in the input, from 0
     question:InputRow, # What was asked
-    said:Said|None = None, # The answer; None for a question that cannot be asked
+    said:Completion|None = None, # The answer; None for a question that cannot be asked
 )->dict:
     "A line of the output."
     front = {"row": row, "where": question.where, **question.kept, "header": _header(job, row, question.prompt)}
@@ -202,7 +202,7 @@ class Pace:
             sys.stderr.flush()
         elif time.monotonic() - self.told >= self.every or n["rows"] == n["of"]:
             self.told = time.monotonic()
-            say(text)
+            log_line(text)
 
 # %% ../../nbs/predict/01_predict.ipynb #summary
 def summary_of(
@@ -248,23 +248,24 @@ def _answer_batch(chat:ChatModel, questions:Sequence[InputRow], batch:list[int],
 
 # %% ../../nbs/predict/01_predict.ipynb #predict-2
 def predict(
-    asked:PredictRequest,               # From `read_questions`
+    request:PredictRequest,               # From `read_questions`
     output:str|Path,           # File of the answers, a line each
-    how:Sampling,              # How they are drawn
+    sampling:Sampling,              # How they are drawn
     seed:int = 42,             # Of drawn answers
     rows:int = 0,              # Most in a batch; 0: as many as fit
     overwrite:bool = False,    # Begin again, whatever is there
     tell:Callable|None = None, # Called with the progress after each batch; None says it on stderr
 )->dict:                       # From `summary_of`
     "Answer questions into a file. Raises `UserError`, and `Interrupted` when it is asked to stop."
-    chat, questions, job = asked.chat, asked.questions, job_of(asked, how, seed)
+    chat, questions, job = request.chat, request.questions, job_of(request, sampling, seed)
     able = [i for i, q in enumerate(questions) if q.prompt is not None]
     lengths = [len(questions[i].prompt) for i in able]
     with PartFile(output) as part, listening(), polled():
         if overwrite: part.cut(0)
         if not overwrite and (there := _complete(part, job)): return there
-        rows = begun(part, job, rows or rows_that_fit(chat.model, min(max(lengths) + how.max_new_tokens, chat.longest)))
-        plan = [[able[i] for i in batch] for batch in plan_batches(lengths, chat.longest, how, rows)]
+        rows = begun(part, job, rows or rows_that_fit(chat.model,
+            min(max(lengths) + sampling.max_new_tokens, chat.longest)))
+        plan = [[able[i] for i in batch] for batch in plan_batches(lengths, chat.longest, sampling, rows)]
         unable = [i for i, q in enumerate(questions) if q.prompt is None]
         plan = [unable]*bool(unable) + plan                            # what cannot be asked is written first
         done = answered(part, plan)

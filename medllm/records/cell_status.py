@@ -17,11 +17,11 @@ from fastcore.basics import patch
 from papermill.engines import NotebookExecutionManager
 from papermill.iorw import papermill_io
 
-from ..core import say
+from ..core import log_line
 from ..files import write_bytes
 from .record import ENDED, Run
 from .redact import Policy, safe_outputs
-from ..secrets import scrub, scrub_values
+from ..secrets import redact, redact_values
 
 # %% ../../nbs/records/05_cell_status.ipynb #manager
 def _lines(text):
@@ -44,7 +44,7 @@ class RecordManager(NotebookExecutionManager):
             cell["outputs"], found = safe_outputs(cell, self.policy)
             cell["outputs"] = [o | {"text": _lines(o["text"])} if "text" in o else o for o in cell["outputs"]]
             counts.update(found)
-        rest, found = scrub_values({k: v for k, v in cell.items() if k != "outputs"})
+        rest, found = redact_values({k: v for k, v in cell.items() if k != "outputs"})
         counts.update({f"secret: {rule}": n for rule, n in found.items()})
         self._counts[index] = counts
         cell |= rest | {"source": _lines(rest["source"])}
@@ -52,7 +52,7 @@ class RecordManager(NotebookExecutionManager):
 
     def text(self)->bytes:
         "The notebook as it may be written."
-        meta = json.dumps(scrub_values(self.nb.metadata)[0], indent=1, sort_keys=True, ensure_ascii=False, default=str)
+        meta = json.dumps(redact_values(self.nb.metadata)[0], indent=1, sort_keys=True, ensure_ascii=False, default=str)
         end = f'\n],\n"metadata": {meta},\n"nbformat": 4,\n"nbformat_minor": {self.nb.nbformat_minor}\n}}\n'
         cells = [part for i in range(len(self.nb.cells)) for part in (b",\n", self.cell_text(i))][1:]
         return b"".join([b'{\n"cells": [\n', *cells, end.encode("utf-8", errors="replace")])
@@ -85,7 +85,7 @@ def _write(self:RecordManager, text:bytes):
 # %% ../../nbs/records/05_cell_status.ipynb #not-saved
 @patch
 def _not_saved(self:RecordManager, error:OSError):
-    if not self._unsaved: say(f"{self.output_path} could not be saved ({error.strerror}); the earlier one stays")
+    if not self._unsaved: log_line(f"{self.output_path} could not be saved ({error.strerror}); the earlier one stays")
     self._unsaved += 1
     if self._told < 1: self._tell("record_not_saved", reason=error.strerror)
 
@@ -128,7 +128,7 @@ class TrueManager(RecordManager):
 
     def end(self, status:str, reason:str = ""):
         "The run has ended, and how; the first one stays."
-        if self.status not in ENDED: self.status, self.reason = status, scrub(reason)[0]
+        if self.status not in ENDED: self.status, self.reason = status, redact(reason)[0]
 
     def notebook_complete(self, **kwargs):
         "Write how it ended."

@@ -10,7 +10,7 @@ import re
 from itertools import chain, count
 from pathlib import Path
 
-from ..core import UserError, say
+from ..core import UserError, log_line
 from ..files import write_bytes
 from .page import as_said, curves_of, still_picture, flat_values, rendered, result_of, run_page, used, view
 
@@ -47,8 +47,8 @@ def _entry(run:dict, row:dict, curves:dict)->dict:
         "sort": {k: row[k] or None for k in ("title", "status", "stage", "data", "model", "began")} | {
             "met": marks["shown"]/asked - marks["missed"] if asked else None, "result": result_of(metrics)[1],
             "took": state.get("duration_s")},
-        "metrics": {k: v for k, v in flat_values(metrics) if not isinstance(v, str | list)}, "parameters": dict(flat_values(kept)),
-        "environment": dict(flat_values(state.get("provenance") or {})),
+        "metrics": {k: v for k, v in flat_values(metrics) if not isinstance(v, str | list)},
+        "parameters": dict(flat_values(kept)), "environment": dict(flat_values(state.get("provenance") or {})),
         "data": {f"{d.get('name')} sha256": hashes(d.get("sha256")) for d in (state.get("inputs") or {}).get("data")
             or []}}
 
@@ -112,7 +112,7 @@ def _page(folder:Path)->str:
     "A record's page; one that says why where it cannot be made."
     try: return run_page(folder, index=True)
     except Exception as e:
-        say(f"{folder}: its page cannot be made ({type(e).__name__}); the others are not touched by that")
+        log_line(f"{folder}: its page cannot be made ({type(e).__name__}); the others are not touched by that")
         return rendered("broken.html", title=folder.name, folder=str(folder), why=f"{type(e).__name__}: {str(e)[:200]}",
             data={})
 

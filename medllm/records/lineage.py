@@ -40,7 +40,7 @@ def _note(then:dict, now:dict, place:str)->str:
 def _record_of(place:str|Path)->dict:
     "run.json beside a model, or what training without a record left; a torn one is said to be so."
     if (Path(place)/"run.json").exists(): return read_run_json(place) or {"status": "torn"}
-    return _trained(Path(place)) if (Path(place)/"contract.json").exists() else {}
+    return _trained(Path(place)) if (Path(place)/"fingerprint.json").exists() else {}
 
 # %% ../../nbs/records/02_lineage.ipynb #trained
 _LOSSES = {"loss_first": NUMBER, "loss_last": NUMBER, "rows": [{"name": str}]}
@@ -55,15 +55,15 @@ def _table(file:Path, shape:dict)->dict:
 # %% ../../nbs/records/02_lineage.ipynb #trained-2
 def _trained(folder:Path)->dict:
     "What is known of a model that `medllm train` wrote, in the form of a run.json."
-    contract = _table(folder/"contract.json", {"stage!": str, "model": str, "adapters": [str]})
-    if not contract: return {}
+    fingerprint = _table(folder/"fingerprint.json", {"stage!": str, "model": str, "adapters": [str]})
+    if not fingerprint: return {}
     told = [e for e in read_events(folder) if e.get("event") == "begins" and not misfit(e, _BEGINS)]
     told, metrics = told[-1] if told else {}, _table(folder/"metrics.json", _LOSSES)
     base = told.get("model") or _table(folder/"adapter_config.json", _BASE).get("base_model_name_or_path")
-    adapters = zip(names(told.get("adapters") or ""), contract.get("adapters") or [])
-    found = [("base", base, contract.get("model")), *(("adapter", *a) for a in adapters)]
+    adapters = zip(names(told.get("adapters") or ""), fingerprint.get("adapters") or [])
+    found = [("base", base, fingerprint.get("model")), *(("adapter", *a) for a in adapters)]
     data = [r.get("name") for r in metrics.get("rows") or []] or names(told.get("dataset") or "")
-    return {"status": "medllm train, without a record", "stage": contract["stage"], "metrics": metrics,
+    return {"status": "medllm train, without a record", "stage": fingerprint["stage"], "metrics": metrics,
         "inputs": {"data": [{"name": str(name)} for name in data]},
         "consumed": [{"role": role, "name": name or "",
             "place": str(_place(name)) if name else "a model that is not named",

@@ -145,7 +145,8 @@ def flat_values(
 )->list[tuple[str, object]]:
     "Nested values as pairs of a name and a value."
     pairs = ((f"{front}{name}", value) for name, value in values.items())
-    return [p for name, v in pairs for p in (flat_values(v, f"{name} · ") if isinstance(v, dict) and v else [(name, v)])]
+    return [p for name, v in pairs for p in (flat_values(v, f"{name} · ") if isinstance(v, dict)
+        and v else [(name, v)])]
 
 # %% ../../nbs/records/16_page.ipynb #facts
 def _facts(values:dict)->list[tuple[str, str]]:
@@ -175,7 +176,8 @@ def used(
 def _summary(state:dict)->str:
     "A run in a sentence."
     (data, model), m, told = used(state), state.get("metrics") or {}, []
-    whole = PAGE_KINDS.get(state.get("stage"), "A run") + (f" of {model}" if model else "") + (f" on {data}" if data else "")
+    whole = PAGE_KINDS.get(state.get("stage"), "A run") + (f" of {model}" if model else "") + (f" on {data}" if data
+        else "")
     if m.get("loss_first") and m.get("loss_last"):
         told.append(f"the loss went from {m['loss_first']:.3g} to {m['loss_last']:.3g}"
             + (f" in {m['steps']} steps" if m.get("steps") else ""))

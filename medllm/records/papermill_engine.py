@@ -9,7 +9,7 @@ __all__ = ['LazyEngine', 'one_line']
 import sys
 from pathlib import Path
 
-from ..core import say
+from ..core import log_line
 from ..machine import arrive, place_fault
 
 # %% ../../nbs/records/10_papermill_engine.ipynb #door
@@ -55,7 +55,7 @@ def one_line(
     "Whether an error of `papermill --engine medllm` is a user's, and was said."
     words = " ".join(argv[1:]).replace("--engine=", "--engine ")
     if Path(argv[0] if argv else "").stem != "papermill" or "--engine medllm" not in words: return False
-    if told := _told(error): say(f"error: {told}")
+    if told := _told(error): log_line(f"error: {told}")
     return bool(told)
 
 # %% ../../nbs/records/10_papermill_engine.ipynb #hook

@@ -30,7 +30,7 @@ from ..processes import is_there, process_mark
 from ..json_file import NUMBER, misfit, parse_json, place, read_bounded, read_json
 from ..machine import check_writable
 from ..marks import conclusion
-from ..secrets import scrub_values
+from ..secrets import redact_values
 
 # %% ../../nbs/records/00_record.ipynb #provenance
 _PACKAGES = (
@@ -169,13 +169,13 @@ class Run:
         new = values.get("status", self.state.get("status"))
         changed = new != self.state.get("status")
         self.state |= values
-        write_json(self.file, scrub_values({"schema": RECORD_SCHEMA} | self.state)[0])
+        write_json(self.file, redact_values({"schema": RECORD_SCHEMA} | self.state)[0])
         if changed: self.event("status", status=new, reason=self.state.get("reason", ""))
         return self
 
     def event(self, name:str, **facts):
         "Append a line to events.jsonl, on the disk at once."
-        append_event(self.folder, name, **scrub_values(facts)[0])
+        append_event(self.folder, name, **redact_values(facts)[0])
         return self
 
     def end(self, status:str, reason:str = "", **values):
@@ -249,7 +249,7 @@ STATE = {        # the kinds of what is read out of run.json; all else is only s
     **dict.fromkeys(("stage", "status", "started", "ended", "reason", "tag", "note", "profile", "conclusion"), str),
     "duration_s": NUMBER, "warnings": [str], "seals": bool,
     "parameters": {"extra": dict}, "arguments": dict, "effective": dict, "privacy": dict, "parent": {...: place},
-    "weights": _HASHES, "contract": {"sha256": str, "parts": dict},
+    "weights": _HASHES, "fingerprint": {"sha256": str, "parts": dict},
     "provenance": {"code": {"version": str, "commit": str, "diff_sha256": str}, "python": str, "system": str,
         "processor": str, "packages": _HASHES, "gpus": [str], "determinism": {"threads": int}},
     "inputs": {"data": [{"name": str, "place": str, "sha256": (_HASHES, str), "revision": str, "licence": str,

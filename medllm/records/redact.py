@@ -19,7 +19,7 @@ import nbformat
 import nh3
 
 from ..core import SENTENCES, bundled
-from ..secrets import scrub, scrub_values
+from ..secrets import redact, redact_values
 
 # %% ../../nbs/records/04_redact.ipynb #ansi
 _COLOUR = re.compile(r"\x1b\[(?:\d{1,3}(?:;\d{1,3}){0,7})?m")
@@ -158,7 +158,8 @@ def safe_error(
 )->dict:
     "An error without anything that may quote data."
     ename = output["ename"] if re.fullmatch(r"[A-Za-z_][\w.]{0,80}", output["ename"]) else "Exception"
-    ours = ename in SENTENCES and without_control("\n".join(output["traceback"])) == without_control(f"error: {output['evalue']}")
+    ours = ename in SENTENCES and without_control("\n".join(output["traceback"])) == without_control(
+        f"error: {output['evalue']}")
     said = without_control(output["evalue"]) if ours or (ename == "SystemExit" and output["evalue"].isdigit()) else (
         "text left out: the dataset is private")
     frames = _frames(output["traceback"])
@@ -179,7 +180,8 @@ def _painted(value, counts:Counter):
         return without_control(whole).split("\n") if _hides(whole) else value
     return without_control(value) if isinstance(value, str) and _hides(value) else value
 
-def _hides(text:str)->bool: return "\x1b" in text and sum(scrub(without_control(text))[1].values()) > sum(scrub(text)[1].values())
+def _hides(text:str)->bool:
+    return "\x1b" in text and sum(redact(without_control(text))[1].values()) > sum(redact(text)[1].values())
 
 # %% ../../nbs/records/04_redact.ipynb #safe-outputs
 def safe_outputs(
@@ -198,7 +200,7 @@ def safe_outputs(
         elif kind == "stream": out.append({**o, "text": _painted(safe_text(_cut(o["text"])), counts)})
         else: out.append({**o, "data": _safe_data(o["data"], counts), "metadata": {}})
     if counts["outputs_left_out"]: out.insert(0, redaction_note(LEFT_OUT))
-    out, found = scrub_values(_within(out, counts))
+    out, found = redact_values(_within(out, counts))
     return out, dict(counts + Counter({f"secret: {rule}": n for rule, n in found.items()}))
 
 # %% ../../nbs/records/04_redact.ipynb #log
@@ -210,7 +212,7 @@ class SafeLog:
     def write(self, line:str):
         "Write a line, or leave it out."
         if self.private and not (line := self._hide(line)): return
-        self.file.write(scrub(safe_text(line))[0])
+        self.file.write(redact(safe_text(line))[0])
         self.file.flush()
 
     def _hide(self, line:str)->str:
@@ -239,7 +241,7 @@ def scrub_folder(
         if file.suffix not in _TEXTS or file.name == "seal.json" or not file.is_file() or file.stat().st_size > 2**26:
             continue
         text = file.read_bytes().decode("utf-8", errors="surrogateescape")
-        clean, found = scrub(text)
+        clean, found = redact(text)
         if found: write_bytes(file, clean.encode("utf-8", errors="surrogateescape"))
         counts.update(found)
     return dict(counts)

@@ -23,7 +23,7 @@ from .verdict import verdict_markdown
 # %% ../../nbs/records/17_ro_crate.ipynb #read
 _FILES = ("run.json", "record.ipynb", "source.ipynb", "events.jsonl", "history.jsonl", "metrics.json", "loss.png",
     "seal.json",
-    "seal.json.sig", "contract.json", "report_card.json", "report_card.png", "table.md", "sweep.png", "card.json",
+    "seal.json.sig", "fingerprint.json", "report_card.json", "report_card.png", "table.md", "sweep.png", "card.json",
     "card.md")
 
 def _ended(folder:Path)->dict:

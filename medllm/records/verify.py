@@ -18,7 +18,7 @@ from ..models.loading import model_location
 from .listing import field_of, find_record
 from .lineage import ancestry
 from .record import RUNNING, read_events, read_log, read_run_json, status_of, why_torn
-from .seal import SealState, broken, cell_names, fingerprint, flat_table, hashes, look_at_seal, read_notebook
+from .seal import SealState, broken, cell_names, value_hash, flat_table, hashes, look_at_seal, read_notebook
 from .signing import seal_signature
 
 # %% ../../nbs/records/13_verify.ipynb #status
@@ -86,12 +86,12 @@ def _metrics(folder:Path, state:dict, found:dict)->str:
     if (folder/"metrics.json").exists():
         for path, value in flat_table(_table(folder/"metrics.json", found)).items():
             here = field_of(metrics, path)
-            if named(path) or fingerprint(here) == fingerprint(value): continue
+            if named(path) or value_hash(here) == value_hash(value): continue
             found.pop("metrics.json", None)
             found[f"metrics.json {path}"] = f"metrics.json: {path} is {value}, and {here} in run.json"
     losses = [h["loss"] for h in _history(folder, found) if "loss" in h]
     for path, at in (("loss_first", 0), ("loss_last", -1)):
-        if losses and metrics.get(path) is not None and not named(path) and fingerprint(metrics[path]) != fingerprint(
+        if losses and metrics.get(path) is not None and not named(path) and value_hash(metrics[path]) != value_hash(
             losses[at]):
             found.pop("history.jsonl", None)
             found[f"history.jsonl {path}"] = (

@@ -182,11 +182,11 @@ class Grounding:
     "Finds passages for conversations and checks what was made of them. Threads may share it."
     def __init__(self,
         files:str|Iterable[str]|KnowledgePlan|Index, # Sources; or how they are read; or an index
-        how:GroundingPlan = GroundingPlan(),         # Number of passages, thresholds
+        plan:GroundingPlan = GroundingPlan(),         # Number of passages, thresholds
     ):
         if isinstance(files, str): files = files.split(",")
         if not isinstance(files, (Index, KnowledgePlan)): files = KnowledgePlan(tuple(map(str, files)))
-        self.index, self.how = files if isinstance(files, Index) else open_index(files), how
+        self.index, self.how = files if isinstance(files, Index) else open_index(files), plan
 
     def fits(self,
         hit:Hit, # Of a search
@@ -276,15 +276,15 @@ def grounded_answers(
     chat:ChatModel,            # Who answers
     grounding:Grounding,       # From what
     questions:Sequence[str],   # One conversation each
-    how:Sampling,              # Length, temperature, cuts
+    sampling:Sampling,              # Length, temperature, cuts
     seeds:Sequence[int] = (),  # One for each question; default 0, 1, 2 …
 )->list[GroundedAnswer]:               # One for each question
     "Answers from the sources; the model is not asked where nothing was found."
-    def fits(turns): return len(chat.prompt(turns)) + how.max_new_tokens <= chat.longest
+    def fits(turns): return len(chat.prompt(turns)) + sampling.max_new_tokens <= chat.longest
     asked = [grounding.turns([Turn("user", q)], fits) for q in questions]
     found = [i for i, (_, passages) in enumerate(asked) if passages]
     seeds = list(seeds) or list(range(len(questions)))
-    said = iter(chat.answers([chat.prompt(asked[i][0]) for i in found], how, [seeds[i] for i in found]))
+    said = iter(chat.answers([chat.prompt(asked[i][0]) for i in found], sampling, [seeds[i] for i in found]))
     answers = []
     for turns, passages in asked:
         if not passages: answers.append(GroundedAnswer(grounding.nothing(turns)))

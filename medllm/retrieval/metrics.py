@@ -102,17 +102,17 @@ def search_result(
     index:Index,                  # What is searched
     questions:Sequence[SearchQuestion], # With and without titles
     name:str = "retrieval",       # Of the result
-    how:GroundingPlan = GroundingPlan(), # When nothing was found
+    plan:GroundingPlan = GroundingPlan(), # When nothing was found
     **facts,                      # What else the figures depend on
 )->Result:                        # Of kind retrieval
     "Where the right passages are found."
-    lines, grounding = [], Grounding(index, how)
+    lines, grounding = [], Grounding(index, plan)
     for q in questions:
         hits = index.search(q.text, DEEP)
         rank = next((i for i, h in enumerate(hits, 1) if h.passage.title in q.titles), None)
         lines.append({"id": q.id, "inside": bool(q.titles), "rank": rank, "silent": not grounding.find(q.text),
             "share": max((h.share for h in hits), default=0.0)})
-    facts |= _facts(questions) | {"passages": len(index.passages), "deep": DEEP, "grounding": vars(how)}
+    facts |= _facts(questions) | {"passages": len(index.passages), "deep": DEEP, "grounding": vars(plan)}
     return Result(name, "retrieval", facts, lines)
 
 # %% ../../nbs/retrieval/03_metrics.ipynb #summarise-search
@@ -145,14 +145,14 @@ def grounded_result(
     chat:ChatModel,               # Who answers
     grounding:Grounding,          # From what
     questions:Sequence[SearchQuestion], # With and without titles
-    how:Sampling = Sampling(128, 0.0), # Length, temperature, cuts
+    sampling:Sampling = Sampling(128, 0.0), # Length, temperature, cuts
     name:str = "grounded",        # Of the result
     **facts,                      # What else the figures depend on; reveal=True keeps the answers
 )->Result:                        # Of kind grounded
     "Answers with passages against answers without."
     table, texts = read_names(), [q.text for q in questions]
-    plain = chat.answers([chat.prompt([Turn("user", text)]) for text in texts], how)
-    based = grounded_answers(chat, grounding, texts, how)
+    plain = chat.answers([chat.prompt([Turn("user", text)]) for text in texts], sampling)
+    based = grounded_answers(chat, grounding, texts, sampling)
     def right(text, q): return bool(q.titles) and asserts(text, [q.answer], table)
     lines = []
     for q, without, with_ in zip(questions, plain, based):
@@ -163,7 +163,7 @@ def grounded_result(
             "removed": states.count("removed"), "sentences": with_.sentences,
             "cited": len({c.sentence for c in with_.citations if c.state != "removed"})}
         lines.append(line | ({"question": q.text, "text": with_.text} if facts.get("reveal") else {}))
-    facts |= model_facts(chat) | _facts(questions) | {"grounding": vars(grounding.how), "sampling": vars(how)}
+    facts |= model_facts(chat) | _facts(questions) | {"grounding": vars(grounding.how), "sampling": vars(sampling)}
     return Result(name, "grounded", facts | {"passages": len(grounding.index.passages)}, lines)
 
 # %% ../../nbs/retrieval/03_metrics.ipynb #summarise-answers

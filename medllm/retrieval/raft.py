@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ..core import UserError, nearest, say
+from ..core import UserError, nearest, log_line
 from ..files import sha256, write_bytes, write_json
 from ..data.formats import Rejected, to_examples
 from ..data.json_reader import Bad
@@ -145,19 +145,20 @@ def raft_row(
 
 # %% ../../nbs/retrieval/04_raft.ipynb #raft-rows
 def raft_rows(
-    asked:Iterable[RaftQuestion|str], # From `passage_questions` or `dataset_questions`
+    questions:Iterable[RaftQuestion|str], # From `passage_questions` or `dataset_questions`
     index:Index,               # Of the sources
     plan:RaftPlan = RaftPlan(),# Shares, numbers, seed
 )->tuple[list[dict], Counter]: # Rows, and why others are none
     "Training rows. Raises `UserError` when no question can be used."
-    asked, lost, rows = list(asked), Counter(), {}
-    if plan.limit and len(asked) > plan.limit: asked = random.Random(plan.seed).sample(asked, plan.limit)
-    for one in asked:
+    questions, lost, rows = list(questions), Counter(), {}
+    if plan.limit and len(questions) > plan.limit: questions = random.Random(plan.seed).sample(questions, plan.limit)
+    for one in questions:
         row = one if isinstance(one, str) else raft_row(one, index, plan)
         if isinstance(row, str): lost[row] += 1
         elif rows.setdefault(row["question"], row) is not row: lost["the same question twice"] += 1
     if not rows:
-        raise UserError(f"no row came of {len(asked)} questions: {', '.join(f'{w} ({n})' for w, n in lost.items())}")
+        raise UserError(
+            f"no row came of {len(questions)} questions: {', '.join(f'{w} ({n})' for w, n in lost.items())}")
     return list(rows.values()), lost
 
 # %% ../../nbs/retrieval/04_raft.ipynb #write
@@ -185,7 +186,7 @@ def write_raft(
     entries = read_registry(str(folder)) if registry.exists() else {}
     licences = sorted({s.licence or plan.licence or "unknown" for s in sources})
     if "unknown" in licences:
-        say("the licence of a source is not known; name it with --licence, or register the source with one")
+        log_line("the licence of a source is not known; name it with --licence, or register the source with one")
     file = write_bytes(folder/f"{name}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows).encode())
     made = {"plan": asdict(plan), "rows": len(rows), "without_golden": sum(not r["golden"] for r in rows),
         "sources": {Path(path).name: digest for path, digest in source_hashes(sources).items()}}

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 from filelock import FileLock
 
-from ..core import UserError, find_path, foreign, say
+from ..core import UserError, find_path, foreign, log_line
 from ..files import sha256, write_bytes, write_json
 from ..data.cache import cache_folder
 from ..machine import beside, cache_home, placed
@@ -275,7 +275,7 @@ def _read(folder:Path, dense:Dense|None)->Index|None:
         if dense: dense.vectors = np.load(folder/"vectors.npy")
         return Index(passages, bm25, json.loads((folder/"held.json").read_text(encoding="utf-8")), dense)
     except (ValueError, TypeError, KeyError, OSError):
-        say(f"the index in {folder} is damaged; it is made anew")
+        log_line(f"the index in {folder} is damaged; it is made anew")
         return None
 
 # %% ../../nbs/retrieval/01_search.ipynb #open

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..core import UserError, say
+from ..core import UserError, log_line
 from ..models.sampling import Sampling
 from .rollout import add_rewards
 from ..train.arguments import Arguments
@@ -27,14 +27,14 @@ GRPO_LOSSES = ("grpo", "dr_grpo", "rloo")
 
 def group_advantages(
     rewards:torch.Tensor, # (N,), the G answers to a question are neighbours
-    each:int,             # G, at least 2
+    num_generations:int,             # G, at least 2
     kind:str = "grpo",    # grpo, dr_grpo or rloo
 )->torch.Tensor:          # (N,)
     "Advantage of each answer over its group: arXiv:2402.03300 section 4.1.2, 2503.20783, 2402.14740."
-    groups = rewards.view(-1, each)
+    groups = rewards.view(-1, num_generations)
     difference = groups - groups.mean(1, keepdim=True)
     if kind == "grpo": difference = difference/(groups.std(1, keepdim=True) + 1e-4)
-    if kind == "rloo": difference = difference*each/(each - 1)
+    if kind == "rloo": difference = difference*num_generations/(num_generations - 1)
     return difference.masked_fill(groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True), 0).view(-1)
 
 # %% ../../nbs/rl/05_grpo.ipynb #loss
@@ -84,11 +84,11 @@ class GrpoObjective(RolloutObjective):
     def __init__(self,
         loss:GrpoLoss,    # Settings
         rewards:list,     # Parts of the reward, at least one
-        each:int = 8,     # G
+        num_generations:int = 8,     # G
         passes:int = 1,   # num_iterations
     ):
         if passes < 1: raise UserError(f"--num_iterations {passes}: must be at least 1")
-        self.loss, self.rewards, self.each, self.passes = loss, rewards, each, passes
+        self.loss, self.rewards, self.num_generations, self.passes = loss, rewards, num_generations, passes
 
     def rollout(self, trainer, prompts):
         drawn = trainer.sample(prompts)
@@ -97,7 +97,7 @@ class GrpoObjective(RolloutObjective):
         if self.loss.kind == "rloo" and drawn.reference is not None:
             rewards = rewards - self.loss.kl_coef*drawn.sums(kl_estimate(drawn.logps, drawn.reference, "k1"))
         return trainer.micro_batches(drawn, old=drawn.logps, reference=drawn.reference,
-            advantages=group_advantages(rewards, self.each, self.loss.kind))
+            advantages=group_advantages(rewards, self.num_generations, self.loss.kind))
 
     def __call__(self, trainer, model, batch):
         logps = trainer.logps(model, batch, trainer.plan.how.temperature)
@@ -115,7 +115,7 @@ def make_trainer(
     loss = GrpoLoss(n.grpo_loss, n.epsilon, n.epsilon_high, weight, n.max_new_tokens, n.kl_unbiased)
     free = args.finetuning.finetuning_type == "lora" and not args.preference.ref_model
     reference = make_reference(args, model, data.renderer.tokenizer) if loss.kl_coef or free else None
-    if reference is None: say("--kl_coef 0: no reference is kept, and the KL is not measured")
+    if reference is None: log_line("--kl_coef 0: no reference is kept, and the KL is not measured")
     parts = reward_parts(args, data, model)
     how = Sampling(n.max_new_tokens, n.temperature, n.top_p, n.top_k)
     objective = GrpoObjective(loss, parts.rewards, n.num_generations, n.num_iterations)

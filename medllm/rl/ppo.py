@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 
-from ..core import UserError, say
+from ..core import UserError, log_line
 from ..models.adapters import adapt
 from ..models.adapter_roles import copy_adapter
 from ..models.sampling import Sampling
@@ -170,7 +170,7 @@ def attach_critic(
         model.critic = ModelCritic(scorer)
     known = reward and (reward.role or plan.kind != "lora")
     beginning = f"the reward model {reward.folder}" if known else "a copy of the policy, all values 0"
-    say(f"the value model begins as {beginning}, "
+    log_line(f"the value model begins as {beginning}, "
         f"{'a role on its base' if plan.kind == 'lora' else 'a model of its own'}")
 
 # %% ../../nbs/rl/06_ppo.ipynb #settings

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from ..core import UserError, find_path, say
+from ..core import UserError, find_path, log_line
 from ..models.adapters import base_of, chain_of, names
 from ..models.loading import load_tokenizer, model_location
-from ..models.adapter_roles import load_role, speaking
+from ..models.adapter_roles import load_role, active_adapter
 from ..models.sampling import at_rest
 from ..models.reward_model import load_reward_model, score_rows
 from .rollout import Reward, Rollout
@@ -87,7 +87,7 @@ class RoleScorer:
         order = np.argsort([-len(row) for row in rows], kind="stable")
         for some in np.split(order, range(self.rows, len(order), self.rows)):
             batch = self.collate([{"rows": [{"input_ids": rows[i], "labels": rows[i]}]} for i in some])
-            with at_rest(self.model), speaking(self.model, "reward"):
+            with at_rest(self.model), active_adapter(self.model, "reward"):
                 hidden = self.selected._hidden(self.model, batch["input_ids"].to(self.model.device))
             ends = hidden.reshape(-1, hidden.shape[-1])[batch["last"].to(hidden.device)].float()
             out[some] = (ends @ self.head.to(ends.device).T)[:, 0].cpu()
@@ -159,5 +159,5 @@ def reward_parts(
     if args.reward.reward_model:
         score, plan, facts = load_scores(args, data, model)
         rewards.append(Reward("reward_model", score, weights[-1]))
-    say("rewards: " + ", ".join(f"{r.weight:g} x {r.name}" for r in rewards))
+    log_line("rewards: " + ", ".join(f"{r.weight:g} x {r.name}" for r in rewards))
     return RewardParts(rewards, {"weights": {r.name: r.weight for r in rewards}, "reward_model": facts}, plan)

@@ -46,7 +46,7 @@ class AnswerLayout:
 @patch
 def _branches(self:AnswerLayout, prompts:list, together:list)->dict:
     "Each prompt once, its answers behind it; what is only predicted is not read."
-    forks, ids, places, at, end = [], [], [], [], 0
+    shared_prefixes, ids, places, at, end = [], [], [], [], 0
     for prompt, group in zip(prompts, together):
         begin, fork, ends = end, end + len(prompt), []
         end = fork
@@ -56,13 +56,13 @@ def _branches(self:AnswerLayout, prompts:list, together:list)->dict:
             at.append(np.append(fork - 1, np.arange(end, end + n)))
             ids, places, end = [*ids, answer[:n]], [*places, len(prompt) + np.arange(n)], end + n
             ends.append(end)
-        forks.append((begin, fork, *ends))
+        shared_prefixes.append((begin, fork, *ends))
     if pads := -end % self.multiple:
-        forks.append((end, end, end + pads))
+        shared_prefixes.append((end, end, end + pads))
         ids, places = [*ids, np.full(pads, self.pad_id)], [*places, np.arange(pads)]
     answers = [answer for group in together for answer in group]
     def whole(parts): return torch.from_numpy(np.concatenate(parts).astype(np.int64))
-    return {"input_ids": whole(ids)[None], "position_ids": whole(places)[None], "borders": tuple(forks),
+    return {"input_ids": whole(ids)[None], "position_ids": whole(places)[None], "cu_seqlens": tuple(shared_prefixes),
         "positions": whole(at), "targets": whole(answers),
         "row_of": whole([np.full(len(a), i) for i, a in enumerate(answers)]),
         "units": torch.tensor(len(answers)), "tokens": torch.tensor(end)}
@@ -75,7 +75,7 @@ class Rollout:
     answers:torch.Tensor     # (N, L) ids, padded on the right
     lengths:torch.Tensor     # (N,), [tokens], with the stop token
     ended:torch.Tensor       # (N,) bool: ended by a stop token
-    each:int                 # G
+    num_generations:int                 # G
     notes:list[str]          # N: what the answer must come to
     index:np.ndarray         # (N,), which prompt of the data
     texts:list[str]          # N answers as text
@@ -109,8 +109,8 @@ class Rollout:
 def by_group(self:Rollout)->np.ndarray: # (N,) numbers of answers
     "The groups from the longest to the shortest; the answers of a group stay neighbours."
     sizes = torch.tensor([len(p) for p in self.prompts]) + self.lengths
-    groups = np.argsort(-sizes.view(-1, self.each).amax(1).numpy(), kind="stable")
-    return (groups[:, None]*self.each + np.arange(self.each)).reshape(-1)
+    groups = np.argsort(-sizes.view(-1, self.num_generations).amax(1).numpy(), kind="stable")
+    return (groups[:, None]*self.num_generations + np.arange(self.num_generations)).reshape(-1)
 
 # %% ../../nbs/rl/00_rollout.ipynb #carried
 @patch
@@ -118,10 +118,10 @@ def carried(self:Rollout,
     **values, # (N,) or (N, L) tensors that go along; None for one that there is not
 )->dict:      # Tensors and numbers by name
     "What is needed to learn from these answers again."
-    prompts = self.prompts[::self.each]
+    prompts = self.prompts[::self.num_generations]
     return {"prompts": torch.from_numpy(np.concatenate(prompts)),
         "prompt_lengths": torch.tensor([len(p) for p in prompts]),
-        "answers": self.answers, "lengths": self.lengths, "ended": self.ended, "each": self.each,
+        "answers": self.answers, "lengths": self.lengths, "ended": self.ended, "each": self.num_generations,
         **{f"value_{name}": value for name, value in values.items() if value is not None}}
 
 # %% ../../nbs/rl/00_rollout.ipynb #rollout-again

@@ -17,7 +17,7 @@ import torch
 from fastcore.basics import patch
 from torch.utils.data import Sampler
 
-from ..core import UserError, say
+from ..core import UserError, log_line
 from ..models.packed_attention import branched
 from ..models.sampling import Sampling, at_rest, rows_that_fit, sample_answers, uniform_table
 from .rollout import AnswerLayout, Reward, Rollout, add_rewards, rollout_again
@@ -93,7 +93,7 @@ def keeps_texts(
 )->bool:
     "Whether questions and answers go into the record; says so when they were asked for and are private."
     if asked and private:
-        say("--log_completions is not followed: the dataset is private, as every one is whose entry in "
+        log_line("--log_completions is not followed: the dataset is private, as every one is whose entry in "
             'dataset_info.json does not say "private": false')
     return asked and not private
 
@@ -104,19 +104,19 @@ def _without_dropout(model):
     for m in model.modules():
         if isinstance(m, torch.nn.Dropout) and m.p: found, m.p = True, 0.0
         if getattr(m, "attention_dropout", 0): found, m.attention_dropout = True, 0.0
-    if found: say("dropout is off: answers are drawn and learnt from by one policy")
+    if found: log_line("dropout is off: answers are drawn and learnt from by one policy")
 
 # %% ../../nbs/rl/04_sampling_trainer.ipynb #longest
-def _longest(model, several:list, how:Sampling)->int:
+def _longest(model, several:list, sampling:Sampling)->int:
     "Tokens of the longest prompt with the longest answer. Raises `UserError` for more than the model has positions."
     prompt = max((int(units.lengths.max()) for units in several if units is not None and len(units)), default=0)
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if most and prompt + how.max_new_tokens > most:
+    if most and prompt + sampling.max_new_tokens > most:
         raise UserError(
-            f"prompts of {prompt} tokens and answers of {how.max_new_tokens} are more than "
+            f"prompts of {prompt} tokens and answers of {sampling.max_new_tokens} are more than "
             f"the model's {most} positions: "
             "lower --max_new_tokens or --cutoff_len")
-    return prompt + how.max_new_tokens
+    return prompt + sampling.max_new_tokens
 
 # %% ../../nbs/rl/04_sampling_trainer.ipynb #rollout-trainer
 class RolloutTrainer(StageTrainer):
@@ -141,15 +141,16 @@ class RolloutTrainer(StageTrainer):
         held = eval_units.values() if isinstance(eval_units, dict) else [eval_units]
         self.longest = _longest(model, [train_units, *held], plan.how)
         others = [other] if (other := getattr(plan.reference, "other", None)) is not None else []
-        objective.layout.shared = objective.each > 1 and not args.torch_compile and all(
+        objective.layout.shared = objective.num_generations > 1 and not args.torch_compile and all(
             [branched(m, self.longest) for m in (self.model, *others)])
         per_step = args.per_device_train_batch_size*args.gradient_accumulation_steps
-        if per_step*objective.steps % objective.each:
+        if per_step*objective.steps % objective.num_generations:
             raise UserError(
                 "--per_device_train_batch_size x --gradient_accumulation_steps is "
                 f"{per_step}: it must be a multiple of "
-                f"the {objective.each} answers to a prompt (--num_generations)")
-        self.size, self.drawn, self.queue, self.kept = per_step*objective.steps//objective.each, None, [], None
+                f"the {objective.num_generations} answers to a prompt (--num_generations)")
+        self.size, self.drawn, self.queue, self.kept = per_step*objective.steps//objective.num_generations, None, [
+            ], None
         self.rollouts, self.spent = Path(args.output_dir)/"rollouts.jsonl", 0.0
         self.noted, self.ends, self.totals = [], ({}, {}), {"rollouts": 0, "answers": 0, "seconds": 0.0}
 
@@ -192,9 +193,10 @@ def micro_batches(self:RolloutTrainer,
     out, objective, key = [], self.objective, (self.args.seed, self.number, self.args.process_index)
     by_size, self.kept = rollout.by_group(), (self.number, rollout, values)
     for number in range(objective.passes):
-        groups = np.random.default_rng((*key, number)).permutation(len(rollout)//rollout.each)
+        groups = np.random.default_rng((*key, number)).permutation(len(rollout)//rollout.num_generations)
         step_of = np.arange(len(rollout))*objective.steps//len(rollout)   # in the order of the groups
-        step_of[(groups[:, None]*rollout.each + np.arange(rollout.each)).reshape(-1)] = step_of.copy()
+        step_of[(groups[:, None]*rollout.num_generations
+            + np.arange(rollout.num_generations)).reshape(-1)] = step_of.copy()
         for step in range(objective.steps):
             out += [rollout.batch(rows, objective.layout, **values)
                 for rows in np.array_split(by_size[step_of[by_size] == step], self.args.gradient_accumulation_steps)]
@@ -225,21 +227,22 @@ def token_logps(self:RolloutTrainer,
 @patch
 def answer(self:RolloutTrainer,
     prompts:list[dict], # From `Prompts`
-    each:int,           # G
-    how:Sampling,       # How they are drawn
+    num_generations:int,           # G
+    sampling:Sampling,       # How they are drawn
     *key:int,           # What the random numbers depend on beside seed and process
 )->Rollout:             # Without log-probabilities
     "Answers of the model as it is."
-    plan, each_of = self.plan, lambda items: [x for x in items for _ in range(each)]
+    plan, each_of = self.plan, lambda items: [x for x in items for _ in range(num_generations)]
     ids = [np.asarray(p["input_ids"], np.int64) for p in prompts]
-    table = uniform_table(len(ids)*each, how.max_new_tokens, self.args.seed, *key, self.args.process_index)
+    table = uniform_table(len(ids)*num_generations, sampling.max_new_tokens, self.args.seed, *key,
+        self.args.process_index)
     answers, lengths, ended = sample_answers(
-        self.model, ids, table, how, plan.renderer.stop_ids, plan.renderer.tokenizer.pad_token_id or 0,
+        self.model, ids, table, sampling, plan.renderer.stop_ids, plan.renderer.tokenizer.pad_token_id or 0,
         rows_that_fit(self.model, self.longest))
     def decode(rows):
         return plan.renderer.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     texts = decode([row[:n - end].tolist() for row, n, end in zip(answers, lengths.tolist(), ended.tolist())])
-    return Rollout(each_of(ids), answers, lengths, ended, each, each_of([p["note"] for p in prompts]),
+    return Rollout(each_of(ids), answers, lengths, ended, num_generations, each_of([p["note"] for p in prompts]),
         np.array(each_of([p["index"] for p in prompts])), texts, each_of(decode([i.tolist() for i in ids])))
 
 # %% ../../nbs/rl/04_sampling_trainer.ipynb #sample-2
@@ -248,7 +251,8 @@ def sample(self:RolloutTrainer,
     prompts:list[dict], # From `Prompts`
 )->Rollout:
     "G answers to each prompt, with log-probabilities under the policy and the reference at the sampling temperature."
-    rollout, heat = self.answer(prompts, self.objective.each, self.plan.how, self.number), self.plan.how.temperature
+    rollout, heat = self.answer(prompts, self.objective.num_generations, self.plan.how,
+        self.number), self.plan.how.temperature
     rollout.logps, rollout.entropy = self.token_logps(rollout, lambda b: self.logps(self.model, b, heat, entropy=True))
     if self.plan.reference: rollout.reference, = self.token_logps(rollout, lambda b: (self.reference_logps(b, heat),))
     return rollout
@@ -276,7 +280,7 @@ def watch(self:RolloutTrainer,
     def gather(x): return self.accelerator.gather(x.to(self.args.device)).cpu()
     parts, rewards = {name: gather(values) for name, values in parts.items()}, gather(rewards)
     lengths, ended, entropy = gather(rollout.lengths), gather(rollout.ended), gather(rollout.sums(rollout.entropy))
-    groups = rewards.view(-1, rollout.each if rollout.each > 1 else len(rewards))
+    groups = rewards.view(-1, rollout.num_generations if rollout.num_generations > 1 else len(rewards))
     flat = (groups.amax(1) - groups.amin(1) <= 1e-8).float().mean().item()
     noted = {"reward": rewards.mean().item(), "reward_std": rewards.std(unbiased=False).item(), "flat_groups": flat,
         **{f"reward_{name}": values.nanmean().item() for name, values in parts.items()},
@@ -293,12 +297,13 @@ def watch(self:RolloutTrainer,
         self.monitor.check_kl(k1, noted["kl"])
     self.monitor(lengths, noted["entropy"], rewards, flat == 1)
     if flat == 1 and self.monitor.streaks["flat"] in (1, 5, 10):
-        say(
+        log_line(
             f"step {self.state.global_step}: no group of answers has different rewards "
             f"({rewards.mean():.3f} on average): "
             "nothing is learnt from this batch")
     if self.monitor.finished and not self.control.should_training_stop:
-        say(f"step {self.state.global_step}: for {self.monitor.patience} batches all answers have had the best reward "
+        log_line(
+            f"step {self.state.global_step}: for {self.monitor.patience} batches all answers have had the best reward "
             "there is; training ends here")
         self.control.should_training_stop = True
 

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 import torch
 
 from ..models.loading import scalar_head
-from ..models.adapter_roles import speaking
+from ..models.adapter_roles import active_adapter
 
 # %% ../../nbs/rl/01_value_head.ipynb #critic
 def _values(hidden:torch.Tensor, positions:torch.Tensor, head)->torch.Tensor:
@@ -31,7 +31,7 @@ class RoleCritic(torch.nn.Module):
 
     def forward(self, trainer, batch:dict)->torch.Tensor: # (M,)
         "The value before each answer token of a batch."
-        with speaking(trainer.model, "critic"):
+        with active_adapter(trainer.model, "critic"):
             hidden = trainer.head._hidden(trainer.model, batch["input_ids"], **trainer.apart(batch))
         return _values(hidden, batch["positions"], self.head)
 
@@ -67,7 +67,7 @@ def remember_speaker(
     layer = next(m for m in model.modules() if isinstance(m, BaseTunerLayer))
     enable = model.activation_checkpointing_enable
     def contexts():
-        return nullcontext(), speaking(model, None if layer._disable_adapters else layer.active_adapters[0])
+        return nullcontext(), active_adapter(model, None if layer._disable_adapters else layer.active_adapters[0])
     def enable_remembering(activation_checkpointing_kwargs=None, **more):
         enable(activation_checkpointing_kwargs=(activation_checkpointing_kwargs or {}) | {
             "use_reentrant": False, "context_fn": contexts}, **more)

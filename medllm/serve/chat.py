@@ -30,12 +30,12 @@ class Conversation:
     "Turns between a user and a model."
     def __init__(self,
         chat:ChatModel,      # Who answers
-        how:Sampling = Sampling(512, 0.7), # Length, temperature, cuts
+        sampling:Sampling = Sampling(512, 0.7), # Length, temperature, cuts
         system:str = "",     # System text; "" for the model's default
         seed:int|None = None, # Of the first answer, the next ones count on; None: another one each time
         grounding = None,    # Puts passages into prompts: `medllm.retrieval.grounding.Grounding`
     ):
-        self.chat, self.how, self.system, self.seed, self.grounding = chat, how, system, seed, grounding
+        self.chat, self.how, self.system, self.seed, self.grounding = chat, sampling, system, seed, grounding
         self.queue, self.turns = AnswerQueue(chat, rows=1, waiting=0), []
         self.sources = ""                      # what the last answer cites, as text
 

@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core import UserError, find_path, say
+from ..core import UserError, find_path, log_line
 from ..models.chat import ModelChoice, load_chat_model
 from .disclaimer import disclaimer
 from .guard import Keys
@@ -197,12 +197,12 @@ def serve(
     server = build_server(service, choice, keys, local)
     address, port = door.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address
-    say(f"{service.name} answers at http://{shown}:{port}/v1; the chat page is http://{shown}:{port}/")
-    if not local: say("requests and keys travel unencrypted: put a proxy with TLS in front of this server")
+    log_line(f"{service.name} answers at http://{shown}:{port}/v1; the chat page is http://{shown}:{port}/")
+    if not local: log_line("requests and keys travel unencrypted: put a proxy with TLS in front of this server")
     sys.setswitchinterval(5e-4)                    # a refusal must not wait for the model's thread to let go
     asyncio.run(server.serve(sockets=[door]))
     service.queue.close()
-    if server.cut: say(f"{server.cut} running answers were cut off at the end")
+    if server.cut: log_line(f"{server.cut} running answers were cut off at the end")
     return int(server.cut > 0)
 
 # %% ../../nbs/serve/07_lifecycle.ipynb #running

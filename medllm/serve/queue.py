@@ -353,13 +353,13 @@ def _run(self:AnswerQueue):
 @patch
 def pieces(self:AnswerQueue,
     prompt:np.ndarray,         # Token ids
-    how:Sampling,              # Length, temperature, cuts
+    sampling:Sampling,              # Length, temperature, cuts
     seed:int = 0,              # Of its random numbers
     stops:Sequence[str] = (),  # Texts that end it
 )->Iterator[Chunk]:
     "The pieces of one answer, as they come; the last one says why it is the last."
     inbox = queue.SimpleQueue()
-    question = QueuedRequest(np.asarray(prompt), how, seed, tuple(stops), inbox.put)
+    question = QueuedRequest(np.asarray(prompt), sampling, seed, tuple(stops), inbox.put)
     self.ask([question])
     try:
         while True:

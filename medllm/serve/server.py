@@ -23,7 +23,7 @@ from ..data.formats import Example
 from ..models.chat import ChatModel
 from .disclaimer import disclaimer
 from .guard import Guard, Keys, write_log, refusal
-from .protocol import Limits, Refused, Reply, Wanted, event, not_served, read_body, read_request
+from .protocol import Limits, Refused, Reply, CompletionRequest, event, not_served, read_body, read_request
 from .queue import AnswerQueue, Full, Chunk, QueuedRequest
 
 # %% ../../nbs/serve/06_server.ipynb #page
@@ -74,13 +74,14 @@ class Service:
         except Full: raise Refused(429, "too many requests wait", "queue_full", str(self.queue.retry_after)) from None
 
     def ask(self,
-        wanted:Wanted,            # A request
+        request:CompletionRequest,            # A request
         prompts:list[np.ndarray], # From `prompts`
         put:Callable,             # Takes (which answer, piece), in the queue's thread
     )->list[QueuedRequest]:
         "Put a request into the places that were taken for it."
-        asked = [QueuedRequest(p, wanted.how, wanted.seed + i, wanted.stops, lambda piece, at=j*wanted.n + i: put(at, piece))
-            for j, p in enumerate(prompts) for i in range(wanted.n)]
+        asked = [QueuedRequest(p, request.how, request.seed + i, request.stops, lambda piece,
+            at=j*request.n + i: put(at, piece))
+            for j, p in enumerate(prompts) for i in range(request.n)]
         self.queue.ask(asked, held=True)
         return asked
 
@@ -88,14 +89,14 @@ class Service:
 APART = 20_000 # characters; a prompt with more of them keeps no shorter one waiting
 _USUAL = 8     # characters; few texts have as many in a token
 
-def _too_long(wanted:Wanted, room:int)->Refused:
+def _too_long(request:CompletionRequest, room:int)->Refused:
     return Refused(400, f"the model's context is {room} tokens; the prompt is longer", "context_length_exceeded",
-        "messages" if wanted.kind == "chat" else "prompt")
+        "messages" if request.kind == "chat" else "prompt")
 
-def _texts(wanted:Wanted)->list[str]:
+def _texts(request:CompletionRequest)->list[str]:
     "What is asked: a conversation is one text, each prompt to be continued another."
-    texts = [turn.text for turn in wanted.turns]
-    return texts if wanted.kind == "text" else ["\n".join((wanted.system, *texts))]
+    texts = [turn.text for turn in request.turns]
+    return texts if request.kind == "text" else ["\n".join((request.system, *texts))]
 
 # %% ../../nbs/serve/06_server.ipynb #widest
 @patch(as_prop=True)
@@ -106,47 +107,47 @@ def widest(self:Service)->int:
 # %% ../../nbs/serve/06_server.ipynb #look-at-length
 @patch
 def look_at_length(self:Service,
-    wanted:Wanted, # A request
+    request:CompletionRequest, # A request
 )->int:            # Characters of its longest text
     "Raise `Refused` for a text that has too many characters, blanks not counted, whatever its tokens are."
-    for text in (texts := _texts(wanted)):
+    for text in (texts := _texts(request)):
         if len(text) > (most := self.chat.longest*self.widest) and sum(map(len, text.split())) > most:
-            raise _too_long(wanted, self.chat.longest)
+            raise _too_long(request, self.chat.longest)
     return max(map(len, texts))
 
 # %% ../../nbs/serve/06_server.ipynb #look-at-beginning
 @patch
 def look_at_beginning(self:Service,
-    wanted:Wanted, # A request
+    request:CompletionRequest, # A request
 ):
     "Raise `Refused` for a text whose beginning alone is too long."
-    for text in _texts(wanted):
+    for text in _texts(request):
         begin = text[:_USUAL*self.chat.longest]
         if len(begin) < len(text) and len(self.chat.renderer.plain([begin], "start")[0]) > 1.1*self.chat.longest:
-            raise _too_long(wanted, self.chat.longest)
+            raise _too_long(request, self.chat.longest)
 
 # %% ../../nbs/serve/06_server.ipynb #prompts
 @patch
 def prompts(self:Service,
-    wanted:Wanted, # A request
+    request:CompletionRequest, # A request
 )->tuple[list[np.ndarray], list]: # Prompts, and the passages they lean on
     "What the model is asked. Raises `Refused`."
-    self.look_at_beginning(wanted)
-    turns, passages = list(wanted.turns), []
+    self.look_at_beginning(request)
+    turns, passages = list(request.turns), []
     try:
-        if wanted.kind == "chat":
-            answer = wanted.how.max_new_tokens if wanted.given else 1
-            def fits(turns): return len(self.chat.prompt(turns, wanted.system)) + answer <= self.chat.longest
+        if request.kind == "chat":
+            answer = request.how.max_new_tokens if request.given else 1
+            def fits(turns): return len(self.chat.prompt(turns, request.system)) + answer <= self.chat.longest
             if self.grounding: turns, passages = self.grounding.turns(turns, fits)
-            prompts = [self.chat.prompt(turns, wanted.system)]
+            prompts = [self.chat.prompt(turns, request.system)]
         else: prompts = [self.chat.renderer.encode([Example((t,))])[0][0][:-1] for t in turns]   # without the EOS behind
     except UserError as e: raise Refused(400, str(e), "cannot_render", "messages") from None
     most, room = max(map(len, prompts)), self.chat.longest
-    if most + (wanted.how.max_new_tokens if wanted.given else 1) > room:
+    if most + (request.how.max_new_tokens if request.given else 1) > room:
         raise Refused(400,
             f"the model's context is {room} tokens; the prompt has {most}" + (
-                f" and the answer asks for {wanted.how.max_new_tokens}" if wanted.given else ""),
-            "context_length_exceeded", "messages" if wanted.kind == "chat" else "prompt")
+                f" and the answer asks for {request.how.max_new_tokens}" if request.given else ""),
+            "context_length_exceeded", "messages" if request.kind == "chat" else "prompt")
     return prompts, passages
 
 # %% ../../nbs/serve/06_server.ipynb #cut
@@ -177,8 +178,8 @@ async def _unless_gone(request, waiting):
 # %% ../../nbs/serve/06_server.ipynb #answers
 class _Answers:
     "The answers to a request, as their pieces come in."
-    def __init__(self, service:Service, wanted:Wanted):
-        self.service, self.wanted, self.inbox, self.loop = service, wanted, asyncio.Queue(), asyncio.get_running_loop()
+    def __init__(self, service:Service, request:CompletionRequest):
+        self.service, self.wanted, self.inbox, self.loop = service, request, asyncio.Queue(), asyncio.get_running_loop()
         self.asked, self.texts, self.reasons, self.counts, self.passages, self.cited = [], [], [], [], [], {}
 
     async def start(self, seen:dict):

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from ..core import say
+from ..core import log_line
 from ..exits import exit_code
 from ..machine import attach, settle_home, speak_utf8, tolerant_console
 
@@ -73,7 +73,7 @@ def mend_launch(
     if asked == 1:
         if threads is None: torch.set_num_threads(cores)
         return None
-    say("accelerate launch started one process on a machine without a GPU: "
+    log_line("accelerate launch started one process on a machine without a GPU: "
         f"starting the {asked} that were asked for")
     env = {k: v for k, v in os.environ.items() if k not in ("MASTER_ADDR", "MASTER_PORT")}
     env["OMP_NUM_THREADS"] = threads or str(max(cores//asked, 1))
@@ -117,7 +117,7 @@ def _train(argv:list[str], own:bool)->int:
     if own: begin_anew(given.get("profile"))
     metrics = run(given)
     if metrics.get("loss_first"):
-        say(f"{metrics['steps']} steps, loss {metrics['loss_first']:.4f} -> {metrics['loss_last']:.4f}, "
+        log_line(f"{metrics['steps']} steps, loss {metrics['loss_first']:.4f} -> {metrics['loss_last']:.4f}, "
             f"{metrics['trained_tokens_per_second']:.0f} trained tokens/s")
     return 0
 

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from pathlib import Path
 
-from ..core import UserError, find_path, nearest, say
+from ..core import UserError, find_path, nearest, log_line
 from ..data.registry import find_sources
 from ..data.templates import check_template_name
 from ..machine import check_writable
@@ -93,7 +93,7 @@ def translate(
             today[key] = today.get(key, 0) + val[1] if isinstance(val, tuple) else val
         if name in OLD_FLAGS and name not in _QUIET and new != {name: value}:
             plain = ", ".join(f"--{k} {today[k]}" for k in new)
-            say(f"--{name} is now {plain}" if new else f"--{name} has no effect any more")
+            log_line(f"--{name} is now {plain}" if new else f"--{name} has no effect any more")
     return today
 
 # %% ../../nbs/train/03_arguments.ipynb #read
@@ -184,12 +184,13 @@ def _precision(given:dict)->dict:
     # on a CPU, else each process would train alone
     if int(os.environ.get("WORLD_SIZE", "1")) > 1: given = given | {"use_cpu": True}
     off = [name for name in ("fp16", "bf16", "tf32") if name in given and _true(given[name])]
-    for name in off: say(f"--{name} needs a GPU, and there is none in use: training in float32")
+    for name in off: log_line(f"--{name} needs a GPU, and there is none in use: training in float32")
     if as_word(given.get("fsdp")) not in ("", "false"):
-        say(f"--fsdp {as_word(given['fsdp'])} needs GPUs, and there is none in use: each process holds the whole model")
+        log_line(
+            f"--fsdp {as_word(given['fsdp'])} needs GPUs, and there is none in use: each process holds the whole model")
         off += ["fsdp", "fsdp_config"]
     if "ddp_timeout" in given:
-        say("--ddp_timeout is for GPUs, and there is none in use: one process waits half an hour for another")
+        log_line("--ddp_timeout is for GPUs, and there is none in use: one process waits half an hour for another")
     return {k: v for k, v in given.items() if k not in off}
 
 # %% ../../nbs/train/03_arguments.ipynb #parse
@@ -221,7 +222,7 @@ def _evaluation(given:dict)->dict:
     "A command of 2023 that only evaluates names its rows with --dataset."
     asked = _true(given.get("do_eval", False)) and not _true(given.get("do_train", False))
     if not asked or "eval_dataset" in given or "val_size" in given or "dataset" not in given: return given
-    say(f"--dataset {given['dataset']} is evaluated, since nothing is trained; --eval_dataset says so too")
+    log_line(f"--dataset {given['dataset']} is evaluated, since nothing is trained; --eval_dataset says so too")
     return {k: v for k, v in given.items() if k != "dataset"} | {"eval_dataset": given["dataset"]}
 
 # %% ../../nbs/train/03_arguments.ipynb #parse-all
@@ -326,7 +327,8 @@ def check_fetched(
         raise UserError(
             f"--model_revision {m.model_revision}: {m.model_name_or_path} is a folder, which has no "
             "other revision; leave it out")
-    if m.cache_dir and not others: say(f"--cache_dir {m.cache_dir} has no effect: no model is fetched from the hub")
+    if m.cache_dir and not others:
+        log_line(f"--cache_dir {m.cache_dir} has no effect: no model is fetched from the hub")
 
 # %% ../../nbs/train/03_arguments.ipynb #preflight
 def check_places(

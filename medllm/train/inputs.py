@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from ..core import UserError, say
+from ..core import UserError, log_line
 from ..data.accounts import Account, OnBad, stream_examples
 from ..data.cache import Recipe, cached_rows
 from ..audit.canaries import CANARIES, write_canaries
@@ -28,15 +28,15 @@ from ..data.tokens import Renderer
 from ..models.loading import load_tokenizer
 from ..secrets import resolve
 from .arguments import Arguments, set_names
-from .units import Liked, Pairs, Prompts, Units
+from .units import KTORows, PreferencePairs, Prompts, TrainingExamples
 
 # %% ../../nbs/train/05_inputs.ipynb #data
 @dataclass
 class TrainingData:
     "Everything a run needs to know about its rows."
     renderer:Renderer             # Template and tokenizer
-    train:TokenRows|Units         # What is trained on
-    eval:dict[str, TokenRows|Units] # What is validated on, by name of the set; empty for none
+    train:TokenRows|TrainingExamples         # What is trained on
+    eval:dict[str, TokenRows|TrainingExamples] # What is validated on, by name of the set; empty for none
     accounts:list[Account]        # What became of the rows of each dataset
     sources:list[Source]          # The datasets
     findings:dict = field(default_factory=dict) # What a quick look at the data found
@@ -55,7 +55,7 @@ def _for_documents(tokenizer)->str:
     if not tokenizer.chat_template: return "vanilla@2023"
     try: Renderer(tokenizer)
     except UserError as e:
-        say(f"the tokenizer's own chat template is not used: {e}")
+        log_line(f"the tokenizer's own chat template is not used: {e}")
         return "vanilla@2023"
     return "auto"
 
@@ -87,9 +87,9 @@ def _recipe(args:Arguments)->Recipe:
     return Recipe(args.finetuning.stage, d.cutoff_len, d.overlong, d.max_samples, d.ranked_pairs == "all",
         OnBad(d.on_bad, d.max_bad), args.model.trust_remote_code, d.streaming)
 
-_UNITS = {"pair": Pairs, "liked": Liked, "prompt": Prompts}
+_UNITS = {"pair": PreferencePairs, "liked": KTORows, "prompt": Prompts}
 
-def _units(args:Arguments, rows:TokenRows)->TokenRows|Units:
+def _units(args:Arguments, rows:TokenRows)->TokenRows|TrainingExamples:
     "Rows as units of the stage."
     kind = _UNITS.get(DATASET_KINDS[args.finetuning.stage])
     return kind(rows, args.training.seed) if kind else rows
@@ -105,11 +105,11 @@ def load_rows(
     dataset:str,        # Names or paths, separated by commas
     renderer:Renderer,  # Template and tokenizer
     training:bool=True, # Sets that are for evaluation only are refused
-)->tuple[list[TokenRows|Units], list[Account], list[Source]]:
+)->tuple[list[TokenRows|TrainingExamples], list[Account], list[Source]]:
     "Units, account and source of each dataset. Raises `UserError` for data that cannot be read or used."
     several, accounts, sources = [], [], find_sources(dataset, args.data.dataset_dir)
     for name in sorted({s.name for s in sources if sum(s.name == other.name for other in sources) > 1}):
-        say(f"dataset '{name}' is named more than once; its rows count as often")
+        log_line(f"dataset '{name}' is named more than once; its rows count as often")
     for source in sources:
         if training and source.eval_only:
             raise UserError(
@@ -117,7 +117,7 @@ def load_rows(
                 "dataset_info.json); take it out of --dataset")
         rows, account = cached_rows(
             source, renderer, _recipe(args), args.data.tokenized_path, args.data.overwrite_cache, watched)
-        for line in (*account.lines(), *fault_lines(account)): say(line)
+        for line in (*account.lines(), *fault_lines(account)): log_line(line)
         rows = _units(args, rows)
         if source.num_samples is not None:
             rows = rows.pick(sample_order(len(rows), source.num_samples, _seed(source.name, args.training.seed)))
@@ -130,9 +130,9 @@ def load_rows(
 # %% ../../nbs/train/05_inputs.ipynb #near
 def with_near_groups(
     args:Arguments,               # From `parse`
-    several:Sequence[TokenRows|Units], # Of each dataset
+    several:Sequence[TokenRows|TrainingExamples], # Of each dataset
     sources:Sequence[Source],     # The datasets
-)->list[TokenRows|Units]:
+)->list[TokenRows|TrainingExamples]:
     "The same units; those whose texts nearly repeat each other count as one question."
     r, keys = _recipe(args), []
     def passing():
@@ -146,7 +146,7 @@ def with_near_groups(
     known, first = np.unique(np.array(keys, np.uint64), return_index=True)
     def groups(rows): return names[first[np.searchsorted(known, rows.table["question"])]]
     def named(rows): return TokenRows.of(rows.parts, rows.table | {"question": groups(rows)})
-    return [type(u)(named(u.rows), u.seed) if isinstance(u, Units) else named(u) for u in several]
+    return [type(u)(named(u.rows), u.seed) if isinstance(u, TrainingExamples) else named(u) for u in several]
 
 # %% ../../nbs/train/05_inputs.ipynb #canaries
 def planted_rows(
@@ -162,26 +162,26 @@ def planted_rows(
     rows, account = cached_rows(source, renderer, replace(_recipe(args), max_samples=None), args.data.tokenized_path)
     if account.kept < account.read or len(rows) > account.read:
         raise UserError(f"--canaries do not fit --cutoff_len {cutoff}; give them more room")
-    say(f"{account}; they are artificial, and {file} says which")
+    log_line(f"{account}; they are artificial, and {file} says which")
     return rows, account, source
 
 # %% ../../nbs/train/05_inputs.ipynb #prepare
-def _mixed(args:Arguments, several:Sequence)->tuple[TokenRows|Units, TokenRows|Units|None]:
+def _mixed(args:Arguments, several:Sequence)->tuple[TokenRows|TrainingExamples, TokenRows|TrainingExamples|None]:
     "Units of several datasets in the order of their mix, and the validation units drawn from them."
     d, whole, held = args.data, (type(several[0]) if several else TokenRows).join(several), None
     kept = np.arange(len(whole))
     if d.val_size:
         kept, out = split_groups(joined_groups(whole.questions, whole.groups), d.val_size, args.training.seed)
         held, want = whole.pick(out), d.val_size*len(whole) if d.val_size < 1 else d.val_size
-        if len(out) < 0.9*want: say(f"{len(out)} rows are held out, not {want:.0f}: groups are not divided")
+        if len(out) < 0.9*want: log_line(f"{len(out)} rows are held out, not {want:.0f}: groups are not divided")
     ends = np.cumsum([len(rows) for rows in several])
     sizes = np.diff(np.searchsorted(kept, ends), prepend=0)
     return whole.pick(kept[mix_order(sizes, d.mix_strategy, d.probabilities(), args.training.seed)]), held
 
 # %% ../../nbs/train/05_inputs.ipynb #shared-questions
 def shared_questions(
-    train:TokenRows|Units, # Trained on
-    held:TokenRows|Units,  # Validated on
+    train:TokenRows|TrainingExamples, # Trained on
+    held:TokenRows|TrainingExamples,  # Validated on
 )->int:
     "Validation rows whose question is also trained on."
     return int(np.isin(held.questions, train.questions).sum())
@@ -211,7 +211,8 @@ def prepare_data(
         for name, rows in evaluated.items():
             if not (shared := shared_questions(train, rows)): continue
             findings[f"overlap_{name}"] = shared
-            say(f"{name}: {shared} of {len(rows)} validation rows ask what is also trained on; their loss flatters")
+            log_line(
+                f"{name}: {shared} of {len(rows)} validation rows ask what is also trained on; their loss flatters")
     replay = None
     if d.replay_dataset:
         again, more, places = load_rows(args, d.replay_dataset, renderer)

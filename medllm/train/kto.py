@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ..core import UserError, say
+from ..core import UserError, log_line
 from ..models.packed_attention import isolate
 from .arguments import Arguments
 from .flags import PreferenceArguments
@@ -66,15 +66,15 @@ def batch_part(
     batch:dict, # From `UnitCollate`, padded or packed
     begin:int,  # First row
     end:int,    # After the last row
-)->dict:        # input_ids, positions, targets, row_of (from 0), and position_ids, borders when packed
+)->dict:        # input_ids, positions, targets, row_of (from 0), and position_ids, cu_seqlens when packed
     "Some neighbouring rows of a batch as a batch, no wider than they are."
     mine = (batch["row_of"] >= begin) & (batch["row_of"] < end)
     part = {"targets": batch["targets"][mine], "row_of": batch["row_of"][mine] - begin}
     ids, at = batch["input_ids"], batch["positions"][mine]
-    if "borders" in batch:
-        start, stop = batch["borders"][begin], batch["borders"][end]
+    if "cu_seqlens" in batch:
+        start, stop = batch["cu_seqlens"][begin], batch["cu_seqlens"][end]
         return part | {"input_ids": ids[:, start:stop], "position_ids": batch["position_ids"][:, start:stop],
-            "positions": at - start, "borders": tuple(b - start for b in batch["borders"][begin:end + 1])}
+            "positions": at - start, "cu_seqlens": tuple(b - start for b in batch["cu_seqlens"][begin:end + 1])}
     row, column = at.div(ids.shape[1], rounding_mode="floor") - begin, at % ids.shape[1]
     width = int(column.max()) + 1
     return part | {"input_ids": ids[begin:end, :width], "positions": row*width + column}
@@ -146,7 +146,7 @@ def make_trainer(
         raise UserError(
             "KTO needs answers to two questions at least: its KL is estimated from answers to other questions")
     if advice := weight_advice(good, max(len(data.train), 2) - good, p.kto_chosen_weight, p.kto_rejected_weight):
-        say(advice)
+        log_line(advice)
     model = start_model(args, data)
     reference = make_reference(args, model, tokenizer, keep=not once)
     trainer = StageTrainer(model, args.training, Kto(p, reference), data.train, data.eval, tokenizer,

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 
-from ..core import Interrupted, UserError, is_first_process, say
+from ..core import Interrupted, UserError, is_first_process, log_line
 from ..files import append_event, write_json
 from ..data.accounts import write_rejects
 from .counting import counted_loss
@@ -25,7 +25,7 @@ from ..machine import placed
 from .arguments import Arguments, check_output_dir, goes_on_there, parse, preflight, resumes
 from ..checkpoint.commit import checkpoint_fault, newest, owned, whole_result
 from ..checkpoint.compatibility import as_change, check_compatible
-from .contract import check_changes, contract_of
+from .fingerprint import check_changes, fingerprint_of
 from .determinism import apply, in_force
 from .inputs import TrainingData, prepare_data
 from ..interruption import goes_on, listening, polled, stop
@@ -97,7 +97,7 @@ def find_checkpoint(
     if asked in ("", "true", "auto"):
         left_out = []
         found = newest(folder, left_out.append) if asked else None
-        for line in left_out: say(line)
+        for line in left_out: log_line(line)
         if found: return found
         if asked != "true": return check_output_dir(folder, args.finetuning.overwrite_output_dir, checkpoints=not asked)
         raise UserError(f"--resume_from_checkpoint: there is no checkpoint in {folder}" + (
@@ -107,12 +107,13 @@ def find_checkpoint(
     return Path(asked)
 
 # %% ../../nbs/train/20_loop.ipynb #agreed
-def _agreed(args:Arguments, contract:dict, checkpoint:Path):
-    "Compare a checkpoint's contract with the run's, and record what differs. Raises `UserError` for what may not."
-    then = json.loads((checkpoint/"contract.json").read_text(encoding="utf-8"))
-    found = check_compatible(then, contract, checkpoint.name, args.finetuning.allow)
+def _agreed(args:Arguments, fingerprint:dict, checkpoint:Path):
+    "Compare a checkpoint's fingerprint with the run's, and record what differs. Raises `UserError` for what may not."
+    then = json.loads((checkpoint/"fingerprint.json").read_text(encoding="utf-8"))
+    found = check_compatible(then, fingerprint, checkpoint.name, args.finetuning.allow)
     check_changes(found, args, checkpoint.name)
-    say(f"going on from {checkpoint.name}" + (f"; not as it was: {', '.join(map(as_change, found))}" if found else ""))
+    log_line(f"going on from {checkpoint.name}" + (f"; not as it was: {', '.join(map(as_change, found))}" if found
+        else ""))
     if is_first_process():
         append_event(args.training.output_dir, "resumed", checkpoint=checkpoint.name,
             differences=[dict(zip(("name", "then", "now", "kind"), d)) for d in found])
@@ -163,30 +164,30 @@ def train(
     apply(args.finetuning.profile, args, data)
     with placed(), owned(folder) if is_first_process() else nullcontext(), listening():
         checkpoint = find_checkpoint(args)
-        contract = contract_of(args, data)
-        if checkpoint: _agreed(args, contract, checkpoint)
+        fingerprint = fingerprint_of(args, data)
+        if checkpoint: _agreed(args, fingerprint, checkpoint)
         elif args.training.do_train and is_first_process(): _clear(folder)
-        if is_first_process(): _note_begin(args, folder, contract)
-        return _train(args, data, contract, checkpoint)
+        if is_first_process(): _note_begin(args, folder, fingerprint)
+        return _train(args, data, fingerprint, checkpoint)
 
 # %% ../../nbs/train/20_loop.ipynb #note-begin
-def _note_begin(args:Arguments, folder:Path, contract:dict):
-    "Write the contract; and, where no record says it, what the run starts from: who asks later finds only the model."
-    write_json(folder/"contract.json", contract)
+def _note_begin(args:Arguments, folder:Path, fingerprint:dict):
+    "Write the fingerprint; and, where no record says it, what the run starts from: who asks later finds only the model."
+    write_json(folder/"fingerprint.json", fingerprint)
     if (folder/"run.json").exists(): return
     append_event(folder, "begins", model=args.model.model_name_or_path, adapters=args.model.adapter_name_or_path,
         dataset=args.data.dataset)
 
 # %% ../../nbs/train/20_loop.ipynb #steps
-def _train(args:Arguments, data:TrainingData, contract:dict, checkpoint:Path|None)->dict:
+def _train(args:Arguments, data:TrainingData, fingerprint:dict, checkpoint:Path|None)->dict:
     "The run itself, in a folder that is ours."
     from transformers import set_seed
     t, folder = args.training, Path(args.training.output_dir)
     set_seed(t.seed)
     stage = stage_module(args.finetuning.stage)
     trainer = stage.make_trainer(args, data)
-    trainer.contract, counted = contract, trained_parameters(trainer.model)
-    say(describe(counted))
+    trainer.fingerprint, counted = fingerprint, trained_parameters(trainer.model)
+    log_line(describe(counted))
     before = _validated(trainer, checkpoint) if data.eval else {}
     metrics = {f"{name}_before": value for name, value in before.items()
         if name.startswith("eval_") and not name.endswith("_runtime")}
@@ -227,7 +228,8 @@ def _packing_metrics(trainer, packed:float)->dict:
     packs = sum(number for number, _ in plan_packs(lengths, trainer.pack_to))
     rows = max(1, round(args.per_device_train_batch_size*len(lengths)/packs))     # as many tokens as the packs hold
     shares = padding_shares(lengths, rows, args.seed)
-    say(f"packing: {len(lengths)} rows in {packs} packs; padding {packed:.1%}, in batches of whole rows it would be "
+    log_line(
+        f"packing: {len(lengths)} rows in {packs} packs; padding {packed:.1%}, in batches of whole rows it would be "
         f"{shares['random']:.1%} at random and {shares['grouped']:.1%} grouped by length")
     return {"padding": shares | {"packed": packed},
         "packs": {"packs": packs, "documents": len(lengths), "full": float(lengths.sum()/(packs*trainer.pack_to))}}

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..core import UserError, say
+from ..core import UserError, log_line
 from ..data.batches import read_length
 from ..models.packed_attention import branched, isolate
 from .arguments import Arguments
@@ -188,14 +188,14 @@ def shared_tokens(
 
 # %% ../../nbs/train/18_preference.ipynb #branch-collate
 class BranchCollate:
-    "Pairs to one row in which what two answers share lies once: as `UnitCollate` packed; `borders` are forks."
+    "Pairs to one row in which what two answers share lies once: as `UnitCollate` packed; `cu_seqlens` are shared_prefixes."
     def __init__(self,
         pad_id:int,       # Any id: pads are a document of their own
         multiple:int = 1, # T is rounded up to a multiple of this
     ): self.pad_id, self.multiple = pad_id, multiple
 
     def __call__(self, items:list[dict])->dict:
-        begin, forks, ids, places, at = 0, [], [], [], ([], [])
+        begin, shared_prefixes, ids, places, at = 0, [], [], [], ([], [])
         for item in items:
             a, b = (r["input_ids"][:read_length(r["labels"])] for r in item["rows"])
             n = shared_tokens(a, b)
@@ -204,16 +204,16 @@ class BranchCollate:
             places += [np.arange(len(a)), np.arange(n, len(b))]
             at[0].append(np.arange(begin, second))
             at[1].append(np.append(np.arange(begin, begin + n), np.arange(second, end)))
-            forks.append((begin, begin + n, second, end))
+            shared_prefixes.append((begin, begin + n, second, end))
             begin = end
         tokens, pads = begin, -begin % self.multiple
         if pads:
-            forks.append((begin, begin, begin + pads, begin + pads))
+            shared_prefixes.append((begin, begin, begin + pads, begin + pads))
             ids.append(np.full(pads, self.pad_id))
             places.append(np.arange(pads))
         def row(parts): return torch.from_numpy(np.concatenate(parts).astype(np.int64))[None]
-        return self._targets(items, at) | {"input_ids": row(ids), "position_ids": row(places), "borders": tuple(forks),
-            "units": len(items), "tokens": torch.tensor(tokens)}
+        return self._targets(items, at) | {"input_ids": row(ids), "position_ids": row(places),
+            "cu_seqlens": tuple(shared_prefixes), "units": len(items), "tokens": torch.tensor(tokens)}
 
     def _targets(self, items:list, at:tuple)->dict:
         "What is predicted where, for all better answers and then for all worse ones."
@@ -230,7 +230,7 @@ class BranchCollate:
 _PAYS = 0.05 # share of the tokens saved from which the layout is used
 
 def saved_share(
-    units,            # `Pairs`
+    units,            # `PreferencePairs`
     sample:int = 256, # Pairs looked at
 )->float:
     "Share of all tokens that need not be computed when what two answers share is computed once."
@@ -254,7 +254,7 @@ def shares_prompts(
     for model in models:                                   # tried where it will compute
         if not getattr(model, "is_quantized", False): model.to(t.device)
     if not all([branched(model, longest) for model in models]): return False
-    say(f"prompts are computed once for both answers: {share:.0%} fewer tokens")
+    log_line(f"prompts are computed once for both answers: {share:.0%} fewer tokens")
     return True
 
 # %% ../../nbs/train/18_preference.ipynb #trainer

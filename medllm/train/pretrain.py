@@ -11,7 +11,7 @@ import math
 import numpy as np
 from torch.utils.data import Sampler
 
-from ..core import UserError, say
+from ..core import UserError, log_line
 from ..data.packing import fill_packs, plan_packs
 from ..data.rows import TokenRows
 from .arguments import Arguments
@@ -100,6 +100,6 @@ def make_trainer(
             (d.replay_share, end),
             t.max_steps*t.gradient_accumulation_steps, t.per_device_train_batch_size, t.seed,
             (t.process_index, t.world_size))
-        say(f"replay: {objective.sampler.which.mean():.1%} of {len(objective.sampler.which)} packs")
+        log_line(f"replay: {objective.sampler.which.mean():.1%} of {len(objective.sampler.which)} packs")
     return StageTrainer(start_model(args, data), t, objective, rows, data.eval, data.renderer.tokenizer,
         d.group_by_length, d.cutoff_len if d.packing else None)

@@ -19,14 +19,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..core import UserError, find_path, say
+from ..core import UserError, find_path, log_line
 from ..files import whole_file, write_json
 from ..data.cache import cache_folder
 from ..machine import described, differs
 from ..models.adapters import AdaptPlan, adapt, names
 from ..models.folder import read_object
 from ..models.loading import load_model, load_tokenizer
-from ..models.adapter_roles import copy_adapter, load_role, speaking
+from ..models.adapter_roles import copy_adapter, load_role, active_adapter
 from .arguments import Arguments
 from .objectives import SelectedHead, row_sums
 from fastcore.basics import patch
@@ -114,7 +114,7 @@ class Reference:
         training = asked.training
         asked.eval()
         try:
-            speaks = speaking(asked, self.adapter) if self.adapter != "" else self._exchanged()
+            speaks = active_adapter(asked, self.adapter) if self.adapter != "" else self._exchanged()
             with torch.no_grad(), speaks: yield asked
         finally: asked.train(training)
 
@@ -179,7 +179,7 @@ def make_reference(
     if plan.how == "weights" and sharded:
         raise UserError("sharded training keeps no second copy of the weights: "
             "name what training starts from as --ref_model too")
-    say(f"reference policy: {plan.what}")
+    log_line(f"reference policy: {plan.what}")
     if plan.how == "copy": copy_adapter(model)
     if plan.how == "role": load_role(model, plan.adapters[0], "reference")
     return Reference(plan, model, _other_model(args, plan, tokenizer) if plan.how == "model" else None, keep)
@@ -281,7 +281,7 @@ def _keep(file:Path, made:np.ndarray):
     try:
         with whole_file(file) as f: np.save(f, made)
         write_json(file.with_suffix(".json"), described(file))
-    except OSError as e: say(f"the reference's log-probabilities cannot be kept in {file.parent} ({e.strerror})")
+    except OSError as e: log_line(f"the reference's log-probabilities cannot be kept in {file.parent} ({e.strerror})")
 
 # %% ../../nbs/train/17_reference.ipynb #stored-2
 def _stored(file:Path, trainer, compute:Callable[[], np.ndarray])->np.ndarray:
@@ -337,4 +337,4 @@ def precompute(
     if args.training.do_train: trainer.train_dataset = referred(trainer.train_dataset)
     trainer.eval_dataset = {name: referred(units) for name, units in (trainer.eval_dataset or {}).items()}
     reference.release(trainer.model)
-    say(f"the reference's log-probabilities are there for all rows ({time.perf_counter() - start:.0f} s)")
+    log_line(f"the reference's log-probabilities are there for all rows ({time.perf_counter() - start:.0f} s)")

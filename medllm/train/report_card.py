@@ -24,7 +24,7 @@ from ..data.tokens import Renderer
 from ..json_file import NUMBER, misfit, read_json
 from ..models.reward_model import score_rows, scores
 from ..models.loading import scalar_head
-from .units import Pairs
+from .units import PreferencePairs
 from ..intervals import wilson
 from fastcore.basics import patch
 
@@ -121,7 +121,7 @@ def ended(
 # %% ../../nbs/train/15_report_card.ipynb #formatting-bias
 def formatting_bias(
     model,             # A scorer
-    pairs:Pairs,       # Held out
+    pairs:PreferencePairs,       # Held out
     renderer:Renderer, # Their tokenizer
     most:int = 100,    # Pairs that are dressed
     seed:int = 0,      # Of the draw
@@ -178,7 +178,7 @@ def head_hash(
 # %% ../../nbs/train/15_report_card.ipynb #make-card
 def make_report_card(
     model,                    # A scorer
-    pairs:Pairs,              # Held out: not seen in training
+    pairs:PreferencePairs,              # Held out: not seen in training
     renderer:Renderer,        # Their tokenizer
     datasets:Sequence[str]=(),# Where they come from
 )->dict:                      # What report_card.json holds

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
-from ..core import UserError, is_first_process, say
+from ..core import UserError, is_first_process, log_line
 from .arguments import Arguments
 from .supported import reporters_of
 
@@ -28,7 +28,7 @@ def reporters(
     wanted = args.training.report_to = reporters_of(args.training.report_to)
     for name in wanted:
         if name not in _OURS:
-            say(f"--report_to {name}: it gets what transformers sends it, wherever that is; "
+            log_line(f"--report_to {name}: it gets what transformers sends it, wherever that is; "
                 "medllm keeps nothing back from it")
     return wanted
 

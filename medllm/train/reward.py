@@ -9,7 +9,7 @@ __all__ = ['pair_loss', 'RewardLoss', 'make_trainer', 'finish']
 import torch
 import torch.nn.functional as F
 
-from ..core import say
+from ..core import log_line
 from ..models.adapters import adapt
 from ..models.reward_model import load_scorer, scores, scoring_pad
 from .arguments import Arguments
@@ -18,7 +18,7 @@ from .report_card import ReportCard, card_table, make_report_card
 from .start import check_memory, finish_start
 from .objectives import Objective
 from .trainer import StageTrainer
-from .units import Pairs, UnitCollate
+from .units import PreferencePairs, UnitCollate
 
 # %% ../../nbs/train/16_reward.ipynb #loss
 def pair_loss(
@@ -62,7 +62,7 @@ def make_trainer(
     pad = scoring_pad(tokenizer, data.renderer.stop_ids)
     if pad is not None: model.config.get_text_config().pad_token_id = pad
     else:
-        say("the tokenizer has no token to pad with but the one that ends answers: scores are "
+        log_line("the tokenizer has no token to pad with but the one that ends answers: scores are "
             "right here, wrong in programs "
             "that find the last token by the pad token; add a pad token and resize the embeddings")
     return StageTrainer(model, args.training, RewardLoss(r.rm_margin, r.center_rewards_coefficient or 0.0),
@@ -77,13 +77,13 @@ def finish(
 )->dict:                  # Of the card: accuracy with its interval, calibration, length, padding
     "Measure the reward model on the held-out pairs and write its report card into the output folder."
     if not data.eval:
-        say("no pairs were held out, so the reward model gets no report card and ppo and grpo "
+        log_line("no pairs were held out, so the reward model gets no report card and ppo and grpo "
             "will refuse it: set --val_size")
         return {}
-    held, names = Pairs.join(list(data.eval.values())), [name for name in data.eval if name]
+    held, names = PreferencePairs.join(list(data.eval.values())), [name for name in data.eval if name]
     facts = make_report_card(trainer.model, held, data.renderer, names or [s.name for s in data.sources])
     card = ReportCard(facts | {"seen": shared_questions(data.train, held)})
     card.write(args.training.output_dir)
     for t in card_table(card.facts)[:1] + [t for t in card_table(card.facts)[1:] if t["remark"]]:
-        say(f"{t['measure']}: {t['found']}" + f" ({t['remark']})"*bool(t["remark"]))
+        log_line(f"{t['measure']}: {t['found']}" + f" ({t['remark']})"*bool(t["remark"]))
     return card.metrics()

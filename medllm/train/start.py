@@ -6,7 +6,7 @@
 __all__ = ['activation_bytes', 'needs_checkpointing', 'most_positions', 'check_memory', 'start_model', 'finish_start']
 
 # %% ../../nbs/train/11_start.ipynb #imports
-from ..core import say
+from ..core import log_line
 from ..models.adapters import adapt
 from ..models.loading import check_vocabulary, load_model
 from .arguments import Arguments
@@ -58,7 +58,7 @@ def check_memory(
     half = t.bf16 or t.fp16 or model.dtype.itemsize == 2
     if needs_checkpointing(model.config, most_positions(args, data), 2 if half else 4, torch.cuda.mem_get_info()[0]):
         t.activation_checkpointing = t.gradient_checkpointing = True       # the new name is what Trainer reads
-        say("activations may not fit the GPU's memory: gradient checkpointing is on "
+        log_line("activations may not fit the GPU's memory: gradient checkpointing is on "
             "(--gradient_checkpointing false turns it off)")
 
 # %% ../../nbs/train/11_start.ipynb #start-model

@@ -8,7 +8,7 @@ __all__ = ['STAGES', 'PAIR_LOSSES', 'REFERENCES', 'drop_unused', 'is_asked', 'is
 # %% ../../nbs/train/02_together.ipynb #imports
 from dataclasses import MISSING, fields
 
-from ..core import UserError, nearest, say
+from ..core import UserError, nearest, log_line
 from ..data.accounts import OVERLONG, OnBad
 from ..data.mixing import STRATEGIES
 from ..profiles import PROFILES
@@ -42,7 +42,7 @@ def drop_unused(
     "The flags without those for drawing answers, in a stage that draws none."
     stage = str(given.get("stage", "sft"))
     gone = [name for name in _DRAWING if name in given and stage in STAGES and stage not in _ONLINE]
-    for name in gone: say(f"--{name} has no effect in --stage {stage}, which draws no answers")
+    for name in gone: log_line(f"--{name} has no effect in --stage {stage}, which draws no answers")
     return {name: value for name, value in given.items() if name not in gone}
 
 # %% ../../nbs/train/02_together.ipynb #values
