@@ -1,4 +1,4 @@
-"""The trainer against a plain loop, on real rows; the three doors; the seed's command."""
+"""The trainer against a plain loop, on real rows; the three doors; LLaMA-Factory's command of 2023."""
 import json
 import random
 
@@ -106,7 +106,7 @@ SEED = (
     "--lora_target q_proj,v_proj").split()
 
 
-def test_the_seeds_command(tmp_path):
+def test_the_llamafactory_command_of_2023(tmp_path):
     "Flag by flag, on the tiny model in 4 bit; then in two processes with the same rows a step: the same curve."
     assert run("medllm", "tiny", "./Llama-2-7b-chat-hf", cwd=tmp_path).returncode == 0
     done = run("accelerate", "launch", "-m", "medllm.train", *SEED, cwd=tmp_path)
