@@ -69,16 +69,16 @@ def run_parameters(
     given:dict, # Name to value, as the user wrote them
 )->dict:        # Name to value in the right type; flags that are not parameters under "extra"
     "The user's parameters, checked. Raises `UserError` for an unknown name or a value of a wrong type."
-    own = {f.name: f.type for f in fields(run)}
-    out = {name: _convert(name, own[name], value) for name, value in given.items() if name in own}
-    rest = {name: value for name, value in given.items() if name not in own}
+    kinds = {f.name: f.type for f in fields(run)}
+    out = {name: _convert(name, kinds[name], value) for name, value in given.items() if name in kinds}
+    rest = {name: value for name, value in given.items() if name not in kinds}
     if not rest: return out
-    if "extra" not in own:
+    if "extra" not in kinds:
         name = next(iter(rest))
-        raise UserError(f"unknown parameter '{name}'{nearest(name, own)}; --list-parameters shows them")
+        raise UserError(f"unknown parameter '{name}'{nearest(name, kinds)}; --list-parameters shows them")
     known = {*run.other_flags()}
     for name in rest:
         if name not in known:
-            raise UserError(f"unknown parameter '{name}'{nearest(name, [*own, *known])}; "
-                                                  "--list-parameters shows them")
+            raise UserError(f"unknown parameter '{name}'{nearest(name, [*kinds, *known])}; "
+                "--list-parameters shows them")
     return out | {"extra": out.get("extra", {}) | rest}
