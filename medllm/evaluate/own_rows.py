@@ -46,7 +46,7 @@ def own_rows(
 def _answers(units)->TokenRows:
     "The rows of a stage whose answers were to become more probable."
     rows = getattr(units, "rows", units)
-    if getattr(units, "each", 1) == 2: return rows.pick(np.arange(0, len(rows), 2))
+    if getattr(units, "rows_per_example", 1) == 2: return rows.pick(np.arange(0, len(rows), 2))
     return rows.pick(np.flatnonzero(rows.table["liked"])) if rows is not units else rows      # 0: judged bad
 
 def _together(several:Sequence[Made])->Made:

@@ -42,7 +42,7 @@ def most_positions(
     longest = args.data.cutoff_len if args.data.packing else int(data.train.lengths.max())
     if online: longest += args.reinforcement.max_new_tokens                              # prompts get answers
     # the policy's, and the value model's
-    passes = 2 if args.finetuning.stage == "ppo" else getattr(data.train, "each", 1)
+    passes = 2 if args.finetuning.stage == "ppo" else getattr(data.train, "rows_per_example", 1)
     return longest*t.per_device_train_batch_size*passes
 
 # %% ../../nbs/train/11_start.ipynb #check-memory
