@@ -1,4 +1,4 @@
-"""What the notebooks and the package look like, in figures: `python tests/shape.py` prints them, test_repository.py holds them."""
+"""Figures of the notebooks and the package: `python tests/shape.py` prints them, test_repository.py holds them."""
 import ast
 import collections
 import io
