@@ -3,10 +3,12 @@ import ast
 import json
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 
 import pytest
+import shape
 from commands import ROOT, run
 
 NOTEBOOKS = sorted(
@@ -125,6 +127,16 @@ def test_what_is_used_without_training_imports_none_of_it(package):
         closure, new = set(), {module}
         while new: closure, new = closure | new, {d for m in new for d in needs[m]} - closure - new
         assert not [m for m in closure if m.split(".")[1] in ("train", "rl")], module
+
+
+def test_no_public_name_stands_in_two_modules():
+    "But for those that `tests/shape.py` gives a reason for."
+    assert {n: where for n, where in shape.names_in_two().items() if n not in shape.SHARED} == {}
+    assert shape.SHARED.keys() <= shape.names_in_two().keys(), "an exception that nobody needs any more"
+
+
+def test_half_of_the_exported_cells_have_at_most_twelve_lines():
+    assert statistics.median(shape.cell_lines().values()) <= 12
 
 
 def test_run_notebooks_define_nothing():
