@@ -217,7 +217,7 @@ def test_a_reader_runs_it_again(plain, tmp_path):
     assert state_of(again)["metrics"]["loss_last"] == state_of(plain)["metrics"]["loss_last"]
     changed = run("medllm", "runs", "rerun", "record", "-p", "learning_rate", "5e-3", cwd=tmp_path/"reader")
     assert changed.returncode == 0 and "different from record" in changed.stdout, changed.stderr
-    compared = run("medllm", "runs", "compare", "record", "last", "--same-contract", "--plot", "ab.png", cwd=tmp_path/"reader")
+    compared = run("medllm", "runs", "compare", "record", "last", "--same-fingerprint", "--plot", "ab.png", cwd=tmp_path/"reader")
     assert compared.returncode == 1 and "learning_rate" in compared.stdout, compared.stderr
     assert (tmp_path/"reader/ab.png").stat().st_size > 5000
 
@@ -455,8 +455,8 @@ def a_month_of_runs(runs):
     live = fake(runs, "live", "running", checkpoints=(2, 4), days=30, sealed=False)
     torn = fake(runs, "live-but-torn", "running", checkpoints=(2, 4), days=30, sealed=False)
     (torn/"run.json").write_text('{"stage": "sf')
-    from medllm.processes import boot                                  # of this process: it lives as long as the test
-    beat = {"time": time.time(), "pid": os.getpid(), "begun": psutil.Process().create_time(), "boot": boot()}
+    from medllm.processes import boot_id                                  # of this process: it lives as long as the test
+    beat = {"time": time.time(), "pid": os.getpid(), "begun": psutil.Process().create_time(), "boot": boot_id()}
     for folder in (live, torn): write(folder/"heartbeat.json", beat)
     promoted = fake(runs, "promoted", checkpoints=(2, 4))
     with open(promoted/"events.jsonl", "a") as f: f.write('{"event": "promoted", "names": []}\n')
