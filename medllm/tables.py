@@ -26,6 +26,6 @@ def markdown_rows(
 # %% ../nbs/07_tables.ipynb #markdown-table
 def markdown_table(
     rows:Sequence[dict], # With the same keys
-)->str:
-    "Rows as a Markdown table; \"\" without any."
+)->str:                # "" without any rows
+    "Rows as a Markdown table."
     return markdown_rows([*rows[0]], [[*row.values()] for row in rows]) if rows else ""

@@ -277,7 +277,7 @@ def parse(
     if "do_train" not in given and not other: given["do_train"] = True
     name = "include_num_input_tokens_seen"
     if name in given: given[name] = _COUNTED.get(as_word(given[name]), given[name])
-    filled = [*_filled(given), asked]
+    filled = [*_filled(given), user]
     args = _finished(Arguments(*filled))
     check_together(args)
     args.load_plan()

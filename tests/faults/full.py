@@ -21,9 +21,9 @@ from pathlib import Path
 from forks import SFT, curve, ended, fork, main, train, weights, words
 
 from medllm.cli.main import main as medllm
-from medllm.records.record import read_state, status_of
+from medllm.records.record import read_run_json, status_of
 from medllm.records.verify import verify
-from medllm.checkpoint.commit import check, checkpoints_in
+from medllm.checkpoint.commit import checkpoint_fault, checkpoints_in
 
 FLAGS = SFT | dict(max_steps=8, save_steps=2, eval_strategy="no", eval_steps=None, val_size=0)
 ALL = {k: v for k, v in FLAGS.items() if not k.startswith(("lora", "eval"))} | dict(finetuning_type="full", save_total_limit=2)
@@ -110,15 +110,15 @@ def recorded(d, name, options, larger):
         code = call(*run_words(place/"r"))
         said, status = Path(f"{d}/{name}.log").read_text().splitlines(), status_of(place/"r")
         out = dict(code=code, said=[line for line in said if "make room" in line][-1:], status=status,
-            reason=read_state(place/"r").get("reason", ""), held=[bool(v := verify(place/"r")), *v.defects[:2]],
-            there=[(step, check(folder)) for step, folder in checkpoints_in(place/"r")],
+            reason=read_run_json(place/"r").get("reason", ""), held=[bool(v := verify(place/"r")), *v.defects[:2]],
+            there=[(step, checkpoint_fault(folder)) for step, folder in checkpoints_in(place/"r")],
             left=[f.name for f in (place/"r").rglob("*.part")], report="report it" in "\n".join(said))
         if filler: ended(filler)
         (place/"filler").unlink(missing_ok=True)
         subprocess.run(["mount", "-o", f"remount,{larger}", place], check=True)
         out["again"] = call("runs", "resume", f"{place}/r")
         out["then"] = [status_of(place/"r"), bool(verify(place/"r")), weights(place/"r") == weights(f"{d}/run"),
-            [f.name for f in place.rglob("*.part")], len(read_state(place/"r").get("attempts") or [])]
+            [f.name for f in place.rglob("*.part")], len(read_run_json(place/"r").get("attempts") or [])]
         return out
 
 

@@ -23,10 +23,10 @@ from forks import SFT, curve, ended, fork, main, train, weights, words
 from medllm.cli.main import main as medllm
 from medllm.evaluate import benchmarks  # noqa: F401  (what a child would import)
 from medllm.records import engine; from medllm.export import release; from medllm.experiment import execute as run, sweep  # noqa: F401
-from medllm.records.listing import list_runs, read_state, records_in
+from medllm.records.listing import list_runs, read_run_json, record_folders
 from medllm.records.record import RUNNING, status_of
 from medllm.records.verify import verify
-from medllm.checkpoint.commit import check, checkpoints_in
+from medllm.checkpoint.commit import checkpoint_fault, checkpoints_in
 from medllm.predict import predict  # noqa: F401
 
 FLAGS = SFT | dict(max_steps=24, save_steps=1, save_total_limit=2, eval_strategy="no", eval_steps=None, val_size=0)
@@ -38,7 +38,7 @@ def lost(folder):
     history = Path(folder)/"history.jsonl"
     lines = history.read_text().split("\n")[:-1] if history.exists() else []
     last = max((json.loads(line)["step"] for line in lines), default=0)
-    return last - max((step for step, f in checkpoints_in(folder) if not check(f)), default=0)
+    return last - max((step for step, f in checkpoints_in(folder) if not checkpoint_fault(f)), default=0)
 
 
 def attempts(folder, kills, rng, longest):
@@ -92,7 +92,7 @@ class Command:
 def _words_of_run(folder, stage, *parameters):
     "Begin a record, or go on with it."
     given = [w for name, value in parameters for w in ("-p", name, str(value))]
-    if read_state(folder/"r").get("status") == "completed" and status_of(folder/"r") == "completed": return []
+    if read_run_json(folder/"r").get("status") == "completed" and status_of(folder/"r") == "completed": return []
     if not (folder/"r/run.json").exists(): return ["run", stage, *given, "-p", "output_dir", f"{folder}/r"]
     return ["runs", "resume", f"{folder}/r"]
 
@@ -112,29 +112,29 @@ def _answers(folder, name):
 
 def _metrics(folder):
     "What a record says came out."
-    state = read_state(folder)
+    state = read_run_json(folder)
     assert state["status"] == "completed", state
     return state["metrics"], state["verdict"]
 
 
 def _records(folder):
     "Finished stages and points, and checkpoints of those that are not."
-    done, some = set(), records_in(folder/"runs")
+    done, some = set(), record_folders(folder/"runs")
     for record in (r for r in some if r.parent.name not in ("pipeline", "sweep")):
-        if read_state(record).get("status") == "completed": done.add(str(record))
-        done |= {str(f) for _, f in checkpoints_in(record) if not check(f)}
+        if read_run_json(record).get("status") == "completed": done.add(str(record))
+        done |= {str(f) for _, f in checkpoints_in(record) if not checkpoint_fault(f)}
     return done
 
 
 def _stages(folder):
     "Weights by stage or point, of the newest pipeline or sweep; each was trained once."
-    newest = max(r for r in records_in(folder/"runs") if r.parent.name in ("pipeline", "sweep"))
-    state = read_state(newest)
+    newest = max(r for r in record_folders(folder/"runs") if r.parent.name in ("pipeline", "sweep"))
+    state = read_run_json(newest)
     assert state["status"] == "completed" and verify(newest), (state, str(verify(newest)))
-    for record in records_in(folder/"runs"):
+    for record in record_folders(folder/"runs"):
         if record.parent.name == "sft" and str(record) not in [s["folder"] for s in state["stages"]]: raise AssertionError(
-            f"{record} ({status_of(record)}) was begun and is of no use: {read_state(record).get('reason')}")
-    return {s["name"]: (read_state(s["folder"])["weights"], curve(s["folder"])) for s in state["stages"]}
+            f"{record} ({status_of(record)}) was begun and is of no use: {read_run_json(record).get('reason')}")
+    return {s["name"]: (read_run_json(s["folder"])["weights"], curve(s["folder"])) for s in state["stages"]}
 
 
 SHORT = dict(max_samples=16, val_size=0, cutoff_len=256, per_device_train_batch_size=2, max_steps=8, save_steps=2,
@@ -247,7 +247,7 @@ def killed(command, folder, within, at):
 
 def records(folder):
     "Folders of records below it."
-    return [r for below in (folder, folder/"runs") for r in records_in(below)]
+    return [r for below in (folder, folder/"runs") for r in record_folders(below)]
 
 
 def all_gone(folder):
@@ -267,7 +267,7 @@ def true_and_whole(folder):
         elif file.suffix == ".jsonl": lines(file)
     for record in records(folder):
         status = status_of(record)
-        assert read_state(record), f"{record}: run.json is torn"
+        assert read_run_json(record), f"{record}: run.json is torn"
         held = verify(record)
         assert held if status == "completed" else any("lost" in d for d in held.defects), f"{record} is {status}: {held}"
     if (folder/"runs").is_dir(): list_runs(folder/"runs")
