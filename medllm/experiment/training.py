@@ -80,7 +80,7 @@ def hidden(
     return self.data.private and not self.config.reveal
 
 @patch
-def plot_lengths(
+def draw_lengths(
     self:TrainingJob,
 ): # A matplotlib figure
     "Lengths of the rows [tokens], and what of them is trained."
@@ -88,7 +88,7 @@ def plot_lengths(
 
 # %% ../../nbs/experiment/07_training.ipynb #train
 @patch
-def sample(
+def answers(
     self:TrainingJob,
     trained:bool = False, # What the run wrote; else what it starts from
 )->list[SampleAnswer]:
@@ -130,7 +130,7 @@ def rounded(
 @patch
 def compare_answers(
     self:TrainingJob,
-    before:list[SampleAnswer], # From `sample`
+    before:list[SampleAnswer], # From `answers`
     after:list[SampleAnswer],  # The same after training
 )->str:                        # Markdown
     "The answers side by side; of a private dataset a sentence."
