@@ -54,7 +54,7 @@ def exit_code(
 )->int:                        # Its own, or the error's
     """Run a command to its end, whatever that is: the one place where errors become sentences.
 
-    2: a mistake or a broken file; 74: nothing can be written; 75: asked to stop; 130: the keyboard; 1: our own fault."""
+    2: a mistake or broken file; 74: nothing can be written; 75: asked to stop; 130: the keyboard; 1: our own fault."""
     try:
         if not _somewhere(): raise UserError("the working directory was removed; change to one that is there")
         return command()

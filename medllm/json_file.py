@@ -89,7 +89,7 @@ def _brackets(data:bytes)->int: return sum(map(data.count, (b"{", b"[", b",")))
 def parse_json(
     text:str|bytes,        # Of one value
     deepest:int = DEEPEST, # Levels that it may have
-    unique:bool = True,    # Refuse a key that is there twice, and measure the depth; False where a few known parts are read
+    unique:bool = True,    # Refuse a key that is there twice, and measure the depth; False: a few known parts are read
 ):                         # The value
     "The value of a JSON text. Raises `ValueError` with the reason in a few words, whatever the text is."
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text

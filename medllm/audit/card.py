@@ -56,7 +56,7 @@ class Thresholds:
 # %% ../../nbs/audit/07_card.ipynb #read-thresholds
 def read_thresholds(
     file:str|Path|None = None, # YAML file, names and numbers; None takes the defaults
-)->Thresholds:
+)->Thresholds:              # The defaults where the file names nothing
     "Thresholds of a file over the defaults. Raises `UserError` for an unknown name or a value that is no number."
     if not file: return Thresholds()
     known = [f.name for f in fields(Thresholds)]
@@ -67,7 +67,7 @@ def read_thresholds(
     return Thresholds(**given)
 
 # %% ../../nbs/audit/07_card.ipynb #thresholds-text
-def thresholds_text()->str:
+def thresholds_text()->str: # A YAML file
     "A thresholds file with the defaults, each explained."
     head = "# The most that is allowed: below 1 a share of the rows, from 1 on a number of rows, null for no limit."
     def value(f): return "null" if f.default is None else f"{f.default:g}"
@@ -83,34 +83,40 @@ class CardCheck:
     of:int               # Out of how many
     limit:float|None     # Threshold
     places:list = field(default_factory=list) # Up to five
+
     @property
-    def share(self)->float: return self.rows/self.of if self.of else 0.0
+    def share(self)->float: # 0 to 1
+        "Part of the rows, or of the items."
+        return self.rows/self.of if self.of else 0.0
+
     @property
     def passed(self)->bool|None: # None when nothing is limited
+        "Whether it is within the limit."
         if self.limit is None: return None
         return (self.rows if self.limit >= 1 else self.share) <= self.limit
-    def as_dict(self)->dict:
-        "For the card."
-        own = asdict(self)
-        return {**{k: own[k] for k in ("name", "rows", "of")}, "share": round(self.share, 6), "limit": self.limit,
+
+    def as_dict(self)->dict: # name, rows, of, share, limit, passed, places
+        "The check as the card holds it."
+        known = asdict(self)
+        return {**{k: known[k] for k in ("name", "rows", "of")}, "share": round(self.share, 6), "limit": self.limit,
             "passed": self.passed, "places": self.places}
 
 # %% ../../nbs/audit/07_card.ipynb #checks-2
 def checks(
     report:Report,                       # From `inspect`
     limits:Thresholds = Thresholds(),    # From `read_thresholds`
-)->list[CardCheck]:
+)->list[CardCheck]:                      # One for each line of the verdict
     "All findings of a report held against the thresholds."
     rows, read = report.rows, sum(a.read for a in report.accounts)
     defective = sum(a.rejected[reason] for a in report.accounts for reason in DEFECTS)
     out = [CardCheck("defective", defective, read, limits.defective),
         CardCheck("rejected", read - rows - defective, read, limits.rejected)]
     for rule in (*TEXT_RULES, "personal_strong", "personal_weak"):
-        found = report.findings.get(rule, Finding())
-        out.append(CardCheck(rule, found.rows, rows, getattr(limits, rule), found.places))
+        finding = report.findings.get(rule, Finding())
+        out.append(CardCheck(rule, finding.rows, rows, getattr(limits, rule), finding.places))
     for name, n in report.duplicates.items():
-        some = report.repeats.get(name, [])
-        like = [{"where": report.place(row), "like": report.place(first)} for row, first in some]
+        first_rows = report.repeats.get(name, [])
+        like = [{"where": report.place(row), "like": report.place(first)} for row, first in first_rows]
         out.append(CardCheck(name, n, rows, getattr(limits, name), like))
     for name, n in report.overlap.items(): out.append(CardCheck(name, n, report.validation_rows, getattr(limits, name)))
     for bench in report.contamination:
@@ -174,10 +180,21 @@ def _lines(card:dict)->list[tuple]:
     return [(_MARK[c["passed"]], _title(c["name"]), f"{c['rows']:,}", f"{c['share']:.2%}", _limit(c["limit"]))
         for c in card["checks"] if c["rows"] or c["limit"] is not None]
 
+# %% ../../nbs/audit/07_card.ipynb #contaminated
+def _contaminated(c:dict)->str:
+    "What was found of a benchmark, and what could not be tested, in one line."
+    parts = (
+        f", {c['by_question']:,} by the question alone, {c['by_passage']:,} by the passage alone, {c['by_both']:,} by "
+        f"both, questions not testable alone: {c['question_untested']:,}") if c.get("with_passage") else ""
+    return (f"{c['name']}: {c['contaminated']:,} of {c['items']:,} items contaminated{parts}; "
+        f"{c['by_grams']:,} tested by "
+        f"8-grams, {c['as_whole']:,} short ones whole, {c['untestable']:,} not testable; "
+        f"{c['any_long']:,} share a 13-gram")
+
 # %% ../../nbs/audit/07_card.ipynb #card-text
 def data_card_text(
     card:dict, # From `make_data_card`
-)->str:
+)->str:     # Lines joined by \n
     "The card for a terminal."
     out = []
     for d in card["datasets"]:
@@ -196,17 +213,6 @@ def data_card_text(
     word = "passed" if not card["broken"] else "failed: " + ", ".join(map(_title, card["broken"]))
     return "\n".join([*out, "", word])
 
-# %% ../../nbs/audit/07_card.ipynb #contaminated
-def _contaminated(c:dict)->str:
-    "What was found of a benchmark, and what could not be tested, in one line."
-    parts = (
-        f", {c['by_question']:,} by the question alone, {c['by_passage']:,} by the passage alone, {c['by_both']:,} by "
-        f"both, questions not testable alone: {c['question_untested']:,}") if c.get("with_passage") else ""
-    return (f"{c['name']}: {c['contaminated']:,} of {c['items']:,} items contaminated{parts}; "
-        f"{c['by_grams']:,} tested by "
-        f"8-grams, {c['as_whole']:,} short ones whole, {c['untestable']:,} not testable; "
-        f"{c['any_long']:,} share a 13-gram")
-
 # %% ../../nbs/audit/07_card.ipynb #markdown
 def _table(head:tuple, rows:list)->str:
     "A Markdown table; what could be markup is escaped."
@@ -216,7 +222,7 @@ def _table(head:tuple, rows:list)->str:
 # %% ../../nbs/audit/07_card.ipynb #card-markdown
 def card_markdown(
     card:dict, # From `make_data_card`
-)->str:
+)->str:     # The content of card.md
     "The card as Markdown."
     words = {True: "yes", False: "**no**", None: ""}
     parts = [f"# Data card: {', '.join(d['name'] for d in card['datasets'])}",
@@ -254,7 +260,7 @@ def write_card(
 # %% ../../nbs/audit/07_card.ipynb #pictures
 def plot_text_lengths(
     report:Report, # From `inspect`
-):
+):                 # A matplotlib figure
     "A figure: histograms of the lengths of prompts and answers, on a logarithmic axis."
     import numpy as np
     from medllm.figures import picture
@@ -271,15 +277,15 @@ def plot_text_lengths(
 # %% ../../nbs/audit/07_card.ipynb #plot-findings
 def plot_findings(
     card:dict, # From `make_data_card`
-):
+):             # A matplotlib figure
     "A figure: the share of each finding, red where it is beyond its limit; a line marks the limit."
     from medllm.figures import picture
-    found = [c for c in card["checks"] if c["rows"]][::-1]
-    figure = picture(6.4, 0.8 + 0.22*max(len(found), 1))
+    rows = [c for c in card["checks"] if c["rows"]][::-1]
+    figure = picture(6.4, 0.8 + 0.22*max(len(rows), 1))
     axis = figure.subplots()
-    axis.barh([_title(c["name"]) for c in found], [100*c["share"] for c in found],
-        color=["#d94801" if c["passed"] is False else "#9ecae1" for c in found])
-    for y, c in enumerate(found):
+    axis.barh([_title(c["name"]) for c in rows], [100*c["share"] for c in rows],
+        color=["#d94801" if c["passed"] is False else "#9ecae1" for c in rows])
+    for y, c in enumerate(rows):
         if c["limit"] and c["limit"] < 1: axis.plot([100*c["limit"]]*2, [y - 0.4, y + 0.4], color="black", lw=1)
     axis.set(xlabel="% of rows", xlim=(0, None))
     axis.spines[["top", "right"]].set_visible(False)
