@@ -177,7 +177,7 @@ def adapter_tensors(
     odd = [name for name in sorted(expected.keys() | stored.keys()) if shape(expected, name) != shape(stored, name)]
     if odd:
         raise UserError(f"the adapter {folder} is for another model: {odd[0]} has shape {shape(stored, odd[0])}, "
-                                f"the model wants {shape(expected, odd[0])} ({len(odd)} of {len(expected)} tensors differ)")
+            f"the model wants {shape(expected, odd[0])} ({len(odd)} of {len(expected)} tensors differ)")
     return stored
 
 # %% ../../nbs/models/03_adapters.ipynb #load-adapter
