@@ -63,16 +63,6 @@ class TokenRows:
         return self.table["length"]
 
     @property
-    def groups(self)->np.ndarray:
-        "(N,) uint64, equal for rows of one declared group."
-        return self.table["group"]
-
-    @property
-    def questions(self)->np.ndarray:
-        "(N,) uint64, equal for equal questions."
-        return self.table["question"]
-
-    @property
     def tokens(self)->int:
         "All tokens of all rows."
         return int(self.table["length"].sum())
@@ -99,6 +89,17 @@ def note(self:TokenRows,
     "What a checkable answer to the row must come to; empty for none."
     begin, size = (int(self.table[name][i]) for name in ("note_start", "note_length"))
     return bytes(self.parts[self.table["part"][i]][2][begin:begin + size]).decode("utf-8", "replace")
+
+# %% ../../nbs/data/12_rows.ipynb #groups
+@patch(as_prop=True)
+def groups(self:TokenRows)->np.ndarray:
+    "(N,) uint64, equal for rows of one declared group."
+    return self.table["group"]
+
+@patch(as_prop=True)
+def questions(self:TokenRows)->np.ndarray:
+    "(N,) uint64, equal for equal questions."
+    return self.table["question"]
 
 # %% ../../nbs/data/12_rows.ipynb #place
 @patch

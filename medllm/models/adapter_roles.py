@@ -82,7 +82,7 @@ def load_role(
     odd = [key for key in sorted(expected.keys() | stored.keys()) if expected.get(key) != stored.get(key)]
     if odd:
         raise UserError(f"the adapter {folder} is for another model: {odd[0]} has shape {stored.get(odd[0])}, "
-                                f"the model wants {expected.get(odd[0])} ({len(odd)} of {len(expected)} tensors differ)")
+            f"the model wants {expected.get(odd[0])} ({len(odd)} of {len(expected)} tensors differ)")
     set_peft_model_state_dict(model, {key: t for key, t in tensors.items() if "lora_" in key}, adapter_name=name)
     _freeze_role(model, name)
     for p in trains: p.requires_grad_(True)

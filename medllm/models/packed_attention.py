@@ -28,7 +28,7 @@ def _band(length:int, window:int, device)->torch.Tensor:
     back = at[:, None] - at[None]
     return (back >= 0) & (back < window)
 
-# %% ../../nbs/models/05_packed_attention.ipynb #cu_seqlens
+# %% ../../nbs/models/05_packed_attention.ipynb #bounds
 class Documents:
     "The documents of a packed row, by their bounds."
     def __init__(self,
@@ -135,7 +135,7 @@ def _document_attention(
     key:torch.Tensor,                        # (B, fewer heads, T, D)
     value:torch.Tensor,                      # (B, fewer heads, T, D)
     attention_mask:torch.Tensor|None = None, # From `_mask`
-    **options,                               # documents, sliding_window, scaling, dropout and whatever else the model passes
+    **options,                               # documents, sliding_window, scaling, dropout, others of the model
 )->tuple[torch.Tensor, None]:               # (B, T, H, D)
     "Attention of a layer; with `documents` inside each of them only. Raises `ValueError` for what it cannot do."
     documents, window = options.pop("documents", None), options.pop("sliding_window", None)
@@ -159,7 +159,8 @@ def _document_attention(
 def _mask(q_length, kv_length, attention_mask=None, use_vmap=False, **options):
     "No mask for a plain causal forward; transformers' where there is padding, a cache, or a model's own pattern."
     if attention_mask is None and q_length == kv_length and not use_vmap: return None
-    return sdpa_mask(q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, use_vmap=use_vmap, **options)
+    return sdpa_mask(
+        q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, use_vmap=use_vmap, **options)
 
 AttentionInterface.register(NAME, _document_attention)
 AttentionMaskInterface.register(NAME, _mask)
