@@ -88,7 +88,7 @@ def _data(args)->int:
 def _preview(args)->int:
     from medllm.data.accounts import OnBad
     from medllm.data.cache import Recipe, cached_rows
-    from medllm.data.preview import Look, length_bars, length_summary
+    from medllm.data.preview import Preview, length_bars, length_summary
     from medllm.data.registry import find_sources
     from medllm.data.tokens import Renderer
     from medllm.models.loading import LoadPlan, load_tokenizer
@@ -99,7 +99,7 @@ def _preview(args)->int:
     rows, account = cached_rows(source, renderer, recipe)
     hide = source.private and not args.reveal
     # its colours are ours
-    print(Look(rows, renderer.tokenizer, hide=hide, picked=tuple(range(args.rows))), file=terminal())
+    print(Preview(rows, renderer.tokenizer, hide=hide, picked=tuple(range(args.rows))), file=terminal())
     print("\n" + "\n".join(account.lines()) + "\n" + ", ".join(f"{k} {v}" for k, v in length_summary(rows).items()))
     print(length_bars(rows, args.cutoff_len))
     if hide: log_line("letters are hidden because the dataset is private; --reveal shows them")

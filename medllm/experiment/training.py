@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from fastcore.basics import patch
 
-from ..data.preview import Look, length_summary, plot_lengths
+from ..data.preview import Preview, length_summary, plot_lengths
 from ..data.rows import TokenRows
 from ..evaluate.own_rows import drawn_metrics, drawn_out, memorisation_targets, record_drawn
 from .launch import train_in
@@ -70,7 +70,7 @@ def preview(
     picked:tuple = (0, 1, 2), # Numbers of the rows
 )->Look:                 # Shows itself in a notebook
     "Rows as the model sees them; green is trained."
-    return Look(self.rows, self.data.renderer.tokenizer, hide=self.hidden, picked=picked)
+    return Preview(self.rows, self.data.renderer.tokenizer, hide=self.hidden, picked=picked)
 
 @patch(as_prop=True)
 def hidden(

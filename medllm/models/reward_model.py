@@ -55,8 +55,8 @@ def scores(
     plain, exact = head.forward, next(head.parameters()).dtype
     def at_last(hidden):
         ends = hidden.reshape(-1, hidden.shape[-1]).index_select(0, last)
-        with torch.autocast(hidden.device.type, enabled=False): found = plain(ends.to(exact))
-        return found.reshape(len(hidden), 1, -1).expand(-1, hidden.shape[1], -1)
+        with torch.autocast(hidden.device.type, enabled=False): scores = plain(ends.to(exact))
+        return scores.reshape(len(hidden), 1, -1).expand(-1, hidden.shape[1], -1)
     head.forward = at_last
     try: return model(input_ids=input_ids, use_cache=False, **inputs).logits.flatten()
     finally: del head.forward
