@@ -88,7 +88,8 @@ class GrpoObjective(RolloutObjective):
         passes:int = 1,   # num_iterations
     ):
         if passes < 1: raise UserError(f"--num_iterations {passes}: must be at least 1")
-        self.loss, self.rewards, self.num_generations, self.passes = loss, rewards, num_generations, passes
+        self.loss, self.rewards = loss, rewards
+        self.num_generations, self.passes = num_generations, passes
 
     def rollout(self, trainer, prompts): # As for `RolloutObjective`
         "Answers, rewards and advantages of each group, as micro-batches."

@@ -47,7 +47,8 @@ class Monitor:
     flat:int = 0           # Rollouts without any variance of rewards
 
     def __post_init__(self):
-        self.recent, self.begin, self.best, self.varied, self.finished = deque(), [], -np.inf, False, False
+        self.recent, self.begin, self.best = deque(), [], -np.inf
+        self.varied, self.finished = False, False
 
     def _last(self, name:str, sign:bool)->bool:
         "Whether a sign has now lasted too long."

@@ -199,8 +199,9 @@ class PpoObjective(RolloutObjective):
         settings:PpoSettings, # The rest
         weight:KlWeight,      # Of the KL
     ):
-        self.rewards, self.loss, self.settings, self.weight = rewards, loss, settings, weight
-        self.steps, self.passes, self.scale = settings.steps, settings.passes, RunningScale()
+        self.rewards, self.loss, self.settings = rewards, loss, settings
+        self.steps, self.passes = settings.steps, settings.passes
+        self.weight, self.scale = weight, RunningScale()
 
     def units(self, batch): # As for `Objective`
         "Answer tokens of a micro-batch."

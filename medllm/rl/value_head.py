@@ -74,10 +74,10 @@ def remember_adapter(
     enable = model.activation_checkpointing_enable
     def contexts():
         return nullcontext(), active_adapter(model, None if layer._disable_adapters else layer.active_adapters[0])
-    def enable_remembering(activation_checkpointing_kwargs=None, **more):
+    def enable_remembering(activation_checkpointing_kwargs=None, **kwargs):
         enable(activation_checkpointing_kwargs=(activation_checkpointing_kwargs or {}) | {
-            "use_reentrant": False, "context_fn": contexts}, **more)
+            "use_reentrant": False, "context_fn": contexts}, **kwargs)
     model.activation_checkpointing_enable = enable_remembering                                    # Trainer calls this
     # and others its old name
     model.gradient_checkpointing_enable = (
-        lambda gradient_checkpointing_kwargs=None, **more: enable_remembering(gradient_checkpointing_kwargs, **more))
+        lambda gradient_checkpointing_kwargs=None, **kwargs: enable_remembering(gradient_checkpointing_kwargs, **kwargs))

@@ -86,14 +86,14 @@ def _fix_launch(argv:Sequence[str])->int|None:
     return 75 if forwarded else started.returncode
 
 # %% ../../nbs/train/21_main.ipynb #train
-def _train(argv:list[str], own:bool)->int:
+def _train(argv:list[str], owns_process:bool)->int:
     "The exit code of a training command; a signal ends it in a way that can be gone on from."
     settle_home()
     from medllm.train.arguments import read_command
     from medllm.profiles import begin_anew
     from medllm.train.loop import run
     given = read_command(argv)
-    if own: begin_anew(given.get("profile"))
+    if owns_process: begin_anew(given.get("profile"))
     metrics = run(given)
     if metrics.get("loss_first"):
         log_line(f"{metrics['steps']} steps, loss {metrics['loss_first']:.4f} -> {metrics['loss_last']:.4f}, "
@@ -103,11 +103,11 @@ def _train(argv:list[str], own:bool)->int:
 # %% ../../nbs/train/21_main.ipynb #main
 def main(
     argv:Sequence[str]|None = None, # Words of the command line; None takes the program's own
-    own:bool = False, # Whether this process is there for the command alone; None for `argv` says so
+    owns_process:bool = False, # Whether this process is there for the command alone; None for `argv` says so
 )->int:      # 0; 2 for a user's mistake; 74 when nothing can be written; 75 when it was asked to stop
     "Train by a command line; returns the exit code."
-    own, argv = own or argv is None, sys.argv[1:] if argv is None else list(argv)
-    if own: speak_utf8()
+    owns_process, argv = owns_process or argv is None, sys.argv[1:] if argv is None else list(argv)
+    if owns_process: speak_utf8()
     tolerant_console()
     if {"-h", "--help"} & set(argv):
         print(help_text())
@@ -115,7 +115,7 @@ def main(
     attach()
     if (code := _fix_launch(argv)) is not None: return code
     from medllm.interruption import listening
-    with listening(): return exit_code(lambda: _train(argv, own))
+    with listening(): return exit_code(lambda: _train(argv, owns_process))
 
 # %% ../../nbs/train/21_main.ipynb #main-more
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())   # a notebook has no __file__

@@ -61,7 +61,8 @@ def fingerprint_of(
     data:TrainingData, # From `prepare_data`
 )->dict:               # Part to its value, or to a hash of it
     "What a run is made of."
-    m, d, f, flags = args.model, args.data, args.finetuning, args.resolved()
+    m, d, f = args.model, args.data, args.finetuning
+    flags = args.resolved()
     def several(text): return [weights_hash(name.strip()) for name in (text or "").split(",") if name.strip()]
     plan, load = asdict(args.adapt_plan()), args.load_plan()
     return {

@@ -96,7 +96,8 @@ def _find_checkpoint(args:Arguments)->Path|None:
         checkpoint = newest(folder, left_out.append) if request else None
         for line in left_out: log_line(line)
         if checkpoint: return checkpoint
-        if request != "true": return check_output_dir(folder, args.finetuning.overwrite_output_dir, checkpoints=not request)
+        if request != "true":
+            return check_output_dir(folder, args.finetuning.overwrite_output_dir, checkpoints=not request)
         raise UserError(f"--resume_from_checkpoint: there is no checkpoint in {folder}" + (
             f" that is whole ({'; '.join(left_out)})" if left_out else ""))
     if why := checkpoint_fault(request): raise UserError(f"--resume_from_checkpoint {request}: {why}")
@@ -109,8 +110,8 @@ def _agreed(args:Arguments, fingerprint:dict, checkpoint:Path):
     then = json.loads((checkpoint/"fingerprint.json").read_text(encoding="utf-8"))
     differences = check_compatible(then, fingerprint, checkpoint.name, args.finetuning.allow)
     check_changes(differences, args, checkpoint.name)
-    log_line(f"going on from {checkpoint.name}" + (f"; not as it was: {', '.join(map(as_change, differences))}" if differences
-        else ""))
+    changes = ", ".join(map(as_change, differences))
+    log_line(f"going on from {checkpoint.name}" + (f"; not as it was: {changes}" if changes else ""))
     if is_first_process():
         append_event(args.training.output_dir, "resumed", checkpoint=checkpoint.name,
             differences=[dict(zip(("name", "then", "now", "kind"), d)) for d in differences])

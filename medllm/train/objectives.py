@@ -60,7 +60,7 @@ def _block(hidden, weight, targets, z, smoothing)->torch.Tensor:
     "Summed loss of a block; leaves its gradient by the logits in `z`."
     if z.dtype == hidden.dtype: torch.mm(hidden, weight.T, out=z)
     else: z.copy_(hidden @ weight.T)
-    more = smoothing*(z.gather(1, targets[:, None])[:, 0] - z.mean(-1)).sum() if smoothing else 0.0
+    smoothed = smoothing*(z.gather(1, targets[:, None])[:, 0] - z.mean(-1)).sum() if smoothing else 0.0
     torch.softmax(z, -1, out=z)
     loss = -z.gather(1, targets[:, None])[:, 0].log()
     # probabilities near the smallest float: take these rows exactly
@@ -69,7 +69,7 @@ def _block(hidden, weight, targets, z, smoothing)->torch.Tensor:
         loss[far] = F.cross_entropy((hidden[far] @ weight.T).to(z.dtype), targets[far], reduction="none")
     z.scatter_add_(1, targets[:, None], z.new_full((len(targets), 1), smoothing - 1))
     if smoothing: z -= smoothing/z.shape[1]
-    return loss.sum() + more
+    return loss.sum() + smoothed
 
 # %% ../../nbs/train/09_objectives.ipynb #ce-gradient
 class _HeadLoss(torch.autograd.Function):

@@ -146,7 +146,9 @@ class Preference(Objective):
         flags:PreferenceArguments, # Loss and its constants
         reference = None,          # `Reference`; None where the loss needs none, or the batches carry its sums
         shared:bool = False,       # Compute the prompt of a pair once
-    ): self.flags, self.loss, self.reference, self.shared = flags, LOSSES[flags.pref_loss], reference, shared
+    ):
+        self.flags, self.loss = flags, LOSSES[flags.pref_loss]
+        self.reference, self.shared = reference, shared
 
     def collate(self, pad_id, multiple, packed): # As for `Objective`
         "Batches of pairs, with the reference's sums where the units have them."
@@ -219,7 +221,8 @@ class BranchCollate:
     ): self.pad_id, self.multiple = pad_id, multiple
 
     def __call__(self, items:list[dict])->dict:
-        begin, shared_prefixes, ids, places, at = 0, [], [], [], ([], [])
+        begin, shared_prefixes, ids = 0, [], []
+        places, at = [], ([], [])
         for item in items:
             a, b = (r["input_ids"][:read_length(r["labels"])] for r in item["rows"])
             n = shared_tokens(a, b)

@@ -96,7 +96,8 @@ class Reference:
         other = None,       # method model: the reference's own model
         keep:bool = True,   # method weights: copy them; False where all is computed before training
     ):
-        self.plan, self.other, self.gone, self.weights = plan, other, False, None
+        self.plan, self.other = plan, other
+        self.gone, self.weights = False, None
         self.head = None if other is None else SelectedHead(other)
         self.adapter = {"off": None, "copy": "reference", "role": "reference"}.get(plan.method, "")
         self.kept = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad
@@ -114,20 +115,9 @@ class Reference:
         training = policy.training
         policy.eval()
         try:
-            speaks = active_adapter(policy, self.adapter) if self.adapter != "" else self._exchanged()
-            with torch.no_grad(), speaks: yield policy
+            context = active_adapter(policy, self.adapter) if self.adapter != "" else self._exchanged()
+            with torch.no_grad(), context: yield policy
         finally: policy.train(training)
-
-    def logps(self,
-        trainer,    # A `StageTrainer`
-        model,      # The model that trains, perhaps wrapped
-        batch:dict, # From its collator
-    )->torch.Tensor: # (M,), [nat]
-        "Log-probability of each answer token of a batch under the reference."
-        with self.answering(model) as policy, trainer.accelerator.autocast():
-            if self.head is None: return trainer.logps(policy, batch)
-            where = (batch[k] for k in ("input_ids", "positions", "targets"))
-            return self.head.token_logps(policy, *where, **trainer.apart(batch))
 
 # %% ../../nbs/train/17_reference.ipynb #exchanged
 @patch
@@ -138,6 +128,18 @@ def _exchanged(self:Reference):
     try: yield
     finally:
         for i, (p, w) in enumerate(self.kept): self.kept[i], p.data = (p, p.data), w
+
+@patch
+def logps(self:Reference,
+    trainer,    # A `StageTrainer`
+    model,      # The model that trains, perhaps wrapped
+    batch:dict, # From its collator
+)->torch.Tensor: # (M,), [nat]
+    "Log-probability of each answer token of a batch under the reference."
+    with self.answering(model) as policy, trainer.accelerator.autocast():
+        if self.head is None: return trainer.logps(policy, batch)
+        where = (batch[k] for k in ("input_ids", "positions", "targets"))
+        return self.head.token_logps(policy, *where, **trainer.apart(batch))
 
 # %% ../../nbs/train/17_reference.ipynb #record
 @patch
@@ -152,7 +154,8 @@ def release(self:Reference,
 ):
     "Let go of everything that only the reference needed."
     if self.adapter: model.delete_adapter(self.adapter)
-    self.other, self.head, self.kept, self.gone = None, None, [], True
+    self.other, self.head = None, None
+    self.kept, self.gone = [], True
 
 # %% ../../nbs/train/17_reference.ipynb #make
 def _other_model(args:Arguments, plan:ReferencePlan, tokenizer):
@@ -333,7 +336,8 @@ def precompute(
     folder.mkdir(exist_ok=True, mode=0o700)
     autocast = "bf16" if args.training.bf16 else "fp16" if args.training.fp16 else "float32"
     def referred(units):
-        key = hashlib.sha256(f"{_rows_hash(units)} {reference.weights} {weighting} {autocast}".encode()).hexdigest()[:32]
+        content = f"{_rows_hash(units)} {reference.weights} {weighting} {autocast}"
+        key = hashlib.sha256(content.encode()).hexdigest()[:32]
         def compute(): return _reference_sums(trainer, reference, units, weighted)
         return _WithReference(units, _stored(folder/f"{key}.npy", trainer, compute))
     if args.training.do_train: trainer.train_dataset = referred(trainer.train_dataset)

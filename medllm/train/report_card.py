@@ -196,7 +196,8 @@ def make_report_card(
         "margin": {"mean": margins.mean(), "deviation": margins.std(), "median": np.median(margins),
             "counts": counts.tolist(), "edges": edges.tolist()},
         "calibration": reliability(margins), "length": length_bias(values, lengths),
-        "formatting": formatting_bias(model, pairs, renderer), "padding": padding_invariance(model, sample, sorted(pads))}
+        "formatting": formatting_bias(model, pairs, renderer),
+        "padding": padding_invariance(model, sample, sorted(pads))}
 
 # %% ../../nbs/train/15_report_card.ipynb #remarks
 def _percent(x): return "–" if x is None else f"{x:.0%}"

@@ -131,7 +131,8 @@ def take_progress(self:StageTrainer,
 ):
     "Go on counting from there."
     super(StageTrainer, self).take_progress(saved)
-    now, self.seen, self._counted, self.sums = time.perf_counter(), saved["seen"], saved["counted"], saved["sums"]
+    self.seen, self._counted, self.sums = saved["seen"], saved["counted"], saved["sums"]
+    now = time.perf_counter()
     self._since, self.begun = now - saved["since"], self.begun - saved["seconds"]
 
 # %% ../../nbs/train/10_trainer.ipynb #batches
