@@ -21,7 +21,7 @@ from ..predict.command import add_predict
 # %% ../../nbs/cli/02_main.ipynb #commands
 def _train(args)->int:
     from medllm.train.__main__ import main as train
-    return train(args.words, own=True)
+    return train(args.words, owns_process=True)
 
 def _tiny(args)->int:
     from medllm.models.tiny import write_tiny

@@ -80,8 +80,8 @@ def _steps(args:Arguments, main:TokenRows)->int:
     if t.max_steps > 0: return t.max_steps
     passes = sum(number for number, _ in plan_packs(main.lengths, d.cutoff_len))*t.num_train_epochs
     end = d.replay_share if d.replay_share_end is None else d.replay_share_end
-    each = t.per_device_train_batch_size*t.world_size*t.gradient_accumulation_steps
-    return math.ceil(run_length(math.ceil(passes), d.replay_share, end)/each)
+    rows_per_step = t.per_device_train_batch_size*t.world_size*t.gradient_accumulation_steps
+    return math.ceil(run_length(math.ceil(passes), d.replay_share, end)/rows_per_step)
 
 # %% ../../nbs/train/13_pretrain.ipynb #make-trainer
 def make_trainer(
@@ -90,7 +90,8 @@ def make_trainer(
 ):
     "The trainer of a pre-training run, a `StageTrainer`. Raises `UserError` for replay without packing."
     from medllm.train.trainer import StageTrainer
-    d, t, rows, objective = args.data, args.training, data.train, TokenLoss(args.training.label_smoothing_factor)
+    d, t, rows = args.data, args.training, data.train
+    objective = TokenLoss(t.label_smoothing_factor)
     if data.replay is not None:
         if not d.packing: raise UserError("--replay_dataset needs --packing: shares are counted in packs")
         if not len(data.replay): raise UserError(f"--replay_dataset {d.replay_dataset} leaves no row to replay")

@@ -145,7 +145,9 @@ class UnitCollate:
         multiple:int = 1,    # T is rounded up to a multiple of this
         packed:bool = False, # Lay the rows end to end
         ends:bool = False,   # Let the last trained token in, and say where it is
-    ): self.pad_id, self.multiple, self.packed, self.ends = pad_id, multiple, packed, ends
+    ):
+        self.pad_id, self.multiple = pad_id, multiple
+        self.packed, self.ends = packed, ends
 
     def __call__(self, items:list[dict])->dict:
         rows = [item["rows"][which] for which in range(len(items[0]["rows"])) for item in items]
