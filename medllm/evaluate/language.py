@@ -31,8 +31,8 @@ _word = re.compile(r"[^\W\d_]+")
 def _european(text:str)->str:
     "Which language of Western Europe a text is in; English when it does not tell."
     low = text.lower()
-    found = _word.findall(low)
-    score = {code: sum(word in small for word in found) + sum(low.count(letter) for letter in _OWN.get(code, ""))
+    words = _word.findall(low)
+    score = {code: sum(word in small for word in words) + sum(low.count(letter) for letter in _OWN.get(code, ""))
         for code, small in _SMALL.items()}
     best = max(score, key=score.get)                    # the first of equals
     return best if score[best] >= max(2, score["en"] + 1) else "en"
