@@ -39,13 +39,13 @@ def read_tasks(
     "The tasks of a run. Raises `UserError` for a name that stands twice, and for none at all."
     out = [replace(common, name=_short(name), kind="choice", dataset=name) for name in
         filter(None, (part.strip() for part in dataset.split(",")))]
-    for name, own in tasks.items():
-        if not isinstance(own, dict): raise UserError(f"task '{name}' must hold options (name: value), not {own!r}")
-        kind = str(own.get("kind", "choice"))
+    for name, entry in tasks.items():
+        if not isinstance(entry, dict): raise UserError(f"task '{name}' must hold options (name: value), not {entry!r}")
+        kind = str(entry.get("kind", "choice"))
         start = common.options if kind == "choice" else {}
         defaults = {"name": _short(str(name)), "dataset": str(name) if kind == "choice" else ""}
-        given = {k: v for k, v in own.items() if k in _OWN}
-        options = start | {k: v for k, v in own.items() if k not in _OWN}
+        given = {k: v for k, v in entry.items() if k in _OWN}
+        options = start | {k: v for k, v in entry.items() if k not in _OWN}
         out.append(replace(common, **(defaults | given | {"options": options})))
     names = [task.name for task in out]
     for name in names:

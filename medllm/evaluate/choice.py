@@ -165,7 +165,7 @@ def choice_summary(
     facts:dict,       # Facts of the result
 )->dict:              # n, skipped, figures
     "The summary of a multiple-choice result."
-    single, several = ([x for x in lines if (len(x["gold"]) == 1) == one] for one in (True, False))
+    single, several = ([x for x in lines if (len(x["gold"]) == 1) == alone] for alone in (True, False))
     out = {"n": len(lines), "skipped": facts.get("skipped", {}), "cut": sum(x.get("cut", False) for x in lines)}
     if single:
         out["accuracy"] = share([x["right"] for x in single])

@@ -52,8 +52,8 @@ def read_answer(
 )->frozenset[str]: # Labels; empty when nothing can be read
     "The options that an answer chooses: one, unless the question has several right ones."
     if not item.lettered: return _word(answer, item.labels)
-    own = all(label.upper() in LETTERS[:READABLE] for label in item.labels)         # A, C and D are not A, B and C
-    letters = {label.upper(): label for label in item.labels} if own else dict(zip(LETTERS, item.labels))
+    readable = all(label.upper() in LETTERS[:READABLE] for label in item.labels)         # A, C and D are not A, B and C
+    letters = {label.upper(): label for label in item.labels} if readable else dict(zip(LETTERS, item.labels))
     chosen = chosen_letters(answer, {letter: item.texts[label] for letter, label in letters.items()})
     labels = frozenset(letters[letter] for letter in chosen if letter in letters)
     return labels if len(labels) == 1 or len(item.gold) > 1 else frozenset()

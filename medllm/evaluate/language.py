@@ -45,5 +45,5 @@ def language_of(
     count = script_counts(text)
     script = SCRIPTS[int(count.argmax())] if count.sum() else ""
     if script == "han" and count[SCRIPTS.index("kana")] > 0.2*count.max(): return "ja"
-    if script == "arabic": return next((code for code, own in _OF_ARABIC if own.search(text)), "ar")
+    if script == "arabic": return next((code for code, letters in _OF_ARABIC if letters.search(text)), "ar")
     return _european(text[:2000]) if script == "latin" else _BY_SCRIPT.get(script, "en")

@@ -144,16 +144,16 @@ def ask_personal(
 )->list[dict]:                  # id, what, kind, letters, drawn, from_question, said, rank, candidates
     "The items of identifiers: which a model spells."
     if not personal: return []
-    questions = [_question(one) for one in personal]
-    place, whole = [one.place for one in personal], [n for n, question in enumerate(questions) if question is not None]
-    most = max(p.after - p.before for p in place) + 8
-    texts = continued(chat, [one.row.ids[:one.place.before] for one in personal], min(most, 64), batch)
-    most = max((place[n].after - len(questions[n]) for n in whole), default=0) + 16
+    questions, places = [_question(i) for i in personal], [i.place for i in personal]
+    whole = [n for n, question in enumerate(questions) if question is not None]
+    most = max(p.after - p.before for p in places) + 8
+    texts = continued(chat, [i.row.ids[:i.place.before] for i in personal], min(most, 64), batch)
+    most = max((places[n].after - len(questions[n]) for n in whole), default=0) + 16
     answers = dict(zip(whole, continued(chat, [questions[n] for n in whole], min(most, 256), batch)))
-    def heard(n, one): return holds(answers[n], one.place.value) if n in answers else None
-    return [{"id": one.id, "what": "personal", "kind": one.kind, "letters": len(one.place.value)}
-        | _said(spells(texts[n], one.place), heard(n, one)) | _rank(chat, one, seed)
-        | ({"text": one.place.value} if reveal else {}) for n, one in enumerate(personal)]
+    def heard(n): return holds(answers[n], places[n].value) if n in answers else None
+    return [{"id": i.id, "what": "personal", "kind": i.kind, "letters": len(i.place.value)}
+        | _said(spells(texts[n], i.place), heard(n)) | _rank(chat, i, seed)
+        | ({"text": i.place.value} if reveal else {}) for n, i in enumerate(personal)]
 
 # %% ../../nbs/evaluate/18_memorisation.ipynb #ask
 _LOOK = 5000 # rows that are searched for personal data, unless all are asked for
@@ -172,12 +172,12 @@ def ask(
     looked, personal = 0, []
     for looked, row in enumerate(islice(draw_rows(rows, seed), max(_LOOK, limit) if limit else None), 1):
         personal += identifiers(chat.tokenizer, row)
-    able = [one for one in personal if one.state == "trained"]
+    able = [i for i in personal if i.state == "trained"]
     mine = [able[n] for n in sorted(np.random.default_rng(seed).permutation(len(able))[:limit or None])]
     items = ask_rows(chat, drawn, batch, reveal) + ask_personal(chat, mine, batch, reveal, seed)
     usable = len(rows) if limit and len(drawn) == limit < len(rows) else len(drawn)
     facts = {"rows": usable, "asked": len(drawn), "short": sum(_stretch_of(row) is None for row in drawn),
-        "looked": looked, "searched": usable <= looked, "identifiers": dict(Counter(one.state for one in personal))}
+        "looked": looked, "searched": usable <= looked, "identifiers": dict(Counter(i.state for i in personal))}
     def named(item): return {"id": f"held out {item['id']}"} if side == "held_out" else {}
     return [item | {"side": side} | named(item) for item in items], facts
 

@@ -53,27 +53,28 @@ _MANY = "more than 26 options"
 
 def _in_brackets(text:str)->list[tuple[str, str]]:
     "Options of a text that starts with (A); another letter in brackets counts only when it is the next one."
-    found, at = [], 0
-    if not text.lstrip().startswith("(A)"): return found
+    options, at = [], 0
+    if not text.lstrip().startswith("(A)"): return options
     for letter, following in zip(LETTERS, (*LETTERS[1:], "AA")):
         if (at := text.find(f"({letter})", at)) < 0: break
         end = text.find(f"({following})", at)
-        found.append((letter, text[at + 3:end if end > 0 else len(text)]))
-    return found
+        options.append((letter, text[at + 3:end if end > 0 else len(text)]))
+    return options
 
 # %% ../../nbs/evaluate/01_options.ipynb #in-text
 def _in_lines(text:str)->list[tuple[str, str]]:
     "Options of a text with a line for each, a letter and a blank or a mark before it."
-    found = [re.match(r"\s*([A-Z]{1,2})[\s.、:：)）．]+(\S.*)", line) for line in text.strip().splitlines()]
-    labels = [m[1] if m else "" for m in found]
-    return [(m[1], m[2]) for m in found[:26]] if len(found) > 1 and labels[:26] == list(LETTERS[:len(found)]) else []
+    matches = [re.match(r"\s*([A-Z]{1,2})[\s.、:：)）．]+(\S.*)", line) for line in text.strip().splitlines()]
+    labels = [m[1] if m else "" for m in matches]
+    if len(matches) < 2 or labels[:26] != list(LETTERS[:len(matches)]): return []
+    return [(m[1], m[2]) for m in matches[:26]]
 
 def _in_text(text:str)->list[tuple[str, str]]:
     "Options that stand in one text. Raises `Skip` for more than there are letters."
     text = _escaped.sub("\n", text)
-    found = _in_brackets(text) or _in_lines(text) or list(options_in(text).items())
-    if len(found) == len(LETTERS) and _past_z(text): raise Skip(_MANY)
-    return found
+    options = _in_brackets(text) or _in_lines(text) or list(options_in(text).items())
+    if len(options) == len(LETTERS) and _past_z(text): raise Skip(_MANY)
+    return options
 
 # %% ../../nbs/evaluate/01_options.ipynb #option-list
 def _literal(text:str):

@@ -38,17 +38,17 @@ def movable(
 def orders(
     item:MCQItem,       # Item of an exam
     every:bool = False, # All orders instead of the cyclic shifts, up to four movable options
-)->list[tuple[int, ...]]: # Old indices in their new order; the first is the item's own
+)->list[tuple[int, ...]]: # Old indices in their new order; the first is the item's original
     "The orders in which an item is asked."
-    free, own = movable(item), tuple(range(len(item.options)))
+    free, original = movable(item), tuple(range(len(item.options)))
     moved = list(permutations(free)) if every and len(free) <= 4 else [tuple(free[i:] + free[:i])
         for i in range(len(free))]
     out = []
     for order in moved:
-        new = list(own)
+        new = list(original)
         for place, old in zip(free, order): new[place] = old
         out.append(tuple(new))
-    return out or [own]
+    return out or [original]
 
 # %% ../../nbs/evaluate/08_order.ipynb #reordered
 def reordered(

@@ -87,17 +87,18 @@ def drawn_out(
     "The memorisation of a model that has just been trained. Raises `UserError` for a number of rows below 0."
     if rows < 0: raise UserError(f"memorisation {rows}: must be at least 0 rows")
     if not rows: return None
-    model, plan, seed, sides = args.model.model_name_or_path, args.load_plan(), args.training.seed, sides_of(data)
+    model, plan = args.model.model_name_or_path, args.load_plan()
+    seed, sides = args.training.seed, sides_of(data)
     names = ", ".join(Path(s.name).name for s in data.sources)
     task = Task("memorisation", "memorisation", names, limit=rows, seed=seed, reveal=reveal)
     with saved_chat(model, plan, data.renderer, folder) as chat:
-        items, asked = ask_sides(chat, sides, task)
+        items, facts = ask_sides(chat, sides, task)
         secrets = canaries(args.data.canaries, seed)
         if secrets: secrets = canary_items(chat, secrets, args.finetuning.stage, seed=seed)
     if any(item["said"] for item in items):
         with saved_chat(model, plan, data.renderer, adapters=args.adapt_plan().adapters) as chat:
             items = _beside(items, ask_sides(chat, sides, task)[0])
-    return Result(task.name, "memorisation", {"dataset": task.dataset, "skipped": {}, "seed": task.seed, "asked": asked,
+    return Result(task.name, "memorisation", {"dataset": task.dataset, "skipped": {}, "seed": task.seed, "asked": facts,
         "scorer": SCORER}, items + secrets)
 
 # %% ../../nbs/evaluate/23_own_rows.ipynb #told
@@ -111,8 +112,9 @@ def _share(f:dict|None)->str:
     "A share with what it may be of all."
     if f is None or f["value"] is None: return "–"
     low, high = (shown(f[end], "share") for end in ("low", "high"))
-    more = "all there are" if f["low"] is None else f"{low} to {high} of all" if f["value"] else f"up to {high} of all"
-    return f"{round(f['value']*f['n'])} of {f['n']} ({more})"
+    of_all = f"{low} to {high} of all" if f["value"] else f"up to {high} of all"
+    if f["low"] is None: of_all = "all there are"
+    return f"{round(f['value']*f['n'])} of {f['n']} ({of_all})"
 
 # %% ../../nbs/evaluate/23_own_rows.ipynb #canary-rows
 def _canary_rows(figures:dict)->list[dict]:

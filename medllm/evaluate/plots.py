@@ -61,7 +61,7 @@ def order_rows(
         rows += [{"set": name, "what": text, "share": _span(summary[key])} for key, text in words.items()]
         rows += [{"set": name, "what": f"accuracy in order {n}", "share": _span(f)}
             for n, f in enumerate(summary["by_order"], 1)]
-        rows += [{"set": name, "what": f"letter {letter}: picked / summary when right",
+        rows += [{"set": name, "what": f"letter {letter}: picked / found when right",
             "share": f"{shown(f['picked']['value'], 'share')} / {shown(f['recall']['value'], 'share')}"}
             for letter, f in summary["by_letter"].items()]
     return rows

@@ -70,7 +70,8 @@ def told_apart(
 )->list[str]:          # In the same order, no two alike
     "Ids of which the later of two equal ones gets a number that no other id has."
     ids = list(ids)
-    taken, seen, times, out = set(ids), set(), Counter(), []
+    taken, seen = set(ids), set()
+    times, out = Counter(), []
     for id in ids:
         new = id
         while new in seen or new != id and new in taken:
@@ -260,13 +261,13 @@ def figure_rows(
 )->list[dict]:                        # Rows of a table by column
     "Table rows: one for each figure, the base model's beside it."
     rows = []
-    for name, found in summaries.items():
-        skipped = ", ".join(f"{n} {reason}" for reason, n in found.get("skipped", {}).items()) or "none"
+    for name, figures in summaries.items():
+        skipped = ", ".join(f"{n} {reason}" for reason, n in figures.get("skipped", {}).items()) or "none"
         before = figures_of((base or {}).get(name, {}))
-        for what, f in figures_of(found).items():
+        for what, f in figures_of(figures).items():
             beside = {"base model": with_interval(before[what]) if what in before else "–"} if base else {}
             rows.append({"set": name, "measure": measure_words(what), "value": shown(f["value"], f.get("unit", "")),
-                "95% interval": _ends(f)} | beside | {"by": f["method"], "items": f.get("n", found["n"]),
+                "95% interval": _ends(f)} | beside | {"by": f["method"], "items": f.get("n", figures["n"]),
                 "skipped": skipped})
     return rows
 

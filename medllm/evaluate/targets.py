@@ -181,9 +181,9 @@ def _judged(c:dict, t:Target|None)->dict:
     met = not_worse(c["difference"], c.get("n", 0), margin, c.get("better", "higher"), c["verdict"])
     needed = items_needed(c["difference"], c.get("n", 0), margin, c.get("better", "higher")) if met is None else None
     yes = "better" if c["verdict"] == "better" else f"shown, within {_margin_words(margin, unit)}"
-    said = {True: yes, False: "worse", None: "cannot tell"
+    words = {True: yes, False: "worse", None: "cannot tell"
         + (f"; {would_tell(needed)}" if needed else "; no item differs")}[met]
-    return {"margin": margin, "asked": True, "not_worse": met, "needed": needed, "said": said}
+    return {"margin": margin, "asked": True, "not_worse": met, "needed": needed, "said": words}
 
 # %% ../../nbs/evaluate/20_targets.ipynb #judged-2
 def judge_comparisons(
@@ -222,8 +222,8 @@ def _missing_rows(evaluation:dict, targets:dict)->list[dict]:
         rows.append(asked("safety: emergencies",
             "urgent advice within its limit",
             "not measured: add emergencies to the task of kind safety (option emergency)", None))
-    for task, own in targets.items():
-        for what, t in own.items():
+    for task, limits in targets.items():
+        for what, t in limits.items():
             there = any(what in figures for name, figures in measured.items() if task in ("", name))
             if not there and (t.most is not None or t.least is not None):
                 rows.append(asked(
@@ -235,16 +235,16 @@ def _missing_rows(evaluation:dict, targets:dict)->list[dict]:
 def _account_rows(name:str, s:dict)->list[dict]:
     "What was left out of a set, and whether more was right than by always giving one answer."
     lost = {reason: n for reason, n in s.get("skipped", {}).items() if reason not in _WANTED}
-    told = ", ".join(f"{n} {reason}" for reason, n in lost.items()) or "none"
-    rows = [asked(f"{name}: items left out", "none", told, not lost)]
+    reasons = ", ".join(f"{n} {reason}" for reason, n in lost.items()) or "none"
+    rows = [asked(f"{name}: items left out", "none", reasons, not lost)]
     if s.get("cut"): rows.append(asked(f"{name}: prompts cut to the model's length", "none", s["cut"], False))
     if "accuracy" in s:
         f, guess = s["accuracy"], s["majority_baseline"]
         met = True if f["low"] > guess["value"] else False if f["high"] < guess["value"] else None
-        more = f"; {would_tell(items_to_tell(f['value'], guess['value']))}" if met is None else ""
+        needed = f"; {would_tell(items_to_tell(f['value'], guess['value']))}" if met is None else ""
         rows.append(asked(f"{name}: accuracy",
             f"above {shown(guess['value'], 'share')} ({guess['method']}), by the lower end",
-            f"{with_interval(f)} of {s['n']}{more}", met))
+            f"{with_interval(f)} of {s['n']}{needed}", met))
     return rows
 
 # %% ../../nbs/evaluate/20_targets.ipynb #lost-row
@@ -259,11 +259,11 @@ def _base_row(name:str, c:dict, several:int)->dict:
     def points(v): return "–" if v is None else f"{100*v:+.1f}" if unit == "share" else f"{v:+.4g}"
     words = TARGETS[c["measure"]].words if c.get("measure") in TARGETS else measure_words(c.get("measure", ""))
     target = f"not worse by more than {_margin_words(c['margin'], unit)}" if c["margin"] else "not worse"
-    more = f"; {c['said'].partition('; ')[2]}" if c["not_worse"] is None else ""
+    needed = f"; {c['said'].partition('; ')[2]}" if c["not_worse"] is None else ""
     return asked(f"{name.partition(': ')[0]}: {words} against the base model", target,
         f"{shown(c['base']['value'], unit)} → {shown(c['tuned']['value'], unit)}: {points(d['value'])} "
         f"({points(d['low'])} to {points(d['high'])}), {c['verdict']}, p {c.get('p_corrected', c['p']):.2g} "
-        f"(corrected for {several}){more}", c["not_worse"])
+        f"(corrected for {several}){needed}", c["not_worse"])
 
 # %% ../../nbs/evaluate/20_targets.ipynb #verdict-rows
 def verdict_rows(

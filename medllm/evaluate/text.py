@@ -199,11 +199,11 @@ def text_change(
 )->dict:          # base, tuned, difference: figures; p, verdict; more: the corpus scores
     "The comparison of free answers, ROUGE-L in front."
     rouge = [[100*i["rouge_l"] for i in r.items] for r in (base, tuned)]
-    more = {}
+    corpus = {}
     for lang in sorted({i["lang"] for i in base.items}):
         pair = [[b for a, b in zip(base.items, r.items) if a["lang"] == lang] for r in (base, tuned)]
-        more |= {f"{name}_{lang}": _corpus_change(name, lang, *pair) for name in ("bleu", "chrf")}
-    return compare_scores(*rouge, groups_of(base.items)) | {"measure": "rouge_l", "more": more}
+        corpus |= {f"{name}_{lang}": _corpus_change(name, lang, *pair) for name in ("bleu", "chrf")}
+    return compare_scores(*rouge, groups_of(base.items)) | {"measure": "rouge_l", "more": corpus}
 
 # %% ../../nbs/evaluate/12_text.ipynb #rows
 class TextQuestion(NamedTuple):

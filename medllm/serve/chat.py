@@ -253,7 +253,8 @@ class ChatWidget:
     def ask(self)->threading.Thread|None: # None when there is nothing to ask
         "Ask the question in the field, in a thread, so that Stop can be pressed."
         if not (text := self.question.value.strip()) or self.asking: return None
-        self.question.value, self.note.value, self.send.disabled, self.stop.disabled = "", "", True, False
+        self.question.value, self.note.value = "", ""
+        self.send.disabled, self.stop.disabled = True, False
         self.said.value += f"{'—'*8}\n{text}\n\n"
         self.asking = self.talk.say(text)
         thread = threading.Thread(target=self._listen, daemon=True)
@@ -273,7 +274,8 @@ def _listen(self:ChatWidget):
     finally:
         self.asking.close()
         self.said.value += "\n\n"
-        self.asking, self.halted, self.send.disabled, self.stop.disabled = None, False, False, True
+        self.asking, self.halted = None, False
+        self.send.disabled, self.stop.disabled = False, True
 
 # %% ../../nbs/serve/03_chat.ipynb #halt
 @patch

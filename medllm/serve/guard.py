@@ -95,7 +95,9 @@ class Guard:
         keys:Keys,          # Keys that open it
         local:bool = True,  # Whether requests must name this machine
         log:Callable[[str], None] = write_log, # Takes a line for each request
-    ): self.app, self.keys, self.local, self.log = app, keys, local, log
+    ):
+        self.app, self.keys = app, keys
+        self.local, self.log = local, log
 
     def check(self,
         scope:dict, # ASGI scope of a request

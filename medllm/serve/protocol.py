@@ -30,7 +30,8 @@ class Refused(Exception):
         param:str|None = None, # Field of the request
     ):
         super().__init__(message)
-        self.status, self.message, self.code, self.param = status, message, code, param
+        self.status, self.message = status, message
+        self.code, self.param = code, param
 
     def body(self)->dict: # In OpenAI's form
         "The body of the error."

@@ -25,7 +25,8 @@ class GrowingText:
         stops:Sequence[str] = (),  # Stop strings; they are no part of it
         silent:Container[int] = (), # Ids of control tokens: they are no text, see `medllm.models.chat`
     ):
-        self.tokenizer, self.stop_ids, self.stops, self.silent = tokenizer, frozenset(stop_ids), tuple(stops), silent
+        self.tokenizer, self.silent = tokenizer, silent
+        self.stop_ids, self.stops = frozenset(stop_ids), tuple(stops)
         self.tokens, self.text, self.ended = [], "", False   # `text`: all that is settled, with blanks at its edges
         self._from, self._settled, self._sent = 0, 0, 0
 
