@@ -269,7 +269,7 @@ def test_what_differs_is_said_cell_by_cell(sent, executed):
     _, _, err = command("runs", "rerun", sent(change))
     for part in ("+++evil()", "\\u001b[2J", "(5010 characters)", "more lines", "cell 'more' was added"): assert part in err
     cells = err[err.index("  cell 'train'"):]
-    assert "-metrics = train_in(run, args, data, wanted.num_processes)" in cells and len(cells.splitlines()) < 25
+    assert "-metrics = job.train()" in cells and len(cells.splitlines()) < 25
 
 
 OURS = {

@@ -31,7 +31,7 @@ class ChangedTrainer(ResumableTrainer):
         super().__init__(*args, **more)
         self.changes, self.note = {}, {}             # what differs from the checkpoint; what it noted of its place
         # steps of an epoch; more steps done than today's batch would have needed
-        self.num_generations, self.ahead, self.cell = 1, 0, None
+        self.each, self.ahead, self.cell = 1, 0, None
 
     def is_changed(self, *parts:str)->bool:
         "Whether one of these parts of the fingerprint is not as it was."
@@ -41,7 +41,7 @@ class ChangedTrainer(ResumableTrainer):
 @patch
 def progress(self:ChangedTrainer)->dict:
     "What has been counted so far, and by what batch."
-    return super(ChangedTrainer, self).progress() | {"each": self.num_generations, "ahead": self.ahead,
+    return super(ChangedTrainer, self).progress() | {"each": self.each, "ahead": self.ahead,
         "cell": self.cell}
 
 # %% ../../nbs/checkpoint/04_changes.ipynb #begin-from
@@ -80,7 +80,7 @@ def _rows_of(fingerprint:dict)->int:
 
 # %% ../../nbs/checkpoint/04_changes.ipynb #take-place
 @patch
-def _take_place(self:ChangedTrainer, num_generations:int):
+def _take_place(self:ChangedTrainer, each:int):
     "Find the place in the data. Raises `UserError` for a checkpoint that did not note it."
     step, self.ahead = int(self.resumed.name.partition("-")[2]), self.note.get("ahead", 0)
     if "each" not in self.note and self.is_changed("batch"):
@@ -90,33 +90,33 @@ def _take_place(self:ChangedTrainer, num_generations:int):
             "back the batch that it had")
     if getattr(self.objective, "sampler", None) is None and "each" in self.note:
         epoch, done, again = new_place(
-            step - self.ahead, (self.note["each"], num_generations), (_rows_of(self.then), _rows_of(self.fingerprint)))
-        self.ahead = step - epoch*num_generations - done
+            step - self.ahead, (self.note["each"], each), (_rows_of(self.then), _rows_of(self.fingerprint)))
+        self.ahead = step - epoch*each - done
         if again:
             log_line(f"{again*self.args.world_size} rows of this epoch come again: they fill no step of today's batch")
-    if (step - self.ahead) % num_generations and self.is_changed("order", "seed", "data_seed"):
+    if (step - self.ahead) % each and self.is_changed("order", "seed", "data_seed"):
         log_line("the rest of this epoch comes in another order: some of its rows come twice and as many not at all")
 
 # %% ../../nbs/checkpoint/04_changes.ipynb #count
 @patch
 def set_initial_training_values(self:ChangedTrainer, args, dataloader)->tuple:
     "Epochs, steps and rows of the run."
-    epochs, self.num_generations, *rows, steps = super(ChangedTrainer, self).set_initial_training_values(args,
+    epochs, self.each, *rows, steps = super(ChangedTrainer, self).set_initial_training_values(args,
         dataloader)
-    if self.resumed: self._take_place(self.num_generations)
+    if self.resumed: self._take_place(self.each)
     if self.ahead:
         if args.max_steps <= 0: steps += self.ahead
-        epochs = math.ceil((steps - self.ahead)/self.num_generations)
-    return epochs, self.num_generations, *rows, steps
+        epochs = math.ceil((steps - self.ahead)/self.each)
+    return epochs, self.each, *rows, steps
 
 # %% ../../nbs/checkpoint/04_changes.ipynb #init-training-state
 @patch
-def _init_training_state(self:ChangedTrainer, max_steps:int, num_generations:int, *args)->tuple[int, int]:
+def _init_training_state(self:ChangedTrainer, max_steps:int, each:int, *args)->tuple[int, int]:
     "Epoch, and micro-batches of it to be left out."
-    place = super(ChangedTrainer, self)._init_training_state(max_steps, num_generations, *args)
+    place = super(ChangedTrainer, self)._init_training_state(max_steps, each, *args)
     if self.is_changed("selection", "validation"): self._choose_again()
     if not self.ahead: return place
-    epoch, done = divmod(self.state.global_step - self.ahead, num_generations)
+    epoch, done = divmod(self.state.global_step - self.ahead, each)
     return epoch, 0 if self.args.ignore_data_skip else done*self.args.gradient_accumulation_steps
 
 # %% ../../nbs/checkpoint/04_changes.ipynb #finalize-training

@@ -22,7 +22,7 @@ from ..core import UserError
 from .loading import scalar_head
 from fastcore.basics import patch
 
-# %% ../../nbs/models/05_packed_attention.ipynb #cu_seqlens
+# %% ../../nbs/models/05_packed_attention.ipynb #cu-seqlens
 class Documents:
     "Where the documents of a packed row begin and end."
     def __init__(self,

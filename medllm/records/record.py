@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECORD_SCHEMA', 'RUNNING', 'ENDED', 'MOST_LINES', 'STATE', 'BEAT', 'code_version', 'provenance', 'describe_inputs',
            'new_folder', 'now', 'reason_of', 'Run', 'read_log', 'read_events', 'read_run_json', 'why_torn', 'status_of',
-           'start']
+           'start', 'begin']
 
 # %% ../../nbs/records/00_record.ipynb #imports
 import contextlib
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict, fields
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -194,7 +195,7 @@ def fail(self:Run, error:BaseException|str):
         reason_of(error))
 
 @patch
-def complete_run(self:Run, metrics:dict, **values):
+def finish(self:Run, metrics:dict, **values):
     "Status `completed` with the metrics, and with what a verdict comes to."
     if values.get("verdict"): values["conclusion"] = conclusion(values["verdict"])
     return self.end("completed", metrics=metrics, **values)
@@ -395,3 +396,13 @@ def start(
     seals = {"seals": True} if os.environ.get("MEDLLM_RECORDED") == "1" else {}
     run.update(stage=stage, status="running", started=now(), parameters=parameters, provenance=provenance(), **seals)
     return run.watch()
+
+# %% ../../nbs/records/00_record.ipynb #begin
+def begin(
+    kind:type,         # Dataclass of the notebook's parameters
+    variables:dict,    # The notebook's, `vars()`; others among them are left aside
+    stage:str,         # "evaluate", …
+)->tuple:              # The parameters, an object of `kind`, and the run
+    "Begin the record of a run notebook. Raises `UserError` when its folder holds a finished record."
+    config = kind(**{f.name: variables[f.name] for f in fields(kind)})
+    return config, start(stage, asdict(config), config.output_dir, config.runs_dir, config.tag)

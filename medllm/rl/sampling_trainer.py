@@ -59,7 +59,7 @@ class RolloutBatches(Sampler):
 class RolloutObjective(Objective):
     "The objective of a stage that learns from its own answers."
     unit = "answers"
-    each = 1     # G, answers to a prompt
+    num_generations = 1     # G, answers to a prompt
     steps = 1    # Optimiser steps' worth of answers in a rollout
     passes = 1   # Passes over a rollout
     rewards:Sequence[Reward] = ()

@@ -18,21 +18,21 @@ from fastcore.basics import patch
 
 # %% ../../nbs/train/04_units.ipynb #units
 class TrainingExamples:
-    "Token rows taken `each` at a time."
-    each = 1
+    "Token rows taken `per_example` at a time."
+    per_example = 1
     def __init__(self,
-        rows:TokenRows, # `each` neighbours a unit
+        rows:TokenRows, # `per_example` neighbours an example
         seed:int = 0,   # Of what is drawn at random
     ): self.rows, self.seed = rows, seed
 
-    def __len__(self): return len(self.rows)//self.num_generations
+    def __len__(self): return len(self.rows)//self.per_example
     @property
     # (N,) longest row [tokens]
-    def lengths(self)->np.ndarray: return self.rows.lengths.reshape(-1, self.num_generations).max(1)
+    def lengths(self)->np.ndarray: return self.rows.lengths.reshape(-1, self.per_example).max(1)
     @property
-    def questions(self)->np.ndarray: return self.rows.questions[::self.num_generations]
+    def questions(self)->np.ndarray: return self.rows.questions[::self.per_example]
     @property
-    def groups(self)->np.ndarray: return self.rows.groups[::self.num_generations]
+    def groups(self)->np.ndarray: return self.rows.groups[::self.per_example]
     @property
     def tokens(self)->int: return self.rows.tokens
     @property
@@ -42,7 +42,7 @@ class TrainingExamples:
         order:np.ndarray, # Numbers of units, in any order, perhaps repeated
     ):
         "Chosen units, over the same arrays."
-        at = np.asarray(order, np.int64)[:, None]*self.num_generations + np.arange(self.num_generations)
+        at = np.asarray(order, np.int64)[:, None]*self.per_example + np.arange(self.per_example)
         return type(self)(self.rows.pick(at.reshape(-1)), self.seed)
 
     @classmethod
@@ -57,7 +57,7 @@ class TrainingExamples:
 # %% ../../nbs/train/04_units.ipynb #pairs
 class PreferencePairs(TrainingExamples):
     "The better and the worse answer to a question: `rows` of two."
-    each = 2
+    per_example = 2
     def __getitem__(self, i:int)->dict:
         if not -len(self) <= i < len(self): raise IndexError(i)
         i %= len(self)
