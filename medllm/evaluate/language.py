@@ -31,8 +31,8 @@ _word = re.compile(r"[^\W\d_]+")
 def _european(text:str)->str:
     "Which language of Western Europe a text is in; English when it does not tell."
     low = text.lower()
-    found = _word.findall(low)
-    score = {code: sum(word in small for word in found) + sum(low.count(letter) for letter in _OWN.get(code, ""))
+    words = _word.findall(low)
+    score = {code: sum(word in small for word in words) + sum(low.count(letter) for letter in _OWN.get(code, ""))
         for code, small in _SMALL.items()}
     best = max(score, key=score.get)                    # the first of equals
     return best if score[best] >= max(2, score["en"] + 1) else "en"
@@ -45,5 +45,5 @@ def language_of(
     count = script_counts(text)
     script = SCRIPTS[int(count.argmax())] if count.sum() else ""
     if script == "han" and count[SCRIPTS.index("kana")] > 0.2*count.max(): return "ja"
-    if script == "arabic": return next((code for code, own in _OF_ARABIC if own.search(text)), "ar")
+    if script == "arabic": return next((code for code, letters in _OF_ARABIC if letters.search(text)), "ar")
     return _european(text[:2000]) if script == "latin" else _BY_SCRIPT.get(script, "en")

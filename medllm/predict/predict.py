@@ -187,7 +187,8 @@ class Pace:
         done:int = 0,       # Rows that an earlier process answered
         every:float = 30.0, # Between two lines [s]
     ):
-        self.total, self.done, self.first, self.tokens = total, done, done, 0
+        self.total, self.tokens = total, 0
+        self.done, self.first = done, done
         self.every, self.began, self.logged = every, time.monotonic(), time.monotonic()
 
     def __call__(self,

@@ -30,52 +30,53 @@ from .queue import AnswerQueue
 class Conversation:
     "Turns between a user and a model."
     def __init__(self,
-        chat:ChatModel,      # Who answers
+        chat:ChatModel,      # Model that answers
         sampling:Sampling = Sampling(512, 0.7), # Length, temperature, cuts
-        system:str = "",     # System text; "" for the model's default
-        seed:int|None = None, # Of the first answer, the next ones count on; None: another one each time
+        system:str = "",     # System text; "": the model's default
+        seed:int|None = None, # Seed of the first answer, the next ones count on; None: another one each time
         grounding = None,    # Puts passages into prompts: `medllm.retrieval.grounding.Grounding`
     ):
-        self.chat, self.how, self.system, self.seed, self.grounding = chat, sampling, system, seed, grounding
+        self.chat, self.sampling, self.system = chat, sampling, system
+        self.seed, self.grounding = seed, grounding
         self.queue, self.turns = AnswerQueue(chat, rows=1, waiting=0), []
         self.sources = ""                      # what the last answer cites, as text
 
 # %% ../../nbs/serve/03_chat.ipynb #say
 @patch
 def say(self:Conversation,
-    text:str, # The question
-)->Generator[str, None, None]:
-    "The answer, in pieces. Raises `UserError` when the conversation leaves no room for it, or the model failed."
+    text:str, # Question of the user
+)->Iterator[str]: # Pieces of the answer
+    "The answer of the model. Raises `UserError` when there is no room for it, or the model failed."
     turns, passages = [*self.turns, Turn("user", text.strip())], []
-    asked, self.sources = turns, ""
-    room = self.chat.longest - min(self.how.max_new_tokens, self.chat.longest//4)
+    prompted, self.sources = turns, ""
+    room = self.chat.longest - min(self.sampling.max_new_tokens, self.chat.longest//4)
     def fits(turns): return len(self.chat.prompt(turns, self.system)) <= room
-    if self.grounding: asked, passages = self.grounding.turns(turns, fits)
-    if self.grounding and not passages:                     # nothing was found, so the model is not asked
-        said = self.grounding.nothing(turns)
-        self.turns = [*turns, Turn("assistant", said)]
-        yield said
+    if self.grounding: prompted, passages = self.grounding.turns(turns, fits)
+    if self.grounding and not passages:                     # nothing was found, so the model is not prompted
+        answer = self.grounding.nothing(turns)
+        self.turns = [*turns, Turn("assistant", answer)]
+        yield answer
         return
-    prompt = self.chat.prompt(asked, self.system)
+    prompt = self.chat.prompt(prompted, self.system)
     if len(prompt) >= self.chat.longest:
         raise UserError(
             f"the conversation has {len(prompt)} tokens and the model reads "
             f"{self.chat.longest}: go back with /undo, or /new")
     seed = secrets.randbits(40) if self.seed is None else self.seed + len(turns)//2
-    said, reason = "", ""
+    answer, reason = "", ""
     try:
-        for piece in self.queue.pieces(prompt, self.how, seed):
-            said, reason = said + piece.text, piece.reason
+        for piece in self.queue.pieces(prompt, self.sampling, seed):
+            answer, reason = answer + piece.text, piece.reason
             if reason == "error":
                 raise UserError(
                     piece.fault or "the model failed on this question; out of memory is the usual reason")
             if piece.text and not self.grounding: yield piece.text
         if self.grounding:
-            said, told = self.grounding.checked(said, passages)
-            self.sources = self.grounding.sources(told, passages)
-            yield said
+            answer, citations = self.grounding.checked(answer, passages)
+            self.sources = self.grounding.sources(citations, passages)
+            yield answer
     finally:
-        if said.strip() and reason != "error": self.turns = [*turns, _answer(said)]
+        if answer.strip() and reason != "error": self.turns = [*turns, _answer(answer)]
 
 # %% ../../nbs/serve/03_chat.ipynb #undo
 @patch
@@ -96,11 +97,11 @@ def _answer(text:str)->Turn:
 
 # %% ../../nbs/serve/03_chat.ipynb #messages
 @patch
-def as_messages(self:Conversation)->list[dict]: # In OpenAI's form
-    "The conversation, ready for a file or a request."
+def as_messages(self:Conversation)->list[dict]: # role and content, in OpenAI's form
+    "The conversation as messages."
     system = [{"role": "system", "content": self.system}] if self.system else []
-    def said(t): return f"<think>{t.thought}</think>{t.text}" if t.thought else t.text
-    return system + [{"role": t.role, "content": said(t)} for t in self.turns]
+    def content(t): return f"<think>{t.thought}</think>{t.text}" if t.thought else t.text
+    return system + [{"role": t.role, "content": content(t)} for t in self.turns]
 
 # %% ../../nbs/serve/03_chat.ipynb #words
 HELP = """/new            begin again
@@ -114,56 +115,57 @@ HELP = """/new            begin again
 
 # %% ../../nbs/serve/03_chat.ipynb #commands
 class Commands:
-    "What a line that begins with / does."
+    "The commands of a chat: lines that begin with /."
     def __init__(self,
-        talk:Conversation, # What they act on
-        show:Callable[[str], None] = print, # Takes what they answer
+        talk:Conversation, # Conversation to act on
+        show:Callable[[str], None] = print, # Takes the lines they print
     ): self.talk, self.show = talk, show
 
     def __call__(self,
         line:str, # Such as "/set temperature 0"
-    )->str|None:  # A question to be asked now, if any. Raises `UserError`, and `EOFError` to end
-        "Carry a command out."
+    )->str|None:  # A question to be asked now, if any
+        "Carry a command out. Raises `UserError`, and `EOFError` to end the chat."
         name, _, rest = line[1:].strip().partition(" ")
-        known = [n.removeprefix("do_") for n in dir(self) if n.startswith("do_")]
+        known = [n.removeprefix("_do_") for n in dir(self) if n.startswith("_do_")]
         if name not in known: raise UserError(f"no command /{name}{nearest(name, known)}; /help lists them")
-        return getattr(self, f"do_{name}")(rest.strip())
+        return getattr(self, f"_do_{name}")(rest.strip())
 
-    def do_help(self, rest): self.show(HELP)
+    def _do_help(self, rest): self.show(HELP)
 
-    def do_new(self, rest): self.talk.turns = []
+    def _do_new(self, rest): self.talk.turns = []
 
-    def do_undo(self, rest): self.talk.undo()
+    def _do_undo(self, rest): self.talk.undo()
 
-    def do_retry(self, rest):
+    def _do_retry(self, rest):
         if not self.talk.turns: raise UserError("nothing was asked yet")
         question = self.talk.turns[-2].text
         self.talk.undo()
         return question
 
-    def do_system(self, rest):
+    def _do_system(self, rest):
         if rest: self.talk.system = rest
         self.show(self.talk.system or "no system text but the model's own")
 
 # %% ../../nbs/serve/03_chat.ipynb #do-set
 @patch
-def do_set(self:Commands, rest):
+def _do_set(self:Commands, rest):
     "Change how answers are drawn."
     name, _, value = rest.partition(" ")
-    known = {f: type(v) for f, v in vars(self.talk.how).items()}
+    known = {f: type(v) for f, v in vars(self.talk.sampling).items()}
     if name and name not in known: raise UserError(f"/set knows {', '.join(known)}{nearest(name, known)}")
     if name:
-        try: self.talk.how = replace(self.talk.how, **{name: known[name](value)})
+        try: self.talk.sampling = replace(self.talk.sampling, **{name: known[name](value)})
         except ValueError: raise UserError(f"/set {name}: '{value}' is no number of its kind") from None
-    self.show(", ".join(f"{f} {v}" for f, v in vars(self.talk.how).items()))
+    self.show(", ".join(f"{f} {v}" for f, v in vars(self.talk.sampling).items()))
 
 @patch
-def do_history(self:Commands, rest):
+def _do_history(self:Commands, rest):
+    "Print the turns."
     for m in self.talk.as_messages(): self.show(f"{m['role']}: {m['content']}")
 
 # %% ../../nbs/serve/03_chat.ipynb #do-save
 @patch
-def do_save(self:Commands, rest):
+def _do_save(self:Commands, rest):
     "Write the conversation into a new file."
     if not rest: raise UserError("/save needs the name of a file")
     if Path(rest).expanduser().exists(): raise UserError(f"{rest} is there already; name a new file")
@@ -171,7 +173,9 @@ def do_save(self:Commands, rest):
     except OSError as e: raise UserError(f"{rest} cannot be written ({e.strerror})") from None
 
 @patch
-def do_quit(self:Commands, rest): raise EOFError
+def _do_quit(self:Commands, rest):
+    "End the chat."
+    raise EOFError
 
 # %% ../../nbs/serve/03_chat.ipynb #terminal
 def _lines(prompt:str)->Iterator[str]:
@@ -201,10 +205,10 @@ def _print_answer(talk:Conversation, question:str):
 
 # %% ../../nbs/serve/03_chat.ipynb #chat-in-terminal
 def chat_in_terminal(
-    talk:Conversation,      # With whom
+    talk:Conversation,      # Conversation to go on with
     line:str = disclaimer(), # Shown at the beginning; "" for none
-)->int:                     # 0
-    "Talk until the user ends it."
+)->int:                     # Exit code, 0
+    "A chat in the terminal, until the user ends it."
     for stream in (sys.stdin, sys.stdout):
         if hasattr(stream, "reconfigure"): stream.reconfigure(encoding="utf-8", errors="replace")
     typed = sys.stdin.isatty()
@@ -225,7 +229,7 @@ def chat_in_terminal(
 class ChatWidget:
     "A conversation in a notebook; shown when it is the last value of a cell."
     def __init__(self,
-        talk:Conversation,       # With whom
+        talk:Conversation,       # Conversation to show
         line:str = disclaimer(), # Shown above; "" for none
     ):
         try: import ipywidgets as w
@@ -248,10 +252,11 @@ class ChatWidget:
         from IPython.display import display
         display(self.box)
 
-    def ask(self)->threading.Thread|None:
-        "Ask what stands in the field, in a thread, so that Stop can be pressed."
+    def ask(self)->threading.Thread|None: # None when there is nothing to ask
+        "Ask the question in the field, in a thread, so that Stop can be pressed."
         if not (text := self.question.value.strip()) or self.asking: return None
-        self.question.value, self.note.value, self.send.disabled, self.stop.disabled = "", "", True, False
+        self.question.value, self.note.value = "", ""
+        self.send.disabled, self.stop.disabled = True, False
         self.said.value += f"{'—'*8}\n{text}\n\n"
         self.asking = self.talk.say(text)
         thread = threading.Thread(target=self._listen, daemon=True)
@@ -261,6 +266,7 @@ class ChatWidget:
 # %% ../../nbs/serve/03_chat.ipynb #listen
 @patch
 def _listen(self:ChatWidget):
+    "Append the pieces of the answer."
     try:
         for piece in self.asking:
             self.said.value += piece
@@ -270,7 +276,8 @@ def _listen(self:ChatWidget):
     finally:
         self.asking.close()
         self.said.value += "\n\n"
-        self.asking, self.halted, self.send.disabled, self.stop.disabled = None, False, False, True
+        self.asking, self.halted = None, False
+        self.send.disabled, self.stop.disabled = False, True
 
 # %% ../../nbs/serve/03_chat.ipynb #halt
 @patch
@@ -280,6 +287,6 @@ def halt(self:ChatWidget):
 
 @patch
 def begin(self:ChatWidget):
-    "Begin again."
+    "Begin a new conversation."
     self.halt()
     self.talk.turns, self.said.value = [], ""
