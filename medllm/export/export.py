@@ -148,17 +148,17 @@ class _EquivalenceCheck:
         longest = max(len(p) + len(a) for p, a in zip(self.reference.prompts, self.reference.answers))
         llama = llama_cpp(file, longest + 8)
         if llama is None: return
-        found = distance(self.reference, forward_of_llama_cpp(llama), effect=self.effect)
-        self._add(f"{name}, llama.cpp", found, {m: v for m, v in limits.items() if m == "kl"})
+        measures = distance(self.reference, forward_of_llama_cpp(llama), effect=self.effect)
+        self._add(f"{name}, llama.cpp", measures, {m: v for m, v in limits.items() if m == "kl"})
         llama.close()
 
 # %% ../../nbs/export/04_export.ipynb #add
 @patch
-def _add(self:_EquivalenceCheck, name:str, found:dict, limits:dict):
+def _add(self:_EquivalenceCheck, name:str, measures:dict, limits:dict):
     "Judge measures and keep the verdict."
-    self.verdicts.append(judge_artefact(name, found, limits))
+    self.verdicts.append(judge_artefact(name, measures, limits))
     self.log(as_sentence(self.verdicts[-1]) if limits
-        else f"{name}: KL {found['kl']:.2g} nat from the trained model")
+        else f"{name}: KL {measures['kl']:.2g} nat from the trained model")
 
 # %% ../../nbs/export/04_export.ipynb #tokens
 @patch

@@ -57,7 +57,7 @@ def _ours(facts:dict, made:dict)->bool:
 _BESIDE = {"verdict": [dict], "base": {...: dict}, "comparisons": (dict, [dict])}
 
 # %% ../../nbs/export/05_release.ipynb #tables
-def _tables(found:dict, beside:Path)->list[str]:
+def _tables(summaries:dict, beside:Path)->list[str]:
     "Summaries, with what `evaluation.json` says of them. Raises `UserError` for one that no evaluation wrote."
     from medllm.evaluate.compare import comparison_rows
     from medllm.evaluate.result import figures_table
@@ -68,7 +68,7 @@ def _tables(found:dict, beside:Path)->list[str]:
         if why := misfit(stored, _BESIDE): raise ValueError(why)
         verdict, compared = stored.get("verdict"), stored.get("comparisons")
         return [*([f"{conclusion(verdict)}\n\n{markdown_table(marked(verdict))}"] if verdict else []),
-            figures_table(found, stored.get("base")),
+            figures_table(summaries, stored.get("base")),
             *(["Against the base model:\n\n" + markdown_table(comparison_rows(compared))] if compared else [])]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
         raise UserError(
@@ -84,16 +84,16 @@ def evaluation_figures(
     from medllm.evaluate.result import read_result, summary
     tables = []
     for named in folders:
-        where, found = find_path(named), {}
+        where, summaries = find_path(named), {}
         where = where/"tuned" if (where/"tuned").is_dir() else where
         for file in sorted(where.glob("*.items.jsonl")):
             result = read_result(where, file.name.removesuffix(".items.jsonl"))
             if not _ours(result.facts, made):
                 raise UserError(
                     f"--evaluation {named}: {result.name} was measured on other weights than those that are exported")
-            found[result.name] = summary(result)
-        if not found: raise UserError(f"--evaluation {named}: there is no result of an evaluation in it")
-        tables += _tables(found, where.parent/"evaluation.json")
+            summaries[result.name] = summary(result)
+        if not summaries: raise UserError(f"--evaluation {named}: there is no result of an evaluation in it")
+        tables += _tables(summaries, where.parent/"evaluation.json")
     return "\n\n".join(tables)
 
 # %% ../../nbs/export/05_release.ipynb #release

@@ -100,7 +100,7 @@ _LAST = {"COMMIT.json": 1, "heartbeat.json": 2, "run.json": 3, "seal.json": 4}
 @dataclass
 class _Mirror:
     "Keeps a place equal to a local folder."
-    folder:Path          # The landing
+    folder:Path          # Of this machine
     place:RemoteFolder   # Where it is copied to
     there:dict = field(default_factory=dict) # Path -> (time, size) of what was copied
     trouble:str = ""     # Why the last try failed
@@ -153,12 +153,12 @@ def try_step(self:_Mirror)->bool:
     self.trouble = ""
     return True
 
-# %% ../../nbs/records/06_remote.ipynb #landing
+# %% ../../nbs/records/06_remote.ipynb #mirrored
 @contextlib.contextmanager
 def mirrored_folder(
-    runs:str|Path,      # --runs: a folder or an address
-    every:float = BEAT, # Between two copies [s]
-):                      # The local folder to run in
+    runs:str|Path,       # --runs: a folder or an address
+    period:float = BEAT, # Between two copies [s]
+):                       # The local folder to run in
     "A local folder whose records appear at an address too. Raises `UserError` when they could not be copied."
     if not is_elsewhere(runs):
         yield str(plain_path(runs))
@@ -169,7 +169,7 @@ def mirrored_folder(
     folder.mkdir(parents=True, exist_ok=True)
     mirror, quiet = _Mirror(folder, place).known(), threading.Event()
     def go_on():
-        while not quiet.wait(every): mirror.try_step()
+        while not quiet.wait(period): mirror.try_step()
     thread = threading.Thread(target=go_on, daemon=True)
     thread.start()
     log_line(f"records go to {folder} and are copied to {place.url}")

@@ -185,11 +185,11 @@ def _free(w:Waste):
 
 # %% ../../nbs/records/15_retention.ipynb #collect-2
 def collect(
-    found:list[Waste], # From `waste`
-)->int:                # Freed [bytes]
-    "Free what was found, unless it has come to life meanwhile."
+    candidates:list[Waste], # From `waste`
+)->int:                     # Freed [bytes]
+    "Free what can be freed, unless it has come to life meanwhile."
     freed = 0
-    for w in found:
+    for w in candidates:
         if not w.place.exists() or (not w.folder.name.startswith(FREED) and _alive(w.folder, read_run_json(w.folder))):
             continue
         _free(w)

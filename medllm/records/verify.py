@@ -23,21 +23,21 @@ from .seal import (
 from .signing import seal_signature
 
 # %% ../../nbs/records/14_verify.ipynb #status
-def _status(folder:Path, state:dict, found:dict)->str:
+def _status(folder:Path, state:dict, defects:dict)->str:
     "run.json against the events."
-    if "run.json status" in found: return ""
+    if "run.json status" in defects: return ""
     status, told = state.get("status"), status_of(folder, state)
-    if told != status: found["status"] = f"run.json: status is {status}, but nobody is there to run it: {told}"
+    if told != status: defects["status"] = f"run.json: status is {status}, but nobody is there to run it: {told}"
     try: events = [e for e in read_events(folder, strict=True) if e.get("event") == "status"]
     except ValueError:
         events = []
-        found.setdefault("events.jsonl", "events.jsonl: it holds a line that is no event")
+        defects.setdefault("events.jsonl", "events.jsonl: it holds a line that is no event")
     if events and events[-1].get("status") != status:
-        found["status"] = f"run.json: status is {status}, the last event says {events[-1].get('status')}"
+        defects["status"] = f"run.json: status is {status}, the last event says {events[-1].get('status')}"
     return "status"
 
 # %% ../../nbs/records/14_verify.ipynb #checkpoints
-def _checkpoints(folder:Path, found:dict)->str:
+def _checkpoints(folder:Path, defects:dict)->str:
     "Committed checkpoints against their commits."
     commits = [f for f in sorted(folder.glob("checkpoint-*/COMMIT.json"))
         if re.fullmatch(r"checkpoint-\d+", f.parent.name)]
@@ -45,81 +45,81 @@ def _checkpoints(folder:Path, found:dict)->str:
     try: from medllm.checkpoint.commit import checkpoint_fault
     except ImportError: return ""
     for commit in commits:
-        if reason := checkpoint_fault(commit.parent): found[commit.parent.name] = f"{commit.parent.name}: {reason}"
+        if reason := checkpoint_fault(commit.parent): defects[commit.parent.name] = f"{commit.parent.name}: {reason}"
     return f"checkpoints ({len(commits)})"
 
 # %% ../../nbs/records/14_verify.ipynb #cells
-def _cells(folder:Path, state:dict, found:dict)->str:
+def _cells(folder:Path, state:dict, defects:dict)->str:
     "The executed notebook: every cell once, in order, and the code that run.json says was executed."
-    if not (folder/"record.ipynb").exists() or "record.ipynb" in found: return ""
+    if not (folder/"record.ipynb").exists() or "record.ipynb" in defects: return ""
     try: cells = read_notebook(folder/"record.ipynb")["cells"]
     except (OSError, ValueError) as e:
-        found["record.ipynb"] = f"record.ipynb: it cannot be read: {e}"
+        defects["record.ipynb"] = f"record.ipynb: it cannot be read: {e}"
         return ""
     code = [(name, c) for name, c in zip(cell_names(cells), cells) if c["cell_type"] == "code"
         and "".join(c["source"]).strip()]
-    counts = [(name, c.get("execution_count")) for name, c in code if f"record.ipynb {name}" not in found]
+    counts = [(name, c.get("execution_count")) for name, c in code if f"record.ipynb {name}" not in defects]
     ran = [n for _, n in counts if n is not None]
     if len(counts) == len(code) and ran != list(range(1, len(ran) + 1)):
-        found["order"] = ("record.ipynb: its cells were not executed once each from first to last: "
+        defects["order"] = ("record.ipynb: its cells were not executed once each from first to last: "
             f"{', '.join(map(str, ran))}")
     missed = [name for name, n in counts if n is None]
-    if state.get("status") == "completed" and missed and "run.json status" not in found:
-        found["missed"] = f"record.ipynb: the run is completed, but cell '{missed[0]}' was not executed"
-    _sources(dict(code), state, found)
+    if state.get("status") == "completed" and missed and "run.json status" not in defects:
+        defects["missed"] = f"record.ipynb: the run is completed, but cell '{missed[0]}' was not executed"
+    _sources(dict(code), state, defects)
     return f"cells in order ({len(code)})"
 
 # %% ../../nbs/records/14_verify.ipynb #sources
-def _sources(code:dict, state:dict, found:dict):
+def _sources(code:dict, state:dict, defects:dict):
     "The code that is shown against the hashes of what was executed, where the record has them."
     from hashlib import sha256 as digest
     for n, told in enumerate(state.get("cells") or []):
         cell, name = code.get(told.get("id")), told.get("id")
-        if not cell or not told.get("source_sha256") or f"record.ipynb {name}" in found: continue
+        if not cell or not told.get("source_sha256") or f"record.ipynb {name}" in defects: continue
         if digest("".join(cell["source"]).encode()).hexdigest() != told["source_sha256"] and (
-                f"run.json cells.{n}.source_sha256" not in found):
-            found[f"record.ipynb {name}"] = f"record.ipynb: cell '{name}' is not the code that was executed"
+                f"run.json cells.{n}.source_sha256" not in defects):
+            defects[f"record.ipynb {name}"] = f"record.ipynb: cell '{name}' is not the code that was executed"
 
 # %% ../../nbs/records/14_verify.ipynb #metrics
-def _metrics(folder:Path, state:dict, found:dict)->str:
+def _metrics(folder:Path, state:dict, defects:dict)->str:
     "run.json against metrics.json and history.jsonl."
     metrics = state.get("metrics") or {}
-    def named(path): return f"run.json metrics.{path}" in found
+    def named(path): return f"run.json metrics.{path}" in defects
     if (folder/"metrics.json").exists():
-        for path, value in flat_table(_table(folder/"metrics.json", found)).items():
+        for path, value in flat_table(_table(folder/"metrics.json", defects)).items():
             here = field_of(metrics, path)
             if named(path) or value_hash(here) == value_hash(value): continue
-            found.pop("metrics.json", None)
-            found[f"metrics.json {path}"] = f"metrics.json: {path} is {value}, and {here} in run.json"
-    losses = [h["loss"] for h in _history(folder, found) if "loss" in h]
+            defects.pop("metrics.json", None)
+            defects[f"metrics.json {path}"] = f"metrics.json: {path} is {value}, and {here} in run.json"
+    losses = [h["loss"] for h in _history(folder, defects) if "loss" in h]
     for path, at in (("loss_first", 0), ("loss_last", -1)):
         if losses and metrics.get(path) is not None and not named(path) and value_hash(metrics[path]) != value_hash(
             losses[at]):
-            found.pop("history.jsonl", None)
-            found[f"history.jsonl {path}"] = (
+            defects.pop("history.jsonl", None)
+            defects[f"history.jsonl {path}"] = (
                 f"history.jsonl: its {path.removeprefix('loss_')} loss is {losses[at]}, "
                 f"and {metrics[path]} in run.json")
     effective = state.get("effective") or {}
     for name, value in (state.get("parameters") or {}).items():
         if name in effective and effective[name] != value and not {f"run.json {k}.{name}"
             for k in ("parameters", "effective")
-                } & found.keys() and name not in ("output_dir", "runs_dir"):
-            found[f"effective {name}"] = f"run.json: parameter {name} is {value}, the kernel had {effective[name]}"
+                } & defects.keys() and name not in ("output_dir", "runs_dir"):
+            defects[f"effective {name}"] = f"run.json: parameter {name} is {value}, the kernel had {effective[name]}"
     return f"metrics ({len(flat_table(metrics))})" if metrics else ""
 
 # %% ../../nbs/records/14_verify.ipynb #history
-def _table(file:Path, found:dict)->dict:
+def _table(file:Path, defects:dict)->dict:
     "A JSON table of a record; empty when it is torn, which is a defect."
     try: table = read_json(file)
     except (OSError, ValueError): table = None
     if isinstance(table, dict): return table
-    found[file.name] = f"{file.name}: it cannot be read"
+    defects[file.name] = f"{file.name}: it cannot be read"
     return {}
 
-def _history(folder:Path, found:dict)->list[dict]:
+def _history(folder:Path, defects:dict)->list[dict]:
     "Logged steps."
     try: return read_log(folder/"history.jsonl", strict=True)
-    except ValueError: found["history.jsonl"] = "history.jsonl: it holds a line that is not JSON"
+    except ValueError: defects["history.jsonl"] = "history.jsonl: it holds a line that is not JSON"
     return []
 
 # %% ../../nbs/records/14_verify.ipynb #here
@@ -135,16 +135,16 @@ def _compared(what:str, files:dict[str, Path], expected:dict[str, str])->dict:
     "Defects of files that should have given hashes."
     there = [n for n in expected if _is_file(files[n]) and re.fullmatch("[0-9a-f]{64}", expected[n])]
     now = dict(zip(there, hashes([files[n] for n in there])))
-    found = {}
+    defects = {}
     for name, digest in expected.items():
-        if not _is_file(files[name]): found[name] = f"{what} {files[name]} is not here (sha256 {digest})"
+        if not _is_file(files[name]): defects[name] = f"{what} {files[name]} is not here (sha256 {digest})"
         elif digest.endswith(" bytes") and digest != (size := f"{files[name].stat().st_size} bytes"):
-            found[name] = f"{what} {files[name]} was changed: {size} here, {digest} in the record"
+            defects[name] = f"{what} {files[name]} was changed: {size} here, {digest} in the record"
         elif name in now and now[name] != digest:
-            found[name] = (
+            defects[name] = (
                 f"{what} {files[name]} was changed: sha256 {now[name][:_SHORT]}… here, "
                 f"{digest[:_SHORT]}… in the record")
-    return found
+    return defects
 
 # %% ../../nbs/records/14_verify.ipynb #data-here
 def data_here(
@@ -152,13 +152,13 @@ def data_here(
     known:dict = {}, # Defects so far
 )->dict[str, str]:   # "data /x/mm.json" to a sentence
     "Data files that are not what the record names."
-    found = {}
+    defects = {}
     for n, d in enumerate((state.get("inputs") or {}).get("data", [])):
         expected = {p: h for p, h in (d.get("sha256") or {}).items()
             if f"run.json inputs.data.{n}.sha256.{p}" not in known}
         bad = _compared("data file", {p: find_path(p) for p in expected}, expected)
-        found |= {f"data {p}": text for p, text in bad.items()}
-    return found
+        defects |= {f"data {p}": text for p, text in bad.items()}
+    return defects
 
 # %% ../../nbs/records/14_verify.ipynb #models-here
 def models_here(
@@ -166,19 +166,19 @@ def models_here(
     known:dict = {}, # Defects so far
 )->dict[str, str]:   # "model /x/model.safetensors" to a sentence
     "Model files that are not what the record names: what the run started from and was led by."
-    found = {}
+    defects = {}
     for n, c in enumerate(state.get("consumed") or []):
         expected = dict(c.get("weights") or {})
         if c.get("role") == "base": expected |= ((state.get("inputs") or {}).get("model") or {}).get("sha256") or {}
         place = Path(model_location("tiny") if c["name"] == "tiny" else c["place"])
         def edited(f): return {f"run.json consumed.{n}.weights.{f}", f"run.json inputs.model.sha256.{f}"} & known.keys()
-        found |= {f"model {f}": f"run.json: {c['role']} model names a file outside its folder: {f}"
+        defects |= {f"model {f}": f"run.json: {c['role']} model names a file outside its folder: {f}"
             for f in expected if Path(f).name != f}
         expected = {f: h for f, h in expected.items() if Path(f).name == f}
         expected = {f: h for f, h in expected.items() if not edited(f)}
         bad = _compared(f"{c.get('role')} model", {f: place/f for f in expected}, expected)
-        found |= {f"model {place/f}": text for f, text in bad.items()}
-    return found
+        defects |= {f"model {place/f}": text for f, text in bad.items()}
+    return defects
 
 # %% ../../nbs/records/14_verify.ipynb #packages
 def packages_here(
@@ -186,19 +186,19 @@ def packages_here(
     known:dict = {}, # Defects so far
 )->dict[str, str]:   # "package torch" to a sentence
     "Packages whose version here is not the record's."
-    noted, found = state.get("provenance") or {}, {}
+    noted, defects = state.get("provenance") or {}, {}
     def add(name, here, then, path):
         if then and here != then and f"run.json {path}" not in known:
-            found[f"package {name}"] = f"{name} is {here or 'not installed'} here, and {then} in the record"
+            defects[f"package {name}"] = f"{name} is {here or 'not installed'} here, and {then} in the record"
     add("Python", platform.python_version(), noted.get("python"), "provenance.python")
     for name, version in (noted.get("packages") or {}).items():
         try: here = metadata.version(name)
         except metadata.PackageNotFoundError: here = ""
         add(name, here, version, f"provenance.packages.{name}")
-    return found
+    return defects
 
 # %% ../../nbs/records/14_verify.ipynb #parents
-def _parents(folder:Path, found:dict)->str:
+def _parents(folder:Path, defects:dict)->str:
     "The records that this one descends from: their weights, and their seals where they have one."
     seen = set()
     def walk(a):
@@ -206,22 +206,22 @@ def _parents(folder:Path, found:dict)->str:
         seen.add(a.place)
         for parent in a.parents:
             if parent.note and a.place != str(folder):
-                found[f"parent {parent.place}"] = (f"parent {a.place}: {parent.role} {parent.place}: {parent.note}")
+                defects[f"parent {parent.place}"] = (f"parent {a.place}: {parent.role} {parent.place}: {parent.note}")
             if parent.state and (Path(parent.place)/"seal.json").exists():
                 for what, text in broken(parent.place).items():
-                    found[f"parent {parent.place} {what}"] = (f"parent {parent.place}: {text}")
+                    defects[f"parent {parent.place} {what}"] = (f"parent {parent.place}: {text}")
             walk(parent)
     walk(ancestry(folder))
     return f"ancestors ({len(seen) - 1})" if len(seen) > 1 else ""
 
 # %% ../../nbs/records/14_verify.ipynb #stages
-def _stages(state:dict, found:dict)->str:
+def _stages(state:dict, defects:dict)->str:
     "The records of completed stages of a pipeline, or points of a sweep: what they rest on is not in this folder."
     done = [s for s in state.get("stages") or [] if s.get("status") == "completed"]
     for s in done:
         name, place = s.get("name", ""), Path(s.get("folder") or "nowhere")
         bad = broken(place) if (place/"run.json").exists() else {"": f"its record {place} is not here"}
-        found |= {f"stage {name} {what}": f"{name}: {text}" for what, text in bad.items()}
+        defects |= {f"stage {name} {what}": f"{name}: {text}" for what, text in bad.items()}
     return f"records of stages ({len(done)})" if done else ""
 
 # %% ../../nbs/records/14_verify.ipynb #verify
@@ -248,12 +248,12 @@ def _vouched(folder:Path, seal:SealState, allowed, digest:str)->tuple[dict, list
     have = seal.sealed.get("digest", "")
     if not seal.sealed: return {}, []
     wrong, note = seal_signature(folder, allowed)
-    found = {"seal.json.sig": wrong} if wrong else {}
+    defects = {"seal.json.sig": wrong} if wrong else {}
     notes = [f"sealed {seal.sealed.get('time', 'at a time it does not tell')}, digest {have}"]
     if digest and digest.lower() != have:
-        found["digest"] = f"seal.json: its digest is {have}, and not the given {digest}"
+        defects["digest"] = f"seal.json: its digest is {have}, and not the given {digest}"
     elif digest and note.startswith("not signed"): note = "not signed, but it is the seal whose digest was given"
-    return found, notes + [note]*bool(note)
+    return defects, notes + [note]*bool(note)
 
 # %% ../../nbs/records/14_verify.ipynb #machine
 def _sealed(seal:SealState)->str:
@@ -262,12 +262,12 @@ def _sealed(seal:SealState)->str:
     s = seal.sealed
     return f"seal {s.get('digest', '')[:_SHORT]} over {len(s['files'])} files and {len(s['fields'])} fields"
 
-def _machine(folder:Path, state:dict, found:dict)->list[str]:
+def _machine(folder:Path, state:dict, defects:dict)->list[str]:
     "What the record names, as it is here."
-    for look in (data_here, models_here, packages_here): found |= look(state, found)
+    for look in (data_here, models_here, packages_here): defects |= look(state, defects)
     files = sum(len(d.get("sha256") or {}) for d in (state.get("inputs") or {}).get("data", []))
-    return [f"data files ({files})", f"models ({len(state.get('consumed') or [])})", _parents(folder, found),
-        _stages(state, found),
+    return [f"data files ({files})", f"models ({len(state.get('consumed') or [])})", _parents(folder, defects),
+        _stages(state, defects),
         f"packages ({len((state.get('provenance') or {}).get('packages', {}))})"]
 
 # %% ../../nbs/records/14_verify.ipynb #verify-2
@@ -283,11 +283,11 @@ def verify(
     if status_of(folder, state) in RUNNING: raise UserError(f"{folder} is still running; verify it when it has ended")
     seal = look_at_seal(folder)
     wrong, notes = _vouched(folder, seal, allowed, digest)
-    found = seal.defects | wrong
-    checked = [_sealed(seal), _checkpoints(folder, found),
-        _status(folder, state, found), _cells(folder, state, found), _metrics(folder, state, found)]
-    if not record_only: checked += _machine(folder, state, found)
-    return Verified(folder, [c for c in checked if c], list(found.values()), notes + seal.notes,
+    defects = seal.defects | wrong
+    checked = [_sealed(seal), _checkpoints(folder, defects),
+        _status(folder, state, defects), _cells(folder, state, defects), _metrics(folder, state, defects)]
+    if not record_only: checked += _machine(folder, state, defects)
+    return Verified(folder, [c for c in checked if c], list(defects.values()), notes + seal.notes,
         seal.sealed.get("digest", ""))
 
 # %% ../../nbs/records/14_verify.ipynb #tables
@@ -330,9 +330,9 @@ def check_tables(
             count += 1
             before, start = _NUMBER.findall(line[start:mark.start()]), mark.end()
             name, _, path = mark[1].strip().rpartition(" ")
-            found = _marked(file, before, name.strip(), path, runs, changed) if name and mark[0].endswith("-->") else [
+            wrong = _marked(file, before, name.strip(), path, runs, changed) if name and mark[0].endswith("-->") else [
                 f"a mark is written as <!-- record: FOLDER metrics.NAME -->, and not as {mark[0]}"]
-            defects += [f"{file}:{number}: {text}" for text in found]
+            defects += [f"{file}:{number}: {text}" for text in wrong]
     if not count:
         raise UserError(
             f"--tables {file}: no number in it is marked; write <!-- record: FOLDER metrics.NAME --> behind one")
