@@ -35,7 +35,8 @@ def _sample_stages()->dict:
 class PipelineRun:
     "Parameters of nbs/runs/pipeline.ipynb."
     stages:dict = field(default_factory=_sample_stages, metadata={
-        "help": "Name of each stage, in order, and its parameters: a run notebook's, or any flag; from names its parent"})
+        "help": "Name of each stage, in order, and its parameters: a run notebook's, or any flag; "
+            "from names its parent"})
     model_name_or_path:str = flag("tiny", "Model folder or hub id that the first stage starts from")
     quantization_bit:int|None = flag(None, "Load the linear layers in 4 or 8 bit (bitsandbytes)")
     finetuning_type:str|None = flag(None, "What trains: lora, freeze or full; default lora, full for the tiny model")
@@ -60,7 +61,7 @@ class PipelineRun:
         if self.reuse not in ("same", "any", "none"): raise UserError(f"reuse {self.reuse}: must be same, any or none")
 
     @staticmethod
-    def other_flags()->set[str]:
+    def other_flags()->set[str]: # Of medllm train
         "What `extra` may hold."
         return STAGE_RUNS["sft"].other_flags()
 
@@ -80,9 +81,9 @@ class Stage:
 
 # %% ../../nbs/experiment/02_plan.ipynb #leaders
 LED_BY = ("reward_model", "ref_model")
-def _leaders(name:str, own:dict, kinds:dict)->dict:
+def _leaders(name:str, given:dict, kinds:dict)->dict:
     "The stages that lead one, by parameter; taken out of its own parameters."
-    others = {flag: own.pop(flag) for flag in LED_BY if str(own.get(flag)) in kinds}
+    others = {flag: given.pop(flag) for flag in LED_BY if str(given.get(flag)) in kinds}
     for flag, other in others.items():
         if (kinds[other] == "rm") != (flag == "reward_model"):
             raise UserError(f"stage '{name}': {flag}: {other} is "
@@ -90,33 +91,33 @@ def _leaders(name:str, own:dict, kinds:dict)->dict:
     return others
 
 # %% ../../nbs/experiment/02_plan.ipynb #check-name
-def _check_name(name:str, own):
+def _check_name(name:str, given):
     "Raise `UserError` for a stage that cannot be called that, or is no set of parameters."
     if not re.fullmatch(r"\w[\w.-]{0,63}", name):
         raise UserError(f"stage '{name}': use letters, digits, dots, dashes only in its name")
-    if not isinstance(own, dict | None):
-        raise UserError(f"stage '{name}' must hold parameters (name: value), not {own!r}")
+    if not isinstance(given, dict | None):
+        raise UserError(f"stage '{name}' must hold parameters (name: value), not {given!r}")
 
 # %% ../../nbs/experiment/02_plan.ipynb #read-plan
 def read_plan(
     config:PipelineRun, # Parameters of the pipeline
-)->list[Stage]:
+)->list[Stage]:         # In the order of the plan
     "The stages in order. Raises `UserError` for a stage that does not exist or names one that is not before it."
     plan, before = [], ""
     if not config.stages: raise UserError("a pipeline needs stages: name them under 'stages'")
-    for name, own in config.stages.items():
+    for name, values in config.stages.items():
         name = str(name)
-        _check_name(name, own)
-        own = dict(own or {})
-        stage = str(own.pop("stage", name))
+        _check_name(name, values)
+        given = dict(values or {})
+        stage = str(given.pop("stage", name))
         stage = {"rw": "rm"}.get(stage, stage)
         if stage not in STAGE_RUNS:
             raise UserError(f"stage '{name}': unknown stage {stage}{nearest(stage, STAGE_RUNS)}; "
                 f"say which it is with stage: …, one of {', '.join(STAGE_RUNS)}")
-        parent = own.pop("from", before)
+        parent = given.pop("from", before)
         parent = "" if parent in ("base", None) else str(parent)
         known, kinds = [s.name for s in plan], {s.name: s.stage for s in plan}
-        own_model = [flag for flag in ("model_name_or_path", "adapter_name_or_path") if flag in own]
+        own_model = [flag for flag in ("model_name_or_path", "adapter_name_or_path") if flag in given]
         if parent and own_model:
             raise UserError(f"stage '{name}': {own_model[0]} and from: {parent} exclude each other; "
                 "from: base starts from the model itself")
@@ -124,12 +125,15 @@ def read_plan(
             raise UserError(f"stage '{name}': from: {parent} is no stage before it{nearest(parent, known)}")
         if parent and kinds[parent] == "rm" and stage != "rm":
             raise UserError(f"stage '{name}': from: {parent} is a reward model, which gives no answers")
-        others = _leaders(name, own, kinds)
-        plan.append(Stage(str(name), stage, parent, others, own))
+        others = _leaders(name, given, kinds)
+        plan.append(Stage(str(name), stage, parent, others, given))
         if stage != "rm": before = str(name)
     return plan
 
 # %% ../../nbs/experiment/02_plan.ipynb #settings
+_COMMON = ("model_name_or_path", "quantization_bit", "dataset_dir", "template", "cutoff_len", "finetuning_type", "seed",
+    "profile", "num_processes", "runs_dir", "reveal")
+
 def settings(
     config:PipelineRun, # Parameters of the pipeline
     stage:Stage,        # One of its stages
@@ -150,9 +154,6 @@ def settings(
     except UserError as e: raise UserError(f"stage '{stage.name}': {e}") from None
 
 # %% ../../nbs/experiment/02_plan.ipynb #check-plan
-_COMMON = ("model_name_or_path", "quantization_bit", "dataset_dir", "template", "cutoff_len", "finetuning_type", "seed",
-    "profile", "num_processes", "runs_dir", "reveal")
-
 def check_plan(
     config:PipelineRun, # Parameters of the pipeline
 ):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RECORD_SCHEMA', 'RUNNING', 'ENDED', 'MOST_LINES', 'STATE', 'BEAT', 'code_version', 'provenance', 'describe_inputs',
-           'new_folder', 'now', 'reason_of', 'Run', 'read_log', 'read_events', 'read_run_json', 'why_torn', 'status_of',
-           'start', 'begin']
+           'new_folder', 'now', 'Run', 'read_log', 'read_events', 'read_run_json', 'why_torn', 'status_of', 'start',
+           'begin']
 
 # %% ../../nbs/records/00_record.ipynb #imports
 import contextlib
@@ -68,7 +68,7 @@ def _processor()->str:
     return named[1].strip() if named else platform.processor()
 
 # %% ../../nbs/records/00_record.ipynb #provenance-2
-def provenance()->dict:
+def provenance()->dict: # For run.json: JSON values only
     "Code, packages and machine of this process."
     import torch
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -80,11 +80,19 @@ def provenance()->dict:
         "memory_gib": memory and round(memory, 1), "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(), "gpus": gpus}
 
+# %% ../../nbs/records/00_record.ipynb #model-files
+def _model_files(folder:Path)->dict:
+    "Hash of each file of a model folder, or sizes when it is large."
+    if not folder.is_dir(): return {"hub": str(folder)}
+    files = sorted(f for f in folder.iterdir() if f.name == "config.json" or f.suffix == ".safetensors")
+    if sum(f.stat().st_size for f in files) > 4*2**30: return {"bytes": {f.name: f.stat().st_size for f in files}}
+    return {"sha256": {f.name: sha256(f) for f in files}}
+
 # %% ../../nbs/records/00_record.ipynb #inputs
 def describe_inputs(
-    data,           # `TrainingData`
+    data,             # `TrainingData`
     model_folder:str, # Folder of the base model, or a hub id
-)->dict:
+)->dict:              # data, rows, template_sha256, tokenizer_sha256, model
     "Hashes of everything a run consumes, and the account of its rows."
     from medllm.data.cache import source_files       # brings numpy with it; a listing of records needs none
     tokenizer = data.renderer.tokenizer.backend_tokenizer.to_str()
@@ -96,14 +104,6 @@ def describe_inputs(
         "data": files, "rows": [a.as_dict() for a in data.accounts],
         "template_sha256": text_hash(data.renderer.jinja), "tokenizer_sha256": text_hash(tokenizer),
         "model": _model_files(Path(model_folder))}
-
-# %% ../../nbs/records/00_record.ipynb #model-files
-def _model_files(folder:Path)->dict:
-    "Hash of each file of a model folder, or sizes when it is large."
-    if not folder.is_dir(): return {"hub": str(folder)}
-    files = sorted(f for f in folder.iterdir() if f.name == "config.json" or f.suffix == ".safetensors")
-    if sum(f.stat().st_size for f in files) > 4*2**30: return {"bytes": {f.name: f.stat().st_size for f in files}}
-    return {"sha256": {f.name: sha256(f) for f in files}}
 
 # %% ../../nbs/records/00_record.ipynb #folder
 def _runs_folder(runs:str)->Path:
@@ -139,13 +139,9 @@ RECORD_SCHEMA = 1
 RUNNING = ("created", "running")
 ENDED = ("completed", "failed", "interrupted", "killed", "timed_out", "lost", "rejected")
 
-def now()->str: return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-# %% ../../nbs/records/00_record.ipynb #reason-of
-def reason_of(error:BaseException)->str: # One line
-    "Why something failed, without text that may quote data."
-    if isinstance(error, KeyboardInterrupt): return "interrupted from the keyboard"
-    return str(error) if isinstance(error, UserError) else f"{type(error).__name__} (its text is in record.ipynb)"
+def now()->str: # ISO 8601, UTC
+    "This second, as records write it."
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 # %% ../../nbs/records/00_record.ipynb #object
 class Run:
@@ -165,7 +161,7 @@ class Run:
         if not isinstance(self.state, dict): raise UserError(f"{self.file} cannot be read: it is no table")
         return self
 
-    def update(self, **values):
+    def update(self, **values): # Fields of run.json
         "Put values into run.json; a new status is an event too."
         new = values.get("status", self.state.get("status"))
         changed = new != self.state.get("status")
@@ -174,28 +170,44 @@ class Run:
         if changed: self.event("status", status=new, reason=self.state.get("reason", ""))
         return self
 
-    def event(self, name:str, **facts):
+    def event(self, name:str, **facts): # "status", "freed", …; JSON values
         "Append a line to events.jsonl, on the disk at once."
         append_event(self.folder, name, **redact_values(facts)[0])
         return self
 
-    def end(self, status:str, reason:str = "", **values):
-        "One of `ENDED`; the first end stays."
-        self.unwatch()
-        if self.state.get("status") in ENDED: return self
-        return self.update(status=status, ended=now(), duration_s=self._seconds(),
-            **({"reason": reason} if reason else {}), **values)
-
 # %% ../../nbs/records/00_record.ipynb #fail
 @patch
-def fail(self:Run, error:BaseException|str):
+def end(self:Run,
+    status:str,      # One of `ENDED`
+    reason:str = "", # In a sentence
+    **values,        # Further fields of run.json
+):
+    "Write how the run ended; the first end stays."
+    self.unwatch()
+    if self.state.get("status") in ENDED: return self
+    return self.update(status=status, ended=now(), duration_s=self._seconds(),
+        **({"reason": reason} if reason else {}), **values)
+
+def _reason_of(error:BaseException)->str:
+    "Why something failed, without text that may quote data."
+    if isinstance(error, KeyboardInterrupt): return "interrupted from the keyboard"
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__} (its text is in record.ipynb)"
+
+# %% ../../nbs/records/00_record.ipynb #finish
+@patch
+def fail(self:Run,
+    error:BaseException|str, # What ended the run, or the reason itself
+):
     "Status `failed`, or `interrupted`, with a reason."
     if isinstance(error, str): return self.end("failed", error)
     return self.end("interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed",
-        reason_of(error))
+        _reason_of(error))
 
 @patch
-def finish(self:Run, metrics:dict, **values):
+def finish(self:Run,
+    metrics:dict, # Name to number
+    **values,     # Further fields of run.json, such as `verdict`
+):
     "Status `completed` with the metrics, and with what a verdict comes to."
     if values.get("verdict"): values["conclusion"] = conclusion(values["verdict"])
     return self.end("completed", metrics=metrics, **values)
@@ -211,7 +223,6 @@ def __repr__(self:Run): return f"Run({self.folder}, {self.state.get('status')})"
 
 # %% ../../nbs/records/00_record.ipynb #read-lines
 MOST_LINES = 256*2**20   # of a log [bytes]
-_EVENT = {"event": str, "time": str, "status": str, "reason": str, "names": [str]}
 
 def read_log(
     file:str|Path,     # One JSON object a line
@@ -235,6 +246,8 @@ def read_log(
     return out
 
 # %% ../../nbs/records/00_record.ipynb #read-events
+_EVENT = {"event": str, "time": str, "status": str, "reason": str, "names": [str]}
+
 def read_events(
     folder:str|Path,   # Of a record
     strict:bool=False, # Raise `ValueError` for a broken line
@@ -289,7 +302,6 @@ def read_run_json(
     "run.json as it is."
     return _read(folder, whole)[0]
 
-# %% ../../nbs/records/00_record.ipynb #why-torn
 def why_torn(
     folder:str|Path, # Of a record
 )->str:              # "" when it is not
@@ -345,9 +357,10 @@ def _shell():
 
 @patch
 def watch(self:Run):
-    "Notice a cell that raises, and beat."
-    self._seen = lambda result: (
-        self.fail(result.error_in_exec or result.error_before_exec) if not result.success else None)
+    "Notice a cell that raises, and write the heartbeat."
+    def seen(result):
+        if not result.success: self.fail(result.error_in_exec or result.error_before_exec)
+    self._seen = seen
     if shell := _shell():
         shell.events.register("post_run_cell", self._seen)
         self._listens = _listen(self)
@@ -363,18 +376,16 @@ def _listen(run:Run)->bool:
     stop.expects(run.folder, run.state.get("stage") not in _UNTRAINED)
     return mine
 
-def _unlisten():
-    from medllm.interruption import stop
-    stop.remove()
-
 # %% ../../nbs/records/00_record.ipynb #unwatch
 @patch
 def unwatch(self:Run):
-    "Stop noticing and beating."
+    "Stop noticing, and the heartbeat."
     shell = _shell()
     if shell and getattr(self, "_seen", None): shell.events.unregister("post_run_cell", self._seen)
     if getattr(self, "_quiet", None): self._quiet.set()
-    if getattr(self, "_listens", False): _unlisten()
+    if getattr(self, "_listens", False):
+        from medllm.interruption import stop
+        stop.remove()
     self._seen, self._listens = None, False
 
 # %% ../../nbs/records/00_record.ipynb #start
@@ -384,7 +395,7 @@ def start(
     folder:str|None,   # Folder of the record; None makes a new one
     runs:str="runs",   # Parent of new records
     tag:str="",        # End of a new record's name
-)->Run:
+)->Run:               # With status `running`, and watched
     ("Begin a record: its folder, and run.json with status `running`. Raises `UserError` when the folder "
         "holds a finished record.")
     where = Path(folder) if folder else new_folder(stage, runs, tag)

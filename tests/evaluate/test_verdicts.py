@@ -68,7 +68,7 @@ def test_emergencies_that_nobody_asked_about_are_named(dangerous):
 
 def test_every_page_and_command_shows_it(dangerous, tmp_path, capsys):
     "run.json, the page, the index, the terminal, the comparison of runs and the model card: the word, the sign and the colour."
-    from medllm.cli.model_commands import _told
+    from medllm.cli.model_commands import _as_text
     from medllm.records.compare import compare_records as compare_runs
     from medllm.records.ro_crate import model_card_text
     from medllm.cli.run_commands import report
@@ -88,7 +88,7 @@ def test_every_page_and_command_shows_it(dangerous, tmp_path, capsys):
     assert '<span class="missed">✗ 2 missed' in index
     said = conclusion(found["verdict"])
     assert report(run) == 0 and said in capsys.readouterr().out
-    for text in (show_text(show(run.folder)), _told(found)):
+    for text in (show_text(show(run.folder)), _as_text(found)):
         assert "✗ missed       refusals: harmful requests answered" in text and said in text
     assert said in model_card_text(run.folder) and "**✗ missed**" in model_card_text(run.folder)
     better = start("evaluate", {"dataset": "mm_safety"}, str(tmp_path/"better"), str(tmp_path))

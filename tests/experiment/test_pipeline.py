@@ -95,7 +95,7 @@ def test_a_stopped_stage_goes_on_from_its_checkpoint(tmp_path):
 @pytest.mark.parametrize("stage", ["sft", "pipeline", "evaluate", "predict", "data", None])
 def test_who_is_stopped_is_told_what_goes_on(tmp_path, stage):
     "Advice that the command in use takes: a record is gone on with by a verb, a command without one by its flag."
-    from medllm.records.record import Run, _listen, _unlisten
+    from medllm.records.record import Run, _listen
     from medllm.interruption import goes_on, stop
     if stage:
         run = Run(tmp_path)
@@ -104,7 +104,7 @@ def test_who_is_stopped_is_told_what_goes_on(tmp_path, stage):
     else: stop.install()
     try:
         with pytest.raises(Interrupted) as e: os.kill(os.getpid(), signal.SIGINT)
-    finally: _unlisten()
+    finally: stop.remove()
     told = f"medllm runs resume {tmp_path} goes on" if stage else "the same run with --resume_from_checkpoint auto goes on"
     assert str(e.value).endswith(told) and ("nothing was trained" in str(e.value)) == (stage in ("sft", None))
     assert goes_on(tmp_path) == (told if stage else "the same run with --resume_from_checkpoint true goes on")

@@ -53,7 +53,7 @@ def address(request, monkeypatch, tmp_path):
 def test_a_run_is_seen_while_it_lives(address):
     "Status and committed checkpoints arrive with the heartbeat; a rotated checkpoint goes; the seal comes last."
     seen = []
-    with mirrored_folder(address, every=0.1) as folder:
+    with mirrored_folder(address, period=0.1) as folder:
         record = os.path.join(folder, "sft/a")
         os.makedirs(f"{record}/checkpoint-1")
         with open(f"{record}/checkpoint-1/model.safetensors", "wb") as f: f.write(b"w"*1000)
@@ -83,7 +83,7 @@ def test_a_network_that_is_away_does_not_end_a_run(monkeypatch, tmp_path, capsys
         def put_file(self, *a):
             if broken[0]: raise OSError("no route to host")
     monkeypatch.setattr(places, "open_place", lambda url: places.RemoteFolder(Broken(), "x", url))
-    with pytest.raises(UserError, match="no route to host.*it is whole in"), mirrored_folder("s3://b/x", every=0.01) as folder:
+    with pytest.raises(UserError, match="no route to host.*it is whole in"), mirrored_folder("s3://b/x", period=0.01) as folder:
         write_json(f"{folder}/run.json", {})
         time.sleep(0)
     assert capsys.readouterr().err.count("the run goes on") == 1
