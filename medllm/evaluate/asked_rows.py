@@ -7,7 +7,7 @@ __all__ = ['SCORER', 'Made', 'dataset_made', 'ask_sides', 'measure_memorisation'
 
 # %% ../../nbs/evaluate/19_asked_rows.ipynb #imports
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 

@@ -10,7 +10,6 @@ import ast
 import json
 import re
 from dataclasses import dataclass
-from typing import Any
 
 from ..medical.answer_text import options_in
 

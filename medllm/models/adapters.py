@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..core import UserError, find_path, foreign, nearest, log_line
 from ..json_file import read_json

@@ -8,7 +8,6 @@ __all__ = ['fingerprint_parts', 'fingerprint_differences', 'Comparison', 'compar
 # %% ../../nbs/records/13_compare.ipynb #imports
 import io
 from dataclasses import dataclass
-from fastcore.basics import patch
 from math import isfinite
 from pathlib import Path
 

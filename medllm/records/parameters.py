@@ -13,7 +13,6 @@ import math
 import re
 import tokenize
 from functools import cache
-from typing import Any
 
 import nbformat
 

@@ -17,7 +17,6 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..core import UserError, find_path, log_line
 from ..models.chat import ModelChoice, load_chat_model
