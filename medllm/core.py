@@ -38,6 +38,7 @@ def interruption(
         if isinstance(error, Interrupted): return error
         seen.add(id(error))
         error = error.__cause__ or error.__context__
+    return None
 
 # %% ../nbs/00_core.ipynb #unwritable
 class Unwritable(UserError):

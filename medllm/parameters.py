@@ -10,6 +10,7 @@ import json
 import types
 import typing
 from dataclasses import MISSING, field, fields
+from typing import Any
 
 from .core import UserError, nearest
 
@@ -65,8 +66,8 @@ def _as_json(text:str, wrong:UserError):
 
 # %% ../nbs/13_parameters.ipynb #run-parameters
 def run_parameters(
-    run:type,   # A dataclass of run parameters; one with `extra` has `other_flags`, which may stand there
-    given:dict, # Name to value, as the user wrote them
+    run:type[Any], # A dataclass of run parameters; one with `extra` has `other_flags`, which may stand there
+    given:dict,    # Name to value, as the user wrote them
 )->dict:        # Name to value in the right type; flags that are not parameters under "extra"
     "The user's parameters, checked. Raises `UserError` for an unknown name or a value of a wrong type."
     own = {f.name: f.type for f in fields(run)}

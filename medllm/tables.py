@@ -28,4 +28,4 @@ def markdown_table(
     rows:Sequence[dict], # With the same keys
 )->str:
     "Rows as a Markdown table; \"\" without any."
-    return markdown_rows([*rows[0]], [row.values() for row in rows]) if rows else ""
+    return markdown_rows([*rows[0]], [[*row.values()] for row in rows]) if rows else ""

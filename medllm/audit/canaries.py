@@ -111,7 +111,7 @@ def planted(
         if not match or type(row.get("canary")) is not int:
             raise UserError(f"row {n} is no canary: name the {FILE} of a run that planted some")
         found[row["canary"], match[1], match[2]] += 1
-    return [Canary(*one, times) for one, times in sorted(found.items())]
+    return [Canary(number, who, digits, times) for (number, who, digits), times in sorted(found.items())]
 
 # %% ../../nbs/audit/09_canaries.ipynb #controls
 def controls(

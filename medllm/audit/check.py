@@ -14,7 +14,7 @@ from typing import NamedTuple
 from ..core import UserError, find_path
 from ..marks import asked
 from ..data.cache import source_files
-from .card import make_card, read_thresholds
+from .card import Thresholds, make_card, read_thresholds
 from .contamination import eval_set
 from .gate import Plan, Report, inspect
 from .personal import presidio_finder
@@ -53,7 +53,7 @@ class _Prepared(NamedTuple):
     sources:list[Source]
     validation:list[Source]
     against:list[Source]
-    limits:object
+    limits:Thresholds
 
 # %% ../../nbs/audit/08_check.ipynb #prepare-2
 def _prepare(run:DataRun)->_Prepared:

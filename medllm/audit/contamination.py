@@ -131,7 +131,8 @@ class _Table:
 class Watch:
     "Benchmarks that training rows are held against while they stream past."
     def __init__(self, sets:Sequence[EvalSet]):
-        self.sets, self.tables = list(sets), {}
+        self.sets = list(sets)
+        self.tables:dict[int|str, _Table] = {}     # by words of a stretch; "key": by the whole text
         lengths = np.concatenate([s.whole.lengths for s in sets]) if sets else np.zeros(0, int)
         for n in (GRAM, LONG, *(n for n in WHOLE if (lengths == n).any())):
             own = [grams(s.words if n == GRAM else s.whole, n) for s in sets]
@@ -146,7 +147,7 @@ class Watch:
         "The grams and whole items found in a batch of rows."
         both, found = pairs(words), {}
         for n, table in self.tables.items():
-            value, owner = (words.keys, np.arange(len(words.keys))//2) if n == "key" else grams(both, n)
+            value, owner = (words.keys, np.arange(len(words.keys))//2) if isinstance(n, str) else grams(both, n)
             found[n] = table.look(value, owner.astype(np.int64) + first)
         return found
 

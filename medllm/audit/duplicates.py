@@ -86,7 +86,8 @@ class Sketches:
     "The sketches of all rows seen."
     def __init__(self, near:bool=True): # Whether near-duplicates are wanted
         self.near, self.file = near, tempfile.TemporaryFile() if near else None
-        self.parts = [(np.zeros(0, np.uint64), np.zeros(0, np.uint64), np.zeros((0, BANDS*near), np.uint32))]
+        self.parts:list[tuple] = [
+            (np.zeros(0, np.uint64), np.zeros(0, np.uint64), np.zeros((0, BANDS*near), np.uint32))]
 
     def add(self, part:Sketch):
         "Remember a batch of rows."

@@ -15,7 +15,7 @@ from .text_rules import INVISIBLE
 
 # %% ../../nbs/audit/04_numerals.ipynb #characters
 _ASCII = {ord(c): "-" for c in "\u2010\u2011\u2012\ufe63"} | {ord(c): "/" for c in "\u2044\u2215"} | {0xfe6b: "@"}
-_ASCII |= {wide: wide - 0xfee0 for wide in range(0xff01, 0xff5f)}
+_ASCII |= {wide: chr(wide - 0xfee0) for wide in range(0xff01, 0xff5f)}
 _ASCII |= {c: str(unicodedata.decimal(chr(c))) for c in range(0x80, 0x20000) if chr(c).isdecimal()}
 _ASCII |= {c: " " for c in range(0x80, 0x3001) if unicodedata.category(chr(c)) == "Zs"}
 _GONE = {c: "" for c in (*range(0x80, 0x10000), *range(0xe0000, 0xe0080)) if INVISIBLE.match(chr(c))}

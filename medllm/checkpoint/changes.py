@@ -9,6 +9,7 @@ __all__ = ['ChangedTrainer', 'new_place']
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from fastcore.basics import patch
@@ -135,7 +136,7 @@ def _choose_again(self:ChangedTrainer):
     state.best_metric = state.best_global_step = state.best_model_checkpoint = None
     if not name or self.is_changed("validation"): return
     key, there = f"eval_{name.removeprefix('eval_')}", {step for step, _ in committed(folder)}
-    seen = [(line[key], line["step"]) for line in state.log_history if key in line and line["step"] in there]
+    seen = [(line[key], int(line["step"])) for line in state.log_history if key in line and line["step"] in there]
     if not seen: return
     state.best_metric, state.best_global_step = (max if self.args.greater_is_better else min)(seen,
         key=lambda pair: pair[0])
@@ -156,9 +157,10 @@ def _load_optimizer_and_scheduler(self:ChangedTrainer, checkpoint:str|None):
         return super(ChangedTrainer, self)._load_optimizer_and_scheduler(checkpoint)
     today = [{k: v for k, v in group.items() if k not in ("params", "lr", "initial_lr")}
         for group in self.optimizer.param_groups]
-    schedule, self.lr_scheduler = self.lr_scheduler, _Held()
+    held:Any = _Held()
+    schedule, self.lr_scheduler = self.lr_scheduler, held
     try: super(ChangedTrainer, self)._load_optimizer_and_scheduler(checkpoint)
-    finally: held, self.lr_scheduler = self.lr_scheduler, schedule
+    finally: self.lr_scheduler = schedule
     if options:
         for group, now in zip(self.optimizer.param_groups, today): group.update(now)
         self.optimizer.load_state_dict(self.optimizer.state_dict())       # moments where a fused optimiser wants them

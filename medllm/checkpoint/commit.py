@@ -150,6 +150,7 @@ def newest(
         if not why: return folder
         if "newer medllm" in why: raise UserError(f"{folder} is not resumed from: {why}")
         say(f"{folder.name} is left out: {why}")
+    return None
 
 # %% ../../nbs/checkpoint/01_commit.ipynb #rotate
 def drop(

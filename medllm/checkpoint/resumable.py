@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -33,7 +34,7 @@ FAILURES = 3 # saves in a row that may fail
 
 class ResumableTrainer(Trainer):
     "A `Trainer` with checkpoints that are committed, verified, complete and exact."
-    objective = None
+    objective:Any = None # Of the stage: carries `state` over a checkpoint, if it has one
 
     def __init__(self,
         model,  # To be trained
@@ -189,7 +190,8 @@ def _fill(self:ResumableTrainer, folder:Path, notes:dict):
         self.state.best_model_checkpoint = str(folder.parent/best)
     for one in [c for c in (*self.callback_handler.callbacks, self.control) if isinstance(c, ExportableState)]:
         states.setdefault(type(one).__name__, []).append(one.state())
-    self.state.stateful_callbacks = {name: some[0] if len(some) == 1 else some for name, some in states.items()}
+    kept:Any = {name: some[0] if len(some) == 1 else some for name, some in states.items()}
+    self.state.stateful_callbacks = kept
     self.state.save_to_json(str(folder/"trainer_state.json"))
 
 # %% ../../nbs/checkpoint/03_resumable.ipynb #write
@@ -295,13 +297,13 @@ def _leave(self:ResumableTrainer):
 
 # %% ../../nbs/checkpoint/03_resumable.ipynb #train
 @patch
-def train(self:ResumableTrainer, resume_from_checkpoint=None, checked:bool=False, **kwargs):
+def train(self:ResumableTrainer, resume_from_checkpoint=None, *args, checked:bool=False, **kwargs):
     ("Train, as `transformers.Trainer.train` does. Raises `UserError` for a checkpoint that "
         "is not whole, `Interrupted` "
         "when somebody asked to stop.")
     if resume_from_checkpoint: self._begin_from(Path(resume_from_checkpoint), checked)
     with listening(), polled(), leaving(self.args.world_size == 1):
-        try: result = super(ResumableTrainer, self).train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        try: result = super(ResumableTrainer, self).train(resume_from_checkpoint, *args, **kwargs)
         except Left: self._leave()
         except RuntimeError:
             if not (stop.asked and self.settled): raise         # loaders that got the signal too, and are gone
@@ -350,7 +352,7 @@ def _begin_from(self:ResumableTrainer, folder:Path, checked:bool):
         self.over = self.control.should_training_stop = (
             self.control.should_training_stop or self.state.global_step >= self.state.max_steps)
         return ([], None) if self.over else own(batches, *args)
-    self.get_batch_samples = first       # before a subclass draws answers, too
+    vars(self)["get_batch_samples"] = first      # before a subclass draws answers, too
 
 # %% ../../nbs/checkpoint/03_resumable.ipynb #init-training-state
 @patch

@@ -80,7 +80,7 @@ def cache_key(
     watch:Callable|None = None, # What looks at the examples on the way
 )->str:                # 32 hex digits
     "The name of rows in the cache."
-    read = {k: str(v) for k, v in vars(source).items() if k in (
+    read:dict = {k: str(v) for k, v in vars(source).items() if k in (
         "columns", "mapped", "tags", "formatting", "ranking", "encoding", "group", "subset", "split")}
     read["mapped"] = sorted(source.mapped)
     whole = {"files": files, "read": read, "recipe": asdict(recipe),

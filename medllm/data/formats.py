@@ -138,9 +138,10 @@ def _ranked(row:Row, source:Source, turns:list, tags:Tags, unread:Counter|None)-
         for a in value:
             if not isinstance(a, str): raise wrong_type(f"every answer in column '{c.response}'", "text", a)
         return "", turns, [answer_turn(a.strip()) for a in value]
-    (*before, better), (*other, worse) = (_answer(row, name, tags, turns, unread) for name in (c.chosen, c.rejected))
-    if before != other or {better.role, worse.role} != {"assistant"}: raise Rejected("wrong_order")
-    return *before, [better, worse]
+    system, before, better = _answer(row, c.chosen, tags, turns, unread)
+    *other, worse = _answer(row, c.rejected, tags, turns, unread)
+    if other != [system, before] or {better.role, worse.role} != {"assistant"}: raise Rejected("wrong_order")
+    return system, before, [better, worse]
 
 # %% ../../nbs/data/06_formats.ipynb #pairs-2
 def _pairs(base:Example, answers:list[Turn], all_pairs:bool)->list[Example]:

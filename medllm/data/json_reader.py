@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..core import UserError
 from .compressed import Unpacked
@@ -50,7 +50,13 @@ class Bad(NamedTuple):
     byte:int   # Byte, from 0
     why:str    # What is wrong and what to do
     number:int = 0 # As of `Row`
-    at, where, place = Row.at, Row.where, Row.place
+    def row(self)->Row: return Row({}, self.file, self.line, self.byte, self.number)
+    @property
+    def at(self)->str: return self.row().at
+    @property
+    def where(self)->str: return self.row().where
+    @property
+    def place(self)->str: return self.row().place
     def error(self)->UserError: return UserError(f"{self.where}, byte {self.byte}: {self.why}")
 
 # %% ../../nbs/data/02_json_reader.ipynb #place
@@ -171,8 +177,9 @@ def read_lines(
 # %% ../../nbs/data/02_json_reader.ipynb #json
 def _no_constant(name:str): raise ValueError(f"{name} is not JSON")
 
-_scan = json.JSONDecoder(object_pairs_hook=unique_keys, parse_constant=_no_constant).scan_once
-_blank = json.decoder.WHITESPACE.match
+_decoder:Any = json.JSONDecoder(object_pairs_hook=unique_keys, parse_constant=_no_constant)
+_scan = _decoder.scan_once
+_blank = re.compile(r"[ \t\n\r]*").match
 _suspect = re.compile(r"\\u(?:0000|[dD][89a-fA-F])").search
 
 def _strings(value)->Iterator[str]:

@@ -60,20 +60,20 @@ def check_mix(
 
 # %% ../../nbs/data/14_mixing.ipynb #mix-order
 def mix_order(
-    sizes:Sequence[int],            # Rows of each dataset, (S,)
+    sizes:Sequence[int]|np.ndarray, # Rows of each dataset, (S,)
     strategy:str = "concat",        # One of `STRATEGIES`
     probabilities:Sequence[float]|None = None, # One for each dataset; None takes turns
     seed:int = 0,                   # Of the draws
 )->np.ndarray:                      # Numbers into the datasets laid end to end, (N,)
     "The rows of a mix, in order. Raises `UserError` as `check_mix` does."
     check_mix(strategy, len(sizes), probabilities)
-    sizes = np.asarray(sizes, np.int64)
-    if strategy == "concat" or not sizes.all(): return np.arange(sizes.sum())
+    rows = np.asarray(sizes, np.int64)
+    if strategy == "concat" or not rows.all(): return np.arange(rows.sum())
     rng = np.random.default_rng(seed)
-    which = (_turns(sizes, strategy) if probabilities is None else
-        _draws(sizes, np.asarray(probabilities, float), strategy, rng))
-    order, firsts = np.empty(len(which), np.int64), np.cumsum(sizes) - sizes
-    for s, size in enumerate(sizes):
+    which = (_turns(rows, strategy) if probabilities is None else
+        _draws(rows, np.asarray(probabilities, float), strategy, rng))
+    order, firsts = np.empty(len(which), np.int64), np.cumsum(rows) - rows
+    for s, size in enumerate(rows):
         at = np.flatnonzero(which == s)
         order[at] = firsts[s] + np.arange(len(at)) % size
     return order

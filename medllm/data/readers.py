@@ -66,8 +66,8 @@ def _text(file:Path, name:str, encoding:str)->Iterator[Row|Bad]:
     lines = (x for x in read_lines(file, name, encoding) if isinstance(x[2], Bad) or x[2].strip())
     first = next(lines, None)
     if first is None: raise UserError(f"{name} is empty")
-    is_json = isinstance(first[2], str) and first[2].lstrip()[0] == "{"
-    if is_json and isinstance(json_line(first[2], "", 1, 0), Row):
+    text = first[2]
+    if isinstance(text, str) and text.lstrip()[0] == "{" and isinstance(json_line(text, "", 1, 0), Row):
         yield from json_lines(file, name, encoding)
         return
     for line, byte, text in itertools.chain([first], lines):
@@ -181,7 +181,7 @@ def _state(file:Path)->tuple:
     s = file.stat()
     return s.st_size, s.st_mtime_ns, s.st_ino
 
-def _copy_unpacked(file:Path, folder:str)->Path:
+def _copy_unpacked(file:Path, folder:Path)->Path:
     "A copy of a gzipped file without its packing, for readers that jump about in files."
     copy = Path(folder)/file.with_suffix("").name
     with open_bytes(file) as packed, open(copy, "wb") as plain:

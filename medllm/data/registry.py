@@ -11,7 +11,7 @@ import codecs
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from ..core import UserError, bundled, find_path, nearest
@@ -99,7 +99,7 @@ _SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".
 
 def _named(kind:type, given:dict, what:str, start=None):
     "A `Columns` or `Tags`: the defaults, with what the registry says put over them."
-    known = kind.__dataclass_fields__
+    known = {f.name: f for f in fields(kind)}
     for key, value in given.items():
         if key in _TEXT_ONLY:
             raise UserError(f"{what} '{key}': medllm trains on text only; take out the key "

@@ -26,6 +26,9 @@ from .tokens import Renderer
 # %% ../../nbs/data/12_rows.ipynb #rows
 class TokenRows:
     "Tokenised rows; row `i` is a dict of `input_ids` and `labels`, each (T,) int32."
+    parts:list[tuple] # Flat arrays of ids, trained positions and the bytes of notes
+    table:dict        # A column of `_COLUMNS` each: arrays (N,)
+
     def __init__(self,
         rows:Iterable[tuple[np.ndarray, np.ndarray]] = (), # Pairs of ids and trained positions
     ):
@@ -125,7 +128,7 @@ class RowWriter:
         folder:Path|None = None, # An existing folder; None keeps them in memory
     ):
         self.folder, self.start, self.noted = folder, 0, 0
-        self.files = [open(folder/name, "wb") for name in _FLAT] if folder else [[] for _ in _FLAT]
+        self.files:list = [open(folder/name, "wb") for name in _FLAT] if folder else [[] for _ in _FLAT]
         self.columns = {name: [] for name in _COLUMNS}
 
     def add(self,
@@ -154,7 +157,7 @@ class RowWriter:
 @patch
 def close(self:RowWriter)->TokenRows:
     "The rows."
-    table = {n: np.concatenate(c) if c else np.zeros(0, _COLUMNS[n]) for n, c in self.columns.items()}
+    table:dict = {n: np.concatenate(c) if c else np.zeros(0, _COLUMNS[n]) for n, c in self.columns.items()}
     if self.folder is None:
         parts = [np.concatenate(f) if f else np.zeros(0, k) for f, k in zip(self.files, _FLAT.values())]
         return TokenRows.of([tuple(parts)], table)
@@ -288,7 +291,7 @@ def _rows_of(example:Example, rows:list, renderer:Renderer, cutoff_len:int, over
     "Rows of an example that fit, what was cut, and why it was rejected."
     cut = ""
     if rows is None: return [], "", "template_refuses"
-    if example.turns[0].role == "document": rows = cut_document(*rows[0], cutoff_len)
+    if example.turns[0].role == "document": rows = cut_document(rows[0][0], rows[0][1], cutoff_len)
     elif any(len(ids) > cutoff_len for ids, _ in rows): rows, cut = fit(example, rows, renderer, cutoff_len, overlong)
     if rows is None: return [], "", "longer_than_cutoff"
     asks = example.turns[-1].role in ("user", "tool")              # a prompt: its answer is yet to be made

@@ -86,7 +86,7 @@ def shape_of(
     for i, turn in enumerate(turns):
         if turn.role not in _ROLES:
             raise UserError(f"a message has the role '{turn.role}'; known are {', '.join(_ROLES)}")
-        message = {"role": turn.role, "content": mark(turn.text, i, "said") if turn.text else ""}
+        message:dict = {"role": turn.role, "content": mark(turn.text, i, "said") if turn.text else ""}
         if turn.thought: message["reasoning_content"] = mark(turn.thought, i, "thought")
         if turn.calls:
             message["tool_calls"] = [{"type": "function", "function": {"name": mark(c.name, i, "call"),

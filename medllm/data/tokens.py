@@ -78,8 +78,8 @@ class PlainText:
             first = Tokenizer.from_str(json.dumps(spec))
             inner = first if joined == spec else Tokenizer.from_str(json.dumps(joined))
         self.by_place = {"start": first, "after_control": first if prefix_after_control else inner, "joined": inner}
-        self.numbers = {place: _numbers(*((first, spec) if t is first else (inner, joined)), words)
-            for place, t in self.by_place.items()}
+        self.numbers = {
+            place: _numbers(t, spec if t is first else joined, words) for place, t in self.by_place.items()}
         # one call for all places that are tokenised alike
         self.alike = {p: next(q for q, other in self.by_place.items() if other is t) for p, t in self.by_place.items()}
         self.is_control = np.zeros(max([len(tokenizer), *self.control.values(), *words.values()]) + 1, bool)
@@ -268,7 +268,8 @@ class Step(NamedTuple):
 # %% ../../nbs/data/11_tokens.ipynb #runs-2
 def _runs(pieces:Iterable[Piece], control:dict)->Iterable[list]:
     "Pieces joined to runs [place, trained, parts or ids]; a run ends at a control token or a border of training."
-    run, place = None, "start"
+    run:list|None = None
+    place = "start"
     for piece in pieces:
         if piece.kind == "control":
             if run: yield run

@@ -7,8 +7,9 @@ __all__ = ['SCORER', 'Made', 'dataset_made', 'ask_sides', 'measure_memorisation'
 
 # %% ../../nbs/evaluate/19_asked_rows.ipynb #imports
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..core import UserError, nearest
 from ..audit.canaries import FILE, Canary, controls, planted
@@ -32,7 +33,7 @@ class Made(Sequence):
         make:Callable[[int], TrainedRow|None],  # The row of a number
     ): self.size, self.make = size, make
     def __len__(self): return self.size
-    def __getitem__(self, n:int)->TrainedRow|None: return self.make(n)
+    def __getitem__(self, n)->Any: return self.make(n)
 
 # %% ../../nbs/evaluate/19_asked_rows.ipynb #trained
 def _trained(id:str, row, source, chat:ChatModel)->TrainedRow:
@@ -59,9 +60,11 @@ def dataset_made(
     ids, lost = told_apart(row.place for row, _ in rows), set()
     def make(n:int)->TrainedRow|None:
         if n in lost: return None
-        try: return _trained(ids[n], *rows[n], chat)
+        row, source = rows[n]
+        try: return _trained(ids[n], row, source, chat)
         except Rejected as e: skipped[str(e)] += 1
         lost.add(n)
+        return None
     return Made(len(rows), make), sha256
 
 # %% ../../nbs/evaluate/19_asked_rows.ipynb #measure
@@ -78,7 +81,7 @@ def _planted(file:str)->tuple[list[Canary], str]:
 # %% ../../nbs/evaluate/19_asked_rows.ipynb #ask-sides
 def ask_sides(
     chat:ChatModel,      # The model
-    sides:dict[str, Sequence], # trained, held_out: rows
+    sides:Mapping[str, Sequence], # trained, held_out: rows
     task:Task,           # limit, seed, batch, reveal
 )->tuple[list[dict], dict]: # Items of all sides, and the facts of each
     "What a model says of rows that were trained, and of others."

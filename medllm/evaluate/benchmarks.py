@@ -138,7 +138,7 @@ def evaluate_models(
     (folder/"evaluation.json").unlink(missing_ok=True)     # its figures are replaced one by one
     before = measure_all(base, tasks, folder/"base") if base else {}
     after = measure_all(tuned, tasks, folder/"tuned")
-    found = {"base": {n: summary(r) for n, r in before.items()}, "tuned": {n: summary(r) for n, r in after.items()},
+    found:dict = {"base": {n: summary(r) for n, r in before.items()}, "tuned": {n: summary(r) for n, r in after.items()},
         "comparisons": compare_all(before, after, targets), "targets": targets or {}}
     found["verdict"] = verdict_rows(found)
     write_json(folder/"evaluation.json", found | {"facts": {name: result.facts for name, result in after.items()}})

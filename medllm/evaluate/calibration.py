@@ -25,14 +25,14 @@ def reliability_table(
 )->list[dict]:                  # low, high, items, confidence, accuracy; without empty bins
     "Confidence and accuracy, bin by bin."
     if equal not in ("width", "count"): raise UserError(f"bins of equal {equal}: must be width or count")
-    confidence, right = np.asarray(confidence, float), np.asarray(right, float)
-    order = np.argsort(confidence, kind="stable")
-    inside = np.minimum((confidence*bins).astype(int), bins - 1)
+    sure, hits = np.asarray(confidence, float), np.asarray(right, float)
+    order = np.argsort(sure, kind="stable")
+    inside = np.minimum((sure*bins).astype(int), bins - 1)
     parts = np.array_split(order, bins) if equal == "count" else [np.flatnonzero(inside == b) for b in range(bins)]
     ends = [(b/bins, (b + 1)/bins) for b in range(bins)]
-    if equal == "count": ends = [(confidence[p].min(), confidence[p].max()) if len(p) else (0, 0) for p in parts]
-    return [{"low": float(low), "high": float(high), "items": len(part), "confidence": float(confidence[part].mean()),
-        "accuracy": float(right[part].mean())} for part, (low, high) in zip(parts, ends) if len(part)]
+    if equal == "count": ends = [(sure[p].min(), sure[p].max()) if len(p) else (0, 0) for p in parts]
+    return [{"low": float(low), "high": float(high), "items": len(part), "confidence": float(sure[part].mean()),
+        "accuracy": float(hits[part].mean())} for part, (low, high) in zip(parts, ends) if len(part)]
 
 # %% ../../nbs/evaluate/07_calibration.ipynb #calibration-error
 def calibration_error(

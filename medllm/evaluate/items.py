@@ -35,7 +35,7 @@ class Schema(NamedTuple):
     name:str           # Of the exam it is known from
     columns:frozenset  # Columns that it is known by
     read:Callable      # (row, base) -> question, options, gold
-    index:str = ""     # Column with a number that counts options
+    counted:str = ""   # Column with a number that counts options
     usual:int|None = None # Where it counts from, when its numbers do not tell
     parts:Callable|None = None # row -> question, options as written, answer as written
 
@@ -128,7 +128,7 @@ def schema_of(
 # %% ../../nbs/evaluate/03_items.ipynb #base
 def _numbers(row:dict, schema:Schema)->list[tuple[int, int, bool]]:
     "Of each answer that is a number: the number, how many options there are, and whether it is the text of one."
-    if schema.index: return [(place, 4, False)] if (place := as_place(row.get(schema.index))) not in (None, -1) else []
+    if schema.counted: return [(place, 4, False)] if (place := as_place(row.get(schema.counted))) not in (None, -1) else []
     if schema.parts is None: return []
     try:
         _, value, answer = schema.parts(row)
@@ -148,13 +148,13 @@ def count_base(
     "From where the answers of a set count. Raises `UserError` when they are numbers and do not tell."
     found = [numbers for row in rows for numbers in _numbers(row, schema)]
     if given is not None: return given
-    if not schema.index and all(text for *_, text in found): return None
+    if not schema.counted and all(text for *_, text in found): return None
     first, last = any(n == 0 for n, *_ in found), any(n == options for n, options, _ in found)
     if first != last: return 0 if first else 1
     if schema.usual is not None and not last: return schema.usual
     some = ", ".join(map(str, sorted({n for n, *_ in found})[:10])) or "none"
     raise UserError(
-        f"the answers in {schema.index or 'answer'} ({some}) do not tell whether they count from 0 or from 1: "
+        f"the answers in {schema.counted or 'answer'} ({some}) do not tell whether they count from 0 or from 1: "
         "say it with first_answer: 0 or first_answer: 1 of the task, under tasks in a file for medllm run evaluate -f")
 
 # %% ../../nbs/evaluate/03_items.ipynb #about

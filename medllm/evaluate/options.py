@@ -10,6 +10,7 @@ import ast
 import json
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from ..medical.answer_text import options_in
 
@@ -85,7 +86,7 @@ def _literal(text:str):
 # %% ../../nbs/evaluate/01_options.ipynb #labelled
 def labelled(
     value, # As the row has it
-)->list[tuple[str, object]]:
+)->list[tuple[str, Any]]:
     "Labels and texts of options, empty ones too. Raises `Skip` for more than there are letters."
     if isinstance(value, str): value = _literal(value)
     if isinstance(value, str): return _in_text(value)

@@ -7,6 +7,7 @@ __all__ = ['EvaluateRun', 'evaluate', 'described_data']
 
 # %% ../../nbs/evaluate/24_runs.ipynb #imports
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ..core import UserError
 from ..data.templates import check_template_name
@@ -87,7 +88,7 @@ def preflight(self:EvaluateRun):
 # %% ../../nbs/evaluate/24_runs.ipynb #evaluate
 def evaluate(
     wanted:EvaluateRun, # Parameters
-    folder:str,         # Where results go
+    folder:str|Path,    # Where results go
 )->dict:                # As `evaluate_models`
     "What a run notebook and `medllm evaluate` do. Raises `UserError` before anything is loaded."
     wanted.preflight()

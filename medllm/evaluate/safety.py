@@ -132,7 +132,8 @@ def margins(
         both = chat.renderer.plain([reply or refusal, comply], place)
         if len(asked.prompt) + max(map(len, both)) > chat.longest: continue
         rows[n] = Row(asked.prompt.tolist(), both, False)
-    order, out = sorted(rows, key=lambda n: -len(rows[n].context)), [None]*len(items)
+    order = sorted(rows, key=lambda n: -len(rows[n].context))
+    out:list[float|None] = [None]*len(items)
     with at_rest(chat.model) as model:
         for at in range(0, len(order), batch or 8):
             some = order[at:at + (batch or 8)]
@@ -177,7 +178,7 @@ def safety_change(
     tuned:Result, # Of the model after, on the same items
 )->dict:          # base, tuned, difference: figures; p, verdict; parts
     "What fine-tuning did to the three failures."
-    parts = {}
+    parts:dict = {}
     for kind, name in NAMES.items():
         first, second = ([i["failed"] for a, i in zip(base.items, r.items) if a["kind"] == kind] for r in (base, tuned))
         if not first: continue

@@ -29,13 +29,13 @@ class Place(NamedTuple):
 # %% ../../nbs/evaluate/16_spelling.ipynb #decoded
 def decoded(
     tokenizer,         # Of transformers
-    ids:Sequence[int], # Of a row
+    ids:Sequence[int]|np.ndarray, # Of a row
 )->str:
     "Tokens as text, control tokens too."
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 # %% ../../nbs/evaluate/16_spelling.ipynb #first
-def _first(ids:Sequence[int], far_enough)->int:
+def _first(ids:Sequence[int]|np.ndarray, far_enough)->int:
     "The least number of tokens whose text is far enough, by halves."
     low, high = 0, len(ids)
     while low < high:
@@ -47,7 +47,7 @@ def _first(ids:Sequence[int], far_enough)->int:
 # %% ../../nbs/evaluate/16_spelling.ipynb #place-of
 def place_of(
     tokenizer,         # Of transformers
-    ids:Sequence[int], # Of a row
+    ids:Sequence[int]|np.ndarray, # Of a row
     start:int,         # First letter in `decoded` of the row
     end:int,           # Behind the last
 )->Place:

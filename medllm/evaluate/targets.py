@@ -83,7 +83,8 @@ def _changed(name:str, value, where:str)->Target:
             if part not in _PARTS:
                 raise UserError(
                     f"targets: {where}: '{part}' is none of most, least, margin{nearest(str(part), _PARTS)}")
-        return _can_fail(replace(old, **{part: _number(v, where) for part, v in value.items()}), where)
+        parts:dict = {part: _number(v, where) for part, v in value.items()}
+        return _can_fail(replace(old, **parts), where)
     number = _number(value, where)
     if number is None: return replace(old, most=None, least=None, margin=None)
     part = "least" if old.least is not None else "most" if old.most is not None else None
@@ -91,7 +92,8 @@ def _changed(name:str, value, where:str)->Target:
     if part is None:
         raise UserError(
             f"targets: {where}: say which limit {value!r} is, as {{most: …}}, {{least: …}} or {{margin: …}}{hint}")
-    return _can_fail(replace(old, **{part: number}), where)
+    limit:dict = {part: number}
+    return _can_fail(replace(old, **limit), where)
 
 # %% ../../nbs/evaluate/20_targets.ipynb #read-targets
 def read_targets(

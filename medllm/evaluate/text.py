@@ -138,12 +138,13 @@ def item_draws(
 # %% ../../nbs/evaluate/12_text.ipynb #drawn-figure
 def drawn_figure(
     value:float|None,     # Of all items
-    of_draws:Sequence,    # Of each draw
+    of_draws:Sequence|np.ndarray, # Of each draw
 )->dict:
     "A figure with a percentile interval."
     found = [v for v in of_draws if v is not None]
     if value is None or not found: return figure(value)
-    return figure(value, *np.quantile(found, (0.025, 0.975)), f"bootstrap, {len(of_draws)} draws")
+    low, high = np.quantile(found, (0.025, 0.975))
+    return figure(value, low, high, f"bootstrap, {len(of_draws)} draws")
 
 # %% ../../nbs/evaluate/12_text.ipynb #summary
 def _corpus(name:str, lang:str, items:list[dict])->dict:
@@ -203,7 +204,7 @@ def text_change(
     for lang in sorted({i["lang"] for i in base.items}):
         pair = [[b for a, b in zip(base.items, r.items) if a["lang"] == lang] for r in (base, tuned)]
         more |= {f"{name}_{lang}": _corpus_change(name, lang, *pair) for name in ("bleu", "chrf")}
-    return compare_scores(*rouge, groups_of(base.items)) | {"measure": "rouge_l", "more": more}
+    return compare_scores(rouge[0], rouge[1], groups_of(base.items)) | {"measure": "rouge_l", "more": more}
 
 # %% ../../nbs/evaluate/12_text.ipynb #rows
 class Asked(NamedTuple):

@@ -108,7 +108,7 @@ def read_plan(
         name = str(name)
         _check_name(name, own)
         own = dict(own or {})
-        stage = own.pop("stage", name)
+        stage = str(own.pop("stage", name))
         stage = {"rw": "rm"}.get(stage, stage)
         if stage not in STAGE_RUNS:
             raise UserError(f"stage '{name}': unknown stage {stage}{nearest(stage, STAGE_RUNS)}; "

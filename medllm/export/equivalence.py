@@ -119,7 +119,7 @@ def distance(
         scale, n = max(scale, float(ours.abs().max())), n + len(answer)
         same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
         if math.isnan(largest): break
-    found = {"tokens": n, "logit": largest/scale, "kl": kl/n, "agreement": same/n,
+    found:dict = {"tokens": n, "logit": largest/scale, "kl": kl/n, "agreement": same/n,
         "agreement_interval": list(wilson(same/n, n))}
     if answers: found["answers"] = sum(list(a) == list(b) for a, b in zip(said.answers, answers))/len(said.answers)
     if effect is not None and effect > 1e-6: found["kept"] = 1 - found["kl"]/effect

@@ -214,7 +214,7 @@ def _by_letter(text:str, options:dict[str, str], rungs:tuple)->frozenset|None:
         if rung is _RUNGS[-1] and found: found = {frozenset().union(*found)}
         if not found: continue
         one, = found if len(found) == 1 else (frozenset(),)
-        return frozenset() if len(one) == 1 and _other_text(text, *one, options) else one
+        return frozenset() if len(one) == 1 and _other_text(text, next(iter(one)), options) else one
     return None
 
 # %% ../../nbs/medical/02_answer_text.ipynb #chosen-letters

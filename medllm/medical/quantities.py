@@ -107,7 +107,7 @@ def _dimension(top:str|None, under:str, **_)->tuple[tuple, float]|None:
     return tuple(sorted((b, p) for b, p in powers.items() if b and p)), factor
 
 # %% ../../nbs/medical/01_quantities.ipynb #bounds
-_bounds = (
+_marks = (
     (">=", "≥|⩾|≧|>=|at least|(?:no|not) less than|不低于|不少于|不小于|至少|大于或?等于",
      "以上|及以上|or (?:more|higher|above|over)"),
     ("<=", "≤|⩽|≦|<=|at most|up to|(?:no|not) more than|"
@@ -116,7 +116,7 @@ _bounds = (
     (">", r"(?<![-=])>|\bover|more than|greater than|higher than|above|exceed(?:s|ing)?|超过|大于|高于|多于", "(?!)"),
     ("<", r"<|(?:less|lower|fewer) than|below|\bunder|小于|低于|少于|不足|不到", "(?!)"))
 _bounds = [(sign, re.compile(rf"(?:{before})\s*$", re.IGNORECASE), re.compile(rf"\s*(?:{after})", re.IGNORECASE))
-    for sign, before, after in _bounds]
+    for sign, before, after in _marks]
 
 def _bound(before:str, after:str, time:bool)->str:
     "The comparator beside a number."

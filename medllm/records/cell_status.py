@@ -108,6 +108,8 @@ def _tell(self:RecordManager, name:str, **facts):
 # %% ../../nbs/records/05_cell_status.ipynb #states
 class TrueManager(RecordManager):
     "The statuses of cells and of the notebook."
+    output_path:str|None             # Of papermill: where its own steps save
+
     def notebook_start(self, **kwargs):
         "Empty outputs, nothing has run."
         with self._quiet(): super().notebook_start(**kwargs)

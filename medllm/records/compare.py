@@ -8,6 +8,7 @@ __all__ = ['contract_parts', 'contract_differences', 'Comparison', 'compare', 'a
 # %% ../../nbs/records/12_compare.ipynb #imports
 import io
 from dataclasses import dataclass
+from fastcore.basics import patch
 from math import isfinite
 from pathlib import Path
 
@@ -153,8 +154,10 @@ def _markdown(c:Comparison)->str:
         for section, fields in c.differ.items() if fields]
     return "\n\n".join([_head(c), *tables])
 
-Comparison.__str__ = as_text
-Comparison._repr_markdown_ = _markdown
+@patch
+def __str__(self:Comparison)->str: return as_text(self)
+@patch
+def _repr_markdown_(self:Comparison)->str: return _markdown(self)
 
 # %% ../../nbs/records/12_compare.ipynb #plot
 def _plain(text:str)->str:

@@ -57,8 +57,9 @@ def _trained(folder:Path)->dict:
     "What is known of a model that `medllm train` wrote, in the form of a run.json."
     contract = _table(folder/"contract.json", {"stage!": str, "model": str, "adapters": [str]})
     if not contract: return {}
-    told = [e for e in read_events(folder) if e.get("event") == "begins" and not misfit(e, _BEGINS)]
-    told, metrics = told[-1] if told else {}, _table(folder/"metrics.json", _LOSSES)
+    begun = [e for e in read_events(folder) if e.get("event") == "begins" and not misfit(e, _BEGINS)]
+    told:dict = begun[-1] if begun else {}
+    metrics = _table(folder/"metrics.json", _LOSSES)
     base = told.get("model") or _table(folder/"adapter_config.json", _BASE).get("base_model_name_or_path")
     adapters = zip(names(told.get("adapters") or ""), contract.get("adapters") or [])
     found = [("base", base, contract.get("model")), *(("adapter", *a) for a in adapters)]

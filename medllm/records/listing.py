@@ -95,7 +95,8 @@ def _condition(text:str)->tuple[str, str, str]:
     "Field, comparison and value."
     found = re.fullmatch(r"([\w.\-/]+)(!=|<=|>=|=|<|>)(.*)", text)
     if not found: raise UserError(f"--where {text}: write it as field=value, with =, !=, <, >, <= or >=")
-    return found.groups()
+    field, comparison, value = found.groups()
+    return field, comparison, value
 
 # %% ../../nbs/records/11_listing.ipynb #holds
 def _holds(value, how:str, wanted:str)->bool:

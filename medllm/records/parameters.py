@@ -14,6 +14,7 @@ import math
 import re
 import tokenize
 from functools import cache
+from typing import Any
 
 import nbformat
 
@@ -23,7 +24,7 @@ from ..secrets import check_reference
 
 # %% ../../nbs/records/03_parameters.ipynb #declared
 MOST_TEXT = 100_000   # of a parameter [characters]
-_KINDS = {"int": int, "float": (int, float), "str": str, "bool": bool, "dict": dict, "list": list}
+_KINDS:dict[str, Any] = {"int": int, "float": (int, float), "str": str, "bool": bool, "dict": dict, "list": list}
 
 def _tagged(nb, tag:str):
     "The cell with a tag, or None."
@@ -118,7 +119,7 @@ def check_value(
     for key, part in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
         if isinstance(value, dict) and not isinstance(key, str):
             raise UserError(f"parameter {name}: the key {key!r} is no text")
-        check_value(key if isinstance(value, dict) else name, part)
+        check_value(str(key) if isinstance(value, dict) else name, part)
     optional = re.fullmatch(r"Optional\[(\w+)\]", kind)
     wanted = _KINDS.get(optional[1] if optional else kind)
     if wanted is None or (optional and value is None): return

@@ -76,7 +76,7 @@ def provenance()->dict:
         "code": code_version(), "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "packages": {p: _version(p) for p in _PACKAGES}, "processor": _processor(), "cores": os.cpu_count(),
-        "memory_gib": round(memory, 1), "threads": torch.get_num_threads(),
+        "memory_gib": memory and round(memory, 1), "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(), "gpus": gpus}
 
 # %% ../../nbs/records/00_record.ipynb #inputs

@@ -15,6 +15,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from ..core import UserError, say
@@ -53,9 +54,9 @@ def _check(url:str):
 @dataclass
 class Place:
     "A folder of a file system."
-    fs:object # Of fsspec
-    path:str  # In it
-    url:str   # As the user wrote it
+    fs:Any   # Of fsspec
+    path:str # In it
+    url:str  # As the user wrote it
 
     def at(self, name:str)->str: return f"{self.path}/{name}" if name else self.path
 

@@ -191,7 +191,8 @@ def compare_answers(
     tuned:Result, # After, with the same questions
 )->dict:
     "Two models, both with passages."
-    found = compare_scores(*([float(item["with"]) for item in r.items] for r in (base, tuned)), unit="share")
+    before, after = ([float(item["with"]) for item in r.items] for r in (base, tuned))
+    found = compare_scores(before, after, unit="share")
     return found | {"measure": "right_with_passages"}
 
 # %% ../../nbs/retrieval/03_metrics.ipynb #tasks

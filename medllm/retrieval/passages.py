@@ -161,14 +161,14 @@ def _rows(rows:Iterable[Row|Bad])->list[Row]:
     rows = list(rows)
     for row in rows:
         if isinstance(row, Bad): raise row.error()
-    return rows
+    return [row for row in rows if isinstance(row, Row)]
 
 def _lines(file:Path, encoding:str)->list[tuple[int, str]]:
     "The lines of a text file."
     lines = [(n, text) for n, _, text in read_lines(file, str(file), encoding or find_encoding(file))]
     for _, text in lines:
         if isinstance(text, Bad): raise text.error()
-    return [(n, text.rstrip("\r\n")) for n, text in lines]
+    return [(n, text.rstrip("\r\n")) for n, text in lines if isinstance(text, str)]
 
 # %% ../../nbs/retrieval/00_passages.ipynb #passages
 def _passages(source:Source, longest:int)->Iterator[Passage]:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from filelock import FileLock
@@ -192,7 +192,8 @@ class Dense:
     def __init__(self,
         folder:str|Path, # Model folder that sentence-transformers wrote
     ):
-        self.folder, self.vectors = find_path(folder), None
+        self.folder = find_path(folder)
+        self.vectors:Any = None      # Of the passages, (P, H)
         if not self.folder.is_dir():
             raise UserError(
                 f"the model of embeddings {folder} is no local folder; download it first, nothing is fetched here")
@@ -270,7 +271,7 @@ def _read(folder:Path, dense:Dense|None)->Index|None:
         if json.loads(note.read_text()) != {k: v for k, v in _folder_hash(folder).items() if k != "index.json"}:
             raise ValueError("hash")
         lines = (folder/"passages.jsonl").read_text(encoding="utf-8", errors="surrogatepass").split("\n")
-        passages = [Passage(*row[:4], tuple(row[4]), *row[5:]) for row in map(json.loads, filter(None, lines))]
+        passages = [Passage(*[*row[:4], tuple(row[4]), *row[5:]]) for row in map(json.loads, filter(None, lines))]
         bm25 = _library("bm25s").BM25.load(folder/"bm25", load_corpus=False, show_progress=False)
         if dense: dense.vectors = np.load(folder/"vectors.npy")
         return Index(passages, bm25, json.loads((folder/"held.json").read_text(encoding="utf-8")), dense)

@@ -93,15 +93,15 @@ class Rollout:
         return (values*self.mask).sum(1)
 
     def batch(self,
-        rows:Sequence[int],  # Numbers of answers
+        rows:Sequence[int]|np.ndarray, # Numbers of answers
         layout:AnswerLayout, # How they are laid out
         **values,            # (N,) or (N, L) tensors that go along: one number an answer, or one a token
     )->dict:
         "Answers with their prompts; values are (B,) or, one a token, (M,) in the order of the targets."
-        rows = torch.as_tensor(np.asarray(rows))
-        answers = [self.answers[i, :self.lengths[i]].numpy() for i in rows.tolist()]
-        mask, given = self.mask[rows], {name: v[rows] for name, v in values.items() if v is not None}
-        return layout([self.prompts[i] for i in rows.tolist()], answers) | {
+        at = torch.as_tensor(np.asarray(rows))
+        answers = [self.answers[i, :self.lengths[i]].numpy() for i in at.tolist()]
+        mask, given = self.mask[at], {name: v[at] for name, v in values.items() if v is not None}
+        return layout([self.prompts[i] for i in at.tolist()], answers) | {
             name: v[mask] if v.dim() > 1 else v for name, v in given.items()}
 
 # %% ../../nbs/rl/00_rollout.ipynb #by-group
@@ -161,4 +161,5 @@ def add_rewards(
         if values.shape != (len(rollout),) or values.isinf().any():
             raise UserError(
                 f"reward {part.name} must give a finite number for each answer, or NaN where it does not apply")
-    return found, sum(part.weight*found[part.name].nan_to_num(0) for part in parts)
+    return found, sum(
+        (part.weight*found[part.name].nan_to_num(0) for part in parts), torch.zeros(len(rollout)))

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,7 +64,7 @@ class RolloutObjective(Objective):
     steps = 1    # Optimiser steps' worth of answers in a rollout
     passes = 1   # Passes over a rollout
     rewards:Sequence[Reward] = ()
-    trainer = None # The `RolloutTrainer` that it works for
+    trainer:Any = None # The `RolloutTrainer` that it works for
 
     def collate(self, pad_id, multiple, packed):
         self.layout = AnswerLayout(pad_id, multiple, packed)
@@ -80,9 +81,9 @@ class RolloutObjective(Objective):
 @dataclass(frozen=True)
 class RolloutPlan:
     "What a `RolloutTrainer` is told beside the objective."
-    renderer:object             # Of the run: decodes answers, knows what ends them
+    renderer:Any                # Of the run: decodes answers, knows what ends them
     how:Sampling                # How answers are drawn
-    reference:object|None = None # A `medllm.train.reference.Reference`; None: the KL is not measured
+    reference:Any = None        # A `medllm.train.reference.Reference`; None: the KL is not measured
     kl_limit:float = 50.0       # For the monitor [nat/answer]
     texts:bool = False          # Write questions and answers into the record
 
@@ -121,6 +122,10 @@ def _longest(model, several:list, how:Sampling)->int:
 # %% ../../nbs/rl/04_sampling_trainer.ipynb #rollout-trainer
 class RolloutTrainer(StageTrainer):
     "A `StageTrainer` over `Prompts`; writes `rollouts.jsonl` beside the history."
+    made:dict          # What the stage tells of what it made, for the metrics
+    drawn:int|None     # The rollout that `queue` holds
+    kept:tuple|None    # Number, answers and values of the last one
+
     def __init__(self,
         model,            # From `start_model`
         args,             # `TrainingArguments`

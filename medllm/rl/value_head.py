@@ -46,7 +46,10 @@ class ModelCritic(torch.nn.Module):
         "The value before each answer token of a batch."
         head, caught = scalar_head(self.scorer), []
         plain = head.forward
-        head.forward = lambda hidden: caught.append(hidden) or hidden.new_zeros(*hidden.shape[:-1], 1)
+        def capture(hidden):
+            caught.append(hidden)
+            return hidden.new_zeros(*hidden.shape[:-1], 1)
+        head.forward = capture
         try: self.scorer(input_ids=batch["input_ids"], use_cache=False)
         finally: del head.forward
         return _values(caught[0], batch["positions"], plain)

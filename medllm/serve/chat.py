@@ -11,9 +11,10 @@ import importlib
 import secrets
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from fastcore.basics import patch
 
@@ -43,7 +44,7 @@ class Conversation:
 @patch
 def say(self:Conversation,
     text:str, # The question
-)->Iterator[str]:
+)->Generator[str, None, None]:
     "The answer, in pieces. Raises `UserError` when the conversation leaves no room for it, or the model failed."
     turns, passages = [*self.turns, Turn("user", text.strip())], []
     asked, self.sources = turns, ""
@@ -229,7 +230,8 @@ class ChatWidget:
     ):
         try: import ipywidgets as w
         except ImportError: raise UserError("the chat widget needs ipywidgets: pip install ipywidgets") from None
-        self.talk, self.asking, self.halted = talk, None, False
+        self.talk, self.halted = talk, False
+        self.asking:Any = None       # The answer that is being said
         wide = w.Layout(width="100%")
         self.said = w.Textarea(disabled=True, layout=w.Layout(width="100%", height="22em"))
         self.question = w.Textarea(placeholder="Ask something · 请输入问题", layout=wide, rows=3)

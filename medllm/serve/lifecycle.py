@@ -17,6 +17,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..core import UserError, find_path, say
 from ..models.chat import ModelChoice, load_chat_model
@@ -72,7 +73,7 @@ def listen(
     try: family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError):
         raise UserError(f"--host {host} is no address of this machine; the default is 127.0.0.1") from None
-    local = ipaddress.ip_address(address[0].partition("%")[0]).is_loopback
+    local = ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback
     if not local and not keys:
         raise UserError(
             f"--host {host} can be reached by others, so a key is needed: put one into a file "
@@ -120,6 +121,8 @@ class Patient:
 # %% ../../nbs/serve/07_lifecycle.ipynb #orderly
 class Orderly:
     "Laid over uvicorn's server: it ends with an exit code of its own."
+    service:Any                                    # whose answers it waits for, at most `grace` seconds
+    grace:float
     cut, hurried = 0, False                        # answers that were not whole in time; a second signal came
 
     @contextlib.contextmanager
@@ -162,12 +165,13 @@ def build_server(
     protocol = type("Protocol", (Patient, H11Protocol), {"patience": choice.patience, "most": choice.connections})
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi"):     # their words may hold a request's
         logging.getLogger(name).handlers, logging.getLogger(name).propagate = [logging.NullHandler()], False
+    rest:Any = choice.grace + 2     # answers end at the grace; this is for clients that do not listen
     server = type("Server", (Orderly, uvicorn.Server), {})(uvicorn.Config(
         build_app(service, keys, local, **more), http=protocol, ws="none", lifespan="off", log_config=None,
         access_log=False,
         server_header=False, date_header=False, proxy_headers=False, timeout_keep_alive=5,
         h11_max_incomplete_event_size=32768,
-        timeout_graceful_shutdown=choice.grace + 2))    # answers end at the grace; this is for clients that do not listen
+        timeout_graceful_shutdown=rest))
     server.service, server.grace = service, choice.grace
     return server
 

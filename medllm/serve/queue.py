@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ class Question:
     growing:GrowingText|None = None  # The answer until now
     uniforms:torch.Tensor|None = None # (L,) its random numbers
     tokens:list[int] = field(default_factory=list)
-    cache:object = None              # Keys and values while the prompt is read
+    cache:Any = None                 # Keys and values while the prompt is read
     read:int = 0                     # Tokens that are in `cache`
     alone:bool = False               # A step failed with it: it goes on without company
     since:float = 0.0                # When it came [s]
@@ -110,9 +110,9 @@ class _Batch:
         if len(keep) == len(self.rows) or not keep:
             self.rows = [self.rows[i] for i in keep]
             return
-        before, keep = self.width, torch.tensor(keep)
-        self.rows, self.lengths = [self.rows[i] for i in keep], self.lengths[keep]
-        self.cache.batch_select_indices(keep.to(self.cache.layers[0].keys.device))
+        before, at = self.width, torch.tensor(keep)
+        self.rows, self.lengths = [self.rows[i] for i in keep], self.lengths[at]
+        self.cache.batch_select_indices(at.to(self.cache.layers[0].keys.device))
         if self.width < before and self.joinable: _fit(self.cache, self.width)
 
     def inputs(self, device)->dict:
@@ -376,8 +376,10 @@ def answers(self:AnswerQueue,
     seeds:Sequence[int] = (),     # One for each; default 0, 1, 2 …
 )->list[Question]:                # Whole; `tokens` and `growing.text` of each
     "All answers, when the last of them is whole."
-    done = queue.SimpleQueue()
-    mine = [Question(np.asarray(p), how, seed, (), lambda piece: piece.reason and done.put(piece.reason))
+    done:queue.SimpleQueue = queue.SimpleQueue()
+    def ended(piece):
+        if piece.reason: done.put(piece.reason)
+    mine = [Question(np.asarray(p), how, seed, (), ended)
         for p, how, seed in zip(prompts, hows, seeds or range(len(prompts)))]
     self.ask(mine)
     for _ in mine: done.get()

@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
+from typing import Any
 
 import numpy as np
 from fastcore.basics import patch
@@ -53,7 +54,7 @@ class Service:
     name:str                      # What clients call it
     limits:Limits = Limits()      # Bounds of a request
     line:str = disclaimer()       # Beside each answer; "" for none
-    grounding:object = None       # Puts passages into prompts and checks answers: `medllm.retrieval.grounding.Grounding`
+    grounding:Any = None          # Puts passages into prompts and checks answers: `medllm.retrieval.grounding.Grounding`
     stopping:bool = False         # Takes no new requests
     running:set = field(default_factory=set)     # Answers that are not whole
     pens:tuple = field(default_factory=lambda: tuple(       # Write prompts: the short ones, the long ones
@@ -79,7 +80,7 @@ class Service:
         put:Callable,             # Takes (which answer, piece), in the queue's thread
     )->list[Question]:
         "Put a request into the places that were taken for it."
-        asked = [Question(p, wanted.how, wanted.seed + i, wanted.stops, lambda piece, at=j*wanted.n + i: put(at, piece))
+        asked = [Question(p, wanted.how, wanted.seed + i, wanted.stops, partial(put, j*wanted.n + i))
             for j, p in enumerate(prompts) for i in range(wanted.n)]
         self.queue.ask(asked, held=True)
         return asked

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..core import UserError, find_path, nearest, say
 from ..data.registry import find_sources
@@ -28,6 +29,8 @@ from .supported import (as_word, check_accelerator, check_compile, check_metric,
     check_packages, check_refused, more_is_better, reporters_of)
 from .together import check_together, drop_unused
 from ..yaml_file import read_yaml
+
+if TYPE_CHECKING: from transformers import TrainingArguments     # asked for when flags are read
 
 # %% ../../nbs/train/03_arguments.ipynb #era
 def _true(value): return str(value).lower() in ("true", "1", "yes", "")
@@ -108,7 +111,9 @@ def read_command(
             name, has, value = word[2:].partition("=")
             if not has: value = words.pop(0) if words and not words[0].startswith("--") else True
             given[name.replace("-", "_")] = value
-        elif re.match(r"\w+=", word): given.update([word.split("=", 1)])
+        elif re.match(r"\w+=", word):
+            name, _, value = word.partition("=")
+            given[name] = value
         elif word.endswith((".yaml", ".yml", ".json")): given = read_yaml(word, [*known_flags(), *OLD_FLAGS]) | given
         else: raise UserError(f"'{word}' is neither a flag (--name value), a setting (name=value) nor a YAML file")
     return given
@@ -123,7 +128,7 @@ class Arguments:
     preference:PreferenceArguments   # How preferences are learnt
     reward:RewardArguments           # What a reward model is, and what is rewarded
     reinforcement:ReinforcementArguments # How answers are drawn and learnt from
-    training:object                  # transformers.TrainingArguments
+    training:"TrainingArguments"     # Of transformers
     given:dict                       # The flags that were given, in today's names
 
     def resolved(self)->dict:
@@ -247,7 +252,8 @@ def _filled(given:dict)->list:
 # %% ../../nbs/train/03_arguments.ipynb #finished
 def _finished(args:Arguments)->Arguments:
     "The arguments with what follows from several of them."
-    t, counted = args.training, as_word(args.given.get("include_num_input_tokens_seen"))
+    counted = as_word(args.given.get("include_num_input_tokens_seen"))
+    t:Any = args.training
     if counted == "non_padding": t.include_num_input_tokens_seen = counted
     t.report_to = reporters_of(t.report_to)
     if t.lr_scheduler_type.value in _BY_METRIC and t.greater_is_better and isinstance(t.lr_scheduler_kwargs,
@@ -270,7 +276,8 @@ def parse(
     if "do_train" not in given and not other: given["do_train"] = True
     name = "include_num_input_tokens_seen"
     if name in given: given[name] = _COUNTED.get(as_word(given[name]), given[name])
-    args = _finished(Arguments(*_filled(given), asked))
+    filled = [*_filled(given), asked]
+    args = _finished(Arguments(*filled))
     check_together(args)
     args.load_plan()
     args.adapt_plan()
@@ -331,7 +338,7 @@ def check_fetched(
 # %% ../../nbs/train/03_arguments.ipynb #preflight
 def check_places(
     args:Arguments,      # From `parse`
-    later:set = frozenset(), # Flags whose place will be made by then
+    later:set|frozenset = frozenset(), # Flags whose place will be made by then
 ):
     "Raise `UserError` when a model or an adapter named beside the base does not exist."
     p, r = args.preference, args.reward

@@ -11,6 +11,7 @@ import os
 from dataclasses import asdict
 from importlib import metadata, util
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 
@@ -29,12 +30,13 @@ def rows_hash(
 )->str:                         # 16 hex digits; empty for none
     "A hash of everything that a loader can hand out, in its order."
     if units is None or not len(units): return ""
-    rows, whole = getattr(units, "rows", units), hashlib.blake2b(digest_size=8)
+    rows:Any = getattr(units, "rows", units)
+    whole = hashlib.blake2b(digest_size=8)
     # where a row stood is handed to nobody
     handed = {name: column for name, column in rows.table.items() if name != "line"}
     for name, column in sorted(handed.items()): whole.update(name.encode() + np.ascontiguousarray(column).tobytes())
     for part in rows.parts:
-        for array in part: whole.update(memoryview(np.ascontiguousarray(array)).cast("B") if len(array) else b"-")
+        for array in part: whole.update(np.ascontiguousarray(array).data.cast("B") if len(array) else b"-")
     return whole.hexdigest()
 
 # %% ../../nbs/train/06_contract.ipynb #versions
@@ -92,7 +94,7 @@ _PLAIN = ("sgd", "adagrad")                            # whose options can chang
 
 def _faults(of:dict, args:Arguments)->list[tuple]:
     "Pairs of a condition and what to say."
-    parts, t = {name.split(".")[0] for name in of}, args.training
+    parts, t = {name.split(".")[0] for name in of}, cast(Any, args.training)
     def then(name, now): return of.get(name, (now, now))[0]
     curve = {then("schedule.lr_scheduler_type", t.lr_scheduler_type.value),
         t.lr_scheduler_type.value} & {*_BY_VALIDATION}

@@ -11,6 +11,7 @@ import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -35,8 +36,8 @@ from .units import Liked, Pairs, Prompts, Units
 class TrainingData:
     "Everything a run needs to know about its rows."
     renderer:Renderer             # Template and tokenizer
-    train:TokenRows|Units         # What is trained on
-    eval:dict[str, TokenRows|Units] # What is validated on, by name of the set; empty for none
+    train:Any                     # What is trained on: `TokenRows`, or the `Units` of the stage
+    eval:dict[str, Any]           # What is validated on, by name of the set; empty for none
     accounts:list[Account]        # What became of the rows of each dataset
     sources:list[Source]          # The datasets
     findings:dict = field(default_factory=dict) # What a quick look at the data found
@@ -105,7 +106,7 @@ def load_rows(
     dataset:str,        # Names or paths, separated by commas
     renderer:Renderer,  # Template and tokenizer
     training:bool=True, # Sets that are for evaluation only are refused
-)->tuple[list[TokenRows|Units], list[Account], list[Source]]:
+)->tuple[list, list[Account], list[Source]]: # `TokenRows` or `Units` each
     "Units, account and source of each dataset. Raises `UserError` for data that cannot be read or used."
     several, accounts, sources = [], [], find_sources(dataset, args.data.dataset_dir)
     for name in sorted({s.name for s in sources if sum(s.name == other.name for other in sources) > 1}):
@@ -166,7 +167,7 @@ def planted_rows(
     return rows, account, source
 
 # %% ../../nbs/train/05_inputs.ipynb #prepare
-def _mixed(args:Arguments, several:Sequence)->tuple[TokenRows|Units, TokenRows|Units|None]:
+def _mixed(args:Arguments, several:Sequence)->tuple[Any, Any]:
     "Units of several datasets in the order of their mix, and the validation units drawn from them."
     d, whole, held = args.data, (type(several[0]) if several else TokenRows).join(several), None
     kept = np.arange(len(whole))

@@ -7,6 +7,7 @@ __all__ = ['kto_loss', 'weight_advice', 'batch_part', 'Kto', 'make_trainer', 'fi
 
 # %% ../../nbs/train/19_kto.ipynb #imports
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -87,7 +88,9 @@ class Kto(Objective):
     def __init__(self,
         flags:PreferenceArguments, # Constants of the loss
         reference:Reference,       # What the policy is compared with
-    ): self.flags, self.reference, self.z0 = flags, reference, None
+    ):
+        self.flags, self.reference = flags, reference
+        self.z0:Any = None           # The KL that is taken off, from `begin` on
 
     def collate(self, pad_id, multiple, packed): return ReferredCollate(UnitCollate(pad_id, multiple, packed))
 

@@ -7,6 +7,7 @@ __all__ = ['SelectedHead', 'block_rows', 'head_loss', 'row_sums', 'Objective', '
 
 # %% ../../nbs/train/09_objectives.ipynb #imports
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,8 @@ class SelectedHead:
     ):
         self.head = model.get_output_embeddings()
         if self.head is None: raise ValueError(f"{type(model).__name__} has no LM head to select for")
-        self.positions = None
+        self.positions:torch.Tensor|None = None
+        self.block:torch.Tensor|None = None
         self.hook = self.head.register_forward_pre_hook(self._select)
         self.fused = fuse and self.can_fuse(model)
 
@@ -150,7 +152,7 @@ def _workspace(self:SelectedHead, hidden:torch.Tensor)->torch.Tensor|None:
         "GPUs keep freed memory anyway.")
     if hidden.device.type != "cpu": return None
     exact, vocabulary = torch.promote_types(hidden.dtype, torch.float32), len(self.head.weight)
-    if getattr(self, "block", None) is None or self.block.dtype != exact:
+    if self.block is None or self.block.dtype != exact:
         self.block = hidden.new_empty(block_rows(vocabulary, "cpu"), vocabulary, dtype=exact)
     return self.block
 
@@ -235,8 +237,8 @@ def row_sums(
 class Objective:
     "What a stage minimises; a stage overrides what differs."
     unit = "units"     # What the loss is a mean over
-    sampler = None     # Batches of unit numbers of this process, where the usual ones will not do
-    watched = ()       # Names of the sums that a call returns beside the loss
+    sampler:Any = None # Batches of unit numbers of this process, where the usual ones will not do
+    watched:tuple[str, ...] = () # Names of the sums that a call returns beside the loss
 
     def collate(self, pad_id:int, multiple:int, packed:bool):
         "What makes a batch of units."

@@ -126,7 +126,8 @@ def pair_scores(
     "What a loss compares: the score of the better and of the worse answer of each pair."
     scores = sums - reference if loss.relative else sums
     if loss.per_token: scores = scores/tokens
-    return scores.chunk(2)
+    better, worse = scores.chunk(2)
+    return better, worse
 
 # %% ../../nbs/train/18_preference.ipynb #won
 def won(

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -96,7 +97,8 @@ class Reference:
         other = None,       # how = model: the reference's own model
         keep:bool = True,   # how = weights: copy them; False where all is computed before training
     ):
-        self.plan, self.other, self.gone, self.weights = plan, other, False, None
+        self.plan, self.other, self.gone = plan, other, False
+        self.weights:str|None = None         # Their hash, when it is known
         self.head = None if other is None else SelectedHead(other)
         self.adapter = {"off": None, "copy": "reference", "role": "reference"}.get(plan.how, "")
         self.kept = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad
@@ -127,7 +129,7 @@ class Reference:
         with self.answering(model) as asked, trainer.accelerator.autocast():
             if self.head is None: return trainer.logps(asked, batch)
             where = (batch[k] for k in ("input_ids", "positions", "targets"))
-            return self.head.token_logps(asked, *where, **trainer.apart(batch))
+            return cast(torch.Tensor, self.head.token_logps(asked, *where, **trainer.apart(batch)))
 
 # %% ../../nbs/train/17_reference.ipynb #exchanged
 @patch
@@ -326,7 +328,8 @@ def precompute(
     how:str = "",        # What `weighted` does, for the name
 ):
     "Give the trainer's units the reference's sums, computed before training or found on disk."
-    reference.weights, start = weights_hash(reference, trainer.model), time.perf_counter()
+    reference.weights = weights_hash(reference, trainer.model)
+    start = time.perf_counter()
     folder = cache_folder(args.data.tokenized_path)/"reference"
     folder.mkdir(exist_ok=True, mode=0o700)
     autocast = "bf16" if args.training.bf16 else "fp16" if args.training.fp16 else "float32"

@@ -8,6 +8,7 @@ __all__ = ['PtRun', 'RmRun', 'DpoRun', 'KtoRun', 'PpoRun', 'GrpoRun', 'STAGE_RUN
 # %% ../../nbs/train/22_runs.ipynb #imports
 import typing
 from dataclasses import dataclass, field, fields, make_dataclass
+from typing import Any, ClassVar
 
 from ..core import UserError
 from ..parameters import flag
@@ -27,6 +28,8 @@ def _like(name:str, default):
 # %% ../../nbs/train/22_runs.ipynb #run
 class _Run:
     stage = "sft"
+    extra:dict                            # as every dataclass made of it
+    __dataclass_fields__:ClassVar[dict]
 
     def __post_init__(self):
         if getattr(self, "memorisation", 0) < 0:
@@ -103,7 +106,7 @@ class SftRun(_Tuned):
 # Parameters that not all stages have
 _OF_SOME = {"canaries": ("pt", "sft"), "memorisation": ("pt", "sft", "dpo", "kto")}
 
-def _stage(stage:str, own:str, **defaults)->type:
+def _stage(stage:str, own:str, **defaults)->type[Any]:
     "A stage's parameters: its own flags, by name, then those of every stage, some with another default."
     first = [(f.name, _TYPES[f.name], flag(defaults.get(f.name, f.default), f.metadata["help"]))
         for f in map(_FLAGS.get, own.split())]
@@ -111,7 +114,7 @@ def _stage(stage:str, own:str, **defaults)->type:
         return flag(defaults[f.name], f.metadata["help"]) if f.name in defaults else field(
             default=f.default, default_factory=f.default_factory, metadata=f.metadata)
     others = [f for f in fields(SftRun) if stage in _OF_SOME.get(f.name, (stage,))]
-    run = make_dataclass(f"{stage.title()}Run", [*first, *((f.name, f.type, same(f)) for f in others)], bases=(_Run,))
+    run:Any = make_dataclass(f"{stage.title()}Run", [*first, *((f.name, f.type, same(f)) for f in others)], bases=(_Run,))
     run.stage, run.__doc__, run.__module__ = stage, f"Parameters of nbs/runs/{stage}.ipynb.", __name__
     return run
 
@@ -129,4 +132,5 @@ PpoRun = _stage("ppo", _SAMPLING + "ppo_epochs ppo_buffer_size ppo_target ppo_sc
 GrpoRun = _stage("grpo", _SAMPLING + "num_generations num_iterations grpo_loss epsilon epsilon_high",
     dataset="mm_choice", reward_funcs="letter", max_new_tokens=16, max_steps=10, per_device_train_batch_size=32)
 
-STAGE_RUNS = {"pt": PtRun, "sft": SftRun, "rm": RmRun, "dpo": DpoRun, "kto": KtoRun, "ppo": PpoRun, "grpo": GrpoRun}
+STAGE_RUNS:dict[str, type[Any]] = {
+    "pt": PtRun, "sft": SftRun, "rm": RmRun, "dpo": DpoRun, "kto": KtoRun, "ppo": PpoRun, "grpo": GrpoRun}

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import re
+from typing import Any
 
 from ..core import UserError, nearest
 
@@ -232,8 +233,9 @@ def check_optimiser(
     # bitsandbytes pages from 100,000 numbers on
     weight = torch.nn.Parameter(torch.ones(512, 256, device=t.device))
     weight.grad = torch.ones_like(weight)
+    layer:Any = torch.nn.Linear(2, 2)
     try:
-        kind, options = Trainer.get_optimizer_cls_and_kwargs(t, torch.nn.Linear(2, 2))
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(t, layer)
         optimiser = kind([{"params": [weight], "weight_decay": t.weight_decay}], **options)
         optimiser.step()
     except (ValueError, TypeError, KeyError, ImportError, RuntimeError, AttributeError) as e:

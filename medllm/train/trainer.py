@@ -12,6 +12,7 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,6 +76,8 @@ _OTHERS = ("PrinterCallback", "ProgressCallback", "NotebookProgressCallback")   
 # %% ../../nbs/train/10_trainer.ipynb #trainer
 class StageTrainer(ChangedTrainer):
     "Minimises an objective over units; writes `history.jsonl` into the output folder."
+    train_dataset:Any              # `TokenRows` or `Units`
+    eval_dataset:Any               # The same, or several by name
     loss_is_scaled_for_ga = True   # the loss is divided by the units of the whole step here
 
     def __init__(self,
@@ -170,7 +173,7 @@ def get_eval_dataloader(self:StageTrainer, eval_dataset=None)->DataLoader:
 
 # %% ../../nbs/train/10_trainer.ipynb #loss
 @patch
-def get_batch_samples(self:StageTrainer, epoch_iterator, num_batches:int, device)->tuple[list, torch.Tensor|None]:
+def get_batch_samples(self:StageTrainer, epoch_iterator, num_batches:int, device)->tuple[list, Any]:
     "The micro-batches of the coming optimiser step, and the units in it."
     batches, units = super(StageTrainer, self).get_batch_samples(epoch_iterator, num_batches, device)
     if batches: self.objective.begin(self, batches)
@@ -260,7 +263,8 @@ def evaluate(
     sets = self.eval_dataset if eval_dataset is None else eval_dataset
     totals = {name: self._total(model, units) for name, units in (sets if isinstance(sets, dict)
         else {"": sets}).items()}
-    metrics = self._named(metric_key_prefix, sum(totals.values()))
+    whole:Any = sum(totals.values())
+    metrics = self._named(metric_key_prefix, whole)
     if len(totals) > 1:
         for name, total in totals.items(): metrics |= self._named(f"{metric_key_prefix}_{name}", total)
     metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
