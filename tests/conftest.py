@@ -1,29 +1,18 @@
-"""What the tests share: where things are, and how a command is run."""
+"""What the tests share: files beside the project, models and libraries that are made or found once."""
+import json
 import os
-import subprocess
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import ROOT, SHARED, made, run
 
-ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent/"shared"
-BIN = Path(sys.executable).parent
-
-
-def run(*words, cwd=ROOT, timeout=600, **env):
-    "A finished process, with its output as text."
-    words = [str(BIN/words[0]) if (BIN/words[0]).exists() else words[0], *map(str, words[1:])]
-    environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", **env}
-    return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=environment,
-        stdin=subprocess.DEVNULL)
-
-
-def losses(folder):
-    "Step -> logged loss of a run."
-    from medllm.train.loop import read_history
-    return {h["step"]: h["loss"] for h in read_history(Path(folder)/"history.jsonl") if "loss" in h}
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+SMALL = ["-p", "max_steps", 4, "-p", "max_samples", 40, "-p", "logging_steps", 1]
+FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
+    --disable-component-update --disable-sync --window-size=1200,900""".split()
 
 
 @pytest.fixture
@@ -56,3 +45,49 @@ def trl(tmp_path_factory):
         assert done.returncode == 0, done.stderr[-2000:]
         with np.load(folder/"out.npz", allow_pickle=False) as out: return dict(out)
     return call
+
+
+@pytest.fixture(scope="session")
+def chat():
+    "The tiny model, to talk to."
+    from medllm.models.chat import load_chat_model
+    return load_chat_model()
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    "Chromium without a window; skips where it is not installed."
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not here: see dev_requirements")
+    if not CHROMIUM or not DRIVER: pytest.skip("chromium and chromium-driver are not here: make browser")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"): options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="session")
+def own(tmp_path_factory):
+    "A record with rows and a base model of its own, beside the record."
+    from medllm.models.tiny import write_tiny
+    place = tmp_path_factory.mktemp("own")
+    rows = json.loads((ROOT/"data/mm.json").read_text(encoding="utf-8"))[:40]
+    (place/"rows.json").write_text(json.dumps(rows, ensure_ascii=False, indent=1))
+    write_tiny(place/"base")
+    record = made("sft", *SMALL, "-p", "dataset", place/"rows.json", "-p", "model_name_or_path", place/"base",
+        "-p", "finetuning_type", "full", runs=place/"runs")
+    return place, record
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory):
+    "A record of sample rows and the tiny model, which are on every machine."
+    return made("sft", *SMALL, runs=tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture
+def copy(own, tmp_path):
+    "A copy of the record, to be spoilt."
+    return Path(shutil.copytree(own[1], tmp_path/own[1].name))

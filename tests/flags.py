@@ -133,7 +133,7 @@ def table(rows):
 
 HEAD = """# What every flag of a training run does
 
-Made by `python tests/flags.py --write`; `tests/test_flags.py` makes it again. A small run with each flag is compared with
+Made by `python tests/flags.py --write`; `tests/train/test_flags.py` makes it again. A small run with each flag is compared with
 the same run without it, and what differs is named: files, batches, optimiser, log. *In force*: the run is another one.
 *Translated*: the flag goes by another name today, or something else takes its place here, and the run says so. *Refused*: it
 would mean nothing here, and one sentence says why. *Not shown*: nothing was seen to differ, or the case could not be tried

@@ -53,7 +53,7 @@ def table(report):
 
 if __name__ == "__main__":
     sys.path.insert(0, str(HERE))
-    from conftest import run
+    from commands import run
     with tempfile.TemporaryDirectory() as d: found = table(records(d, run)[1])
     for row in found: print(" | ".join(row))
     if "--write" in sys.argv: RESULTS.write_text(json.dumps(found, indent=1) + "\n")

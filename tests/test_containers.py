@@ -7,7 +7,7 @@ import stat
 
 import nbformat
 import pytest
-from conftest import BIN, ROOT, run
+from commands import BIN, ROOT, run
 
 from medllm.cli.main import main
 from medllm.core import UserError

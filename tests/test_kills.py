@@ -6,8 +6,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
-from test_checkpoints import fault
+from commands import ROOT, fault
 
 from medllm.files import write_json
 from medllm.processes import process_mark

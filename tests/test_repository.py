@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, run
+from commands import ROOT, run
 
 NOTEBOOKS = sorted(
     p for p in (ROOT/"nbs").rglob("*.ipynb") if not {".ipynb_checkpoints", "_records"} & set(p.parts))

@@ -1,4 +1,4 @@
-"""C3, C13: a disk that takes no more; two runs in one folder.
+"""A disk that takes no more; two runs in one folder.
 
     python tests/faults/full.py        a training of adapters, and two in one folder
     python tests/faults/full.py full   checkpoints of all weights with their optimiser, and `medllm run` on small disks

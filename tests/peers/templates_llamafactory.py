@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE.parent/"data")]
 from medllm.data.formats import Call, Example, Turn  # noqa: E402
 from medllm.data.templates import TEMPLATES  # noqa: E402
 from medllm.data.tokens import Renderer  # noqa: E402

@@ -1,0 +1,73 @@
+"""How the tests run a command, and where the files are."""
+import contextlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent/"shared"
+BIN = Path(sys.executable).parent
+STEERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def run(*words, cwd=ROOT, timeout=600, **env):
+    "A finished process, with its output as text."
+    words = [str(BIN/words[0]) if (BIN/words[0]).exists() else words[0], *map(str, words[1:])]
+    environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", **env}
+    return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=environment,
+        stdin=subprocess.DEVNULL)
+
+
+def losses(folder):
+    "Step -> logged loss of a run."
+    from medllm.train.loop import read_history
+    return {h["step"]: h["loss"] for h in read_history(Path(folder)/"history.jsonl") if "loss" in h}
+
+
+def fault(script, *words, timeout=900, **env):
+    "What a script of tests/faults found."
+    done = run(sys.executable, ROOT/"tests/faults"/script, *words, timeout=timeout, **env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout[done.stdout.index("{"):])
+
+
+def command(*words):
+    "Exit code of `medllm …` in this process, and what it printed; a traceback or a character that steers a terminal fails."
+    from medllm.cli.main import main
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err): code = main([str(w) for w in words])
+    said = out.getvalue() + err.getvalue()
+    assert "Traceback" not in said, said[-2000:]
+    assert not STEERS.search(said), repr(STEERS.search(said)[0])
+    assert code in (0, 1, 2), (code, said)
+    return code, out.getvalue(), err.getvalue()
+
+
+def medllm(*words, **env): return run("medllm", *words, **env)
+
+
+def named(folder, *words, **env):
+    "Exit code and sentences of verify, but for what it says of the seal itself."
+    done = medllm("runs", "verify", folder, *words, **env)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, [line for line in done.stdout.splitlines() if not line.startswith("  ")]
+
+
+def made(*words, runs, **env):
+    "Folder of a run that completed."
+    done = medllm("run", *words, "--runs", runs, **env)
+    assert done.returncode == 0, done.stderr
+    return Path(done.stdout.strip().splitlines()[-1].removeprefix("record: "))
+
+
+def wait(there, process=None, most=240):
+    "Until something is there, and its process with it; a machine with other work is slow to start."
+    began = time.monotonic()
+    while not there():
+        assert (process is None or process.poll() is None) and time.monotonic() - began < most
+        time.sleep(0.05)
