@@ -154,7 +154,7 @@ def row_hashes(batch):
     import torch
     ids, key = batch["input_ids"], lambda ids: hashlib.sha1(bytes(str(ids), "ascii")).hexdigest()[:8]
     if not torch.is_tensor(ids): return [key(ids)]
-    if "borders" in batch: return [key(ids.flatten().tolist())]
+    if "cu_seqlens" in batch: return [key(ids.flatten().tolist())]
     return [key([i for i in row if i]) for row in ids.tolist()]
 
 
@@ -227,7 +227,7 @@ class Watch:
         "The hooks."
         from accelerate.state import PartialState
         from medllm.data import cache
-        from medllm.train import contract, trainer
+        from medllm.train import fingerprint, trainer
         from medllm.train.trainer import StageTrainer
         begun = PartialState.__init__
         def state(this, cpu=False, **how):
@@ -244,7 +244,7 @@ class Watch:
             mock.patch("transformers.trainer_callback.tqdm", bar), mock.patch("importlib.util.find_spec", find_spec),
             mock.patch("transformers.trainer.clear_device_cache", self.counted("memory given back")),
             mock.patch.object(cache, "_make", self.counted("rows made", cache._make)),
-            mock.patch.object(contract, "package_hash", lambda: ""), mock.patch.object(contract, "_version", lambda name: ""),
+            mock.patch.object(fingerprint, "package_hash", lambda: ""), mock.patch.object(fingerprint, "_version", lambda name: ""),
             mock.patch("gc.collect", lambda *a: 0), mock.patch("os.fsync", lambda *a: None)]
         with contextlib.ExitStack() as stack:
             for patch in patches: stack.enter_context(patch)

@@ -73,14 +73,14 @@ def record(folder, **state):
             "licence": "Apache-2.0", "private": False, "revision": ""}], "rows": metrics["rows"], "template_sha256": "cd"*32,
             "model": {"sha256": {"model.safetensors": "ef"*32}}},
         "consumed": [{"role": "base", "name": "tiny", "place": "/nowhere/tiny", "weights": {"model.safetensors": "ef"*32}}],
-        "weights": {"model.safetensors": "12"*32}, "contract": {"sha256": "34"*32, "parts": {"stage": "sft", "seed": 42}},
+        "weights": {"model.safetensors": "12"*32}, "fingerprint": {"sha256": "34"*32, "parts": {"stage": "sft", "seed": 42}},
         "metrics": metrics, "verdict": [{"what": "training loss", "target": "below 3", "measured": "2.0", "met": True}],
         "cells": [{"id": "train", "source_sha256": "56"*32, "status": "completed", "execution_count": 1, "duration_s": 1.0}],
         "attempts": [{"status": "killed", "reason": "the kernel died"}], "parent": {"rerun": "/nowhere/run"},
         "stages": [{"name": "first", "folder": "/nowhere/stage", "status": "completed", "sets": {"seed": 1}}],
         "privacy": {"scrubbed": {}, "private": False}} | state)
     write_json(folder/"metrics.json", metrics)
-    write_json(folder/"contract.json", {"stage": "sft", "seed": 42, "model": "0"*16, "adapters": []})
+    write_json(folder/"fingerprint.json", {"stage": "sft", "seed": 42, "model": "0"*16, "adapters": []})
     write_json(folder/"heartbeat.json", {"time": 1.7e9, "pid": 1, "begun": 1.7e9, "boot": "x"})
     (folder/"history.jsonl").write_text("".join(json.dumps({"step": n, "loss": 3.5 - n/2, "learning_rate": 1e-3, "progress": n/3,
         "tokens_per_second": 10.0}) + "\n" for n in range(1, 4)))

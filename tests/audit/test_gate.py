@@ -14,8 +14,8 @@ from commands import run
 from written_files import write_lines
 
 from medllm.cli.main import main
-from medllm.audit.card import card_text
-from medllm.audit.check import DataRun, check
+from medllm.audit.card import data_card_text
+from medllm.audit.check import DataRun, check_datasets
 from medllm.audit.contamination import eval_set
 from medllm.data.accounts import Account
 from medllm.audit.duplicates import duplicate_counts, leak_groups, sketch_examples
@@ -94,13 +94,13 @@ def test_questions_and_passages_are_looked_for_apart(shared, tmp_path, seen, que
         "neither": lambda q, text, answer: row(f"What did {len(q)} patients have?", answer)}[seen]
     write(tmp_path, [made(items[k]["QUESTION"], "\n".join(items[k]["CONTEXTS"]), items[k]["LONG_ANSWER"]) for k in test])
     write(tmp_path, [items[key] for key in test], "bench")
-    card, _ = check(DataRun("rows", against="bench", dataset_dir=str(tmp_path), near=False, personal=False, processes=1))
+    card, _ = check_datasets(DataRun("rows", against="bench", dataset_dir=str(tmp_path), near=False, personal=False, processes=1))
     found = card["contamination"][0]
     assert (found["by_question"], found["by_passage"], found["by_both"]) == (question, passage, both)
     assert found["question_untested"] == 1
     assert found["contaminated"] == question + passage + both == len({f["item"] for f in found["flagged"]})
     assert (f"{question} by the question alone, {passage} by the passage alone, {both} by both, "
-        "questions not testable alone: 1") in card_text(card)
+        "questions not testable alone: 1") in data_card_text(card)
 
 
 def test_stems_of_one_half_are_not_found_in_the_other(shared, tmp_path):
@@ -109,7 +109,7 @@ def test_stems_of_one_half_are_not_found_in_the_other(shared, tmp_path):
     asked = [json.loads(line)["question"] for line in lines]
     write(tmp_path, [row(q, "x") for q in asked[:636]])
     write(tmp_path, [dict(zip(("context", "", "question"), q.rpartition(". "))) for q in asked[636:]], "bench")
-    card, _ = check(DataRun("rows", against="bench", dataset_dir=str(tmp_path), near=False, personal=False, processes=1))
+    card, _ = check_datasets(DataRun("rows", against="bench", dataset_dir=str(tmp_path), near=False, personal=False, processes=1))
     found = card["contamination"][0]
     assert (found["contaminated"], found["by_question"], found["by_both"]) == (1, 0, 1)      # one vignette is in both halves
 
@@ -120,7 +120,7 @@ def test_a_form_that_all_items_have_is_no_passage(tmp_path):
     asked = [r["instruction"] for r in made_up(60)]
     write(tmp_path, [{"context": form, "question": q} for q in asked[:30]], "bench")
     write(tmp_path, [row(f"{form} {q}", "A") for q in asked[30:]])
-    card, _ = check(DataRun("rows", against="bench", dataset_dir=str(tmp_path), near=False, processes=1))
+    card, _ = check_datasets(DataRun("rows", against="bench", dataset_dir=str(tmp_path), near=False, processes=1))
     assert (card["contamination"][0]["with_passage"], card["contamination"][0]["contaminated"]) == (30, 0)
 
 
@@ -132,7 +132,7 @@ def test_a_stem_behind_a_vignette_is_nobodys_question(tmp_path):
     asked = [stems[2], *(stems[n % 2] for n in range(39))]
     write(tmp_path, [{"context": " ".join(rng.choices(words, k=60)), "question": stem} for stem in asked], "bench")
     write(tmp_path, [row(stem, "Gout.") for stem in stems] + made_up(20))
-    card, _ = check(DataRun("rows", against="bench", dataset_dir=str(tmp_path), near=False, processes=1))
+    card, _ = check_datasets(DataRun("rows", against="bench", dataset_dir=str(tmp_path), near=False, processes=1))
     found = card["contamination"][0]
     assert (found["contaminated"], found["with_passage"], found["question_untested"]) == (0, 40, 40)
 
@@ -145,7 +145,7 @@ def test_stock_stems_flag_nothing(shared, tmp_path):
     assert STEM in stock and sum(last[stem] for stem in stock) > 200
     write(tmp_path, bench, "medqa")
     write(tmp_path, [r | {"instruction": f"{r['instruction']}. {stem}"} for stem in stock for r in made_up(5, stem)])
-    card, _ = check(DataRun("rows", against="medqa", dataset_dir=str(tmp_path), near=False, processes=1))
+    card, _ = check_datasets(DataRun("rows", against="medqa", dataset_dir=str(tmp_path), near=False, processes=1))
     found = card["contamination"][0]
     assert found["any_long"] > 10 and (found["contaminated"], found["items"]) == (0, 1273)
 
@@ -363,7 +363,7 @@ def test_the_same_for_any_order_and_number_of_processes(tmp_path):
     write(tmp_path, rng.sample(rows, len(rows)), "b", language="en")
     seen = []
     for name, processes in (("a", 1), ("a", 2), ("b", 1)):
-        card, report = check(DataRun(name, against="bench", dataset_dir=str(tmp_path), processes=processes))
+        card, report = check_datasets(DataRun(name, against="bench", dataset_dir=str(tmp_path), processes=processes))
         for flag in card["contamination"][0]["flagged"]: flag.pop("row")
         seen.append((counts(card), card["contamination"], card["lengths"], card["scripts"], report.largest_cluster,
             {kind: f["finds"] for kind, f in card["personal"].items()}, card["verdict"]))
@@ -404,6 +404,6 @@ def test_a_csv_in_another_shape(tmp_path):
     writer.writeheader()
     writer.writerows(made_up(30))
     (tmp_path/"rows.csv").write_text(out.getvalue())
-    card, _ = check(DataRun(str(tmp_path/"rows.csv"), processes=1))
+    card, _ = check_datasets(DataRun(str(tmp_path/"rows.csv"), processes=1))
     assert card["datasets"][0]["licence"] == "not stated" and card["datasets"][0]["kept"] == 30
     assert str(tmp_path) not in json.dumps(card["checks"])

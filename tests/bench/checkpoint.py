@@ -23,7 +23,7 @@ from medllm.files import sync_folder
 from medllm.models.adapters import AdaptPlan, adapt
 from medllm.models.loading import load_tokenizer
 from medllm.checkpoint import resumable
-from medllm.checkpoint.commit import check, commit
+from medllm.checkpoint.commit import checkpoint_fault, commit
 from medllm.train.objectives import TokenLoss
 from medllm.train.trainer import StageTrainer
 
@@ -95,7 +95,7 @@ def main():
             shutil.rmtree(folder)
             folder.mkdir()
             whole = timed(lambda: (trainer._fill(folder, trainer._notes()), commit(folder, n, {})))
-            verified = timed(lambda: check(folder))
+            verified = timed(lambda: checkpoint_fault(folder))
             size = sum(f.stat().st_size for f in folder.rglob("*"))
             shutil.rmtree(folder)
             if n:

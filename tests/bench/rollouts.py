@@ -44,7 +44,7 @@ def ours(o):
     from medllm.data.tokens import Renderer
     from medllm.models.adapters import AdaptPlan, adapt
     from medllm.models.loading import load_model, load_tokenizer
-    from medllm.models.adapter_roles import speaking
+    from medllm.models.adapter_roles import active_adapter
     from medllm.models.sampling import Sampling
     from medllm.rl.rollout import Reward
     from medllm.rl.grpo import GrpoLoss, GrpoObjective
@@ -57,7 +57,7 @@ def ours(o):
         report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True, remove_unused_columns=False)
     class Base:
         head = None
-        def answering(self, model): return speaking(model, None)
+        def answering(self, model): return active_adapter(model, None)
     model = adapt(load_model(o["model"]), AdaptPlan(rank=LORA["rank"], target=",".join(LORA["targets"])))
     length = Reward.of_text("length", lambda answers, golds, prompts: [float(len(a)) for a in answers])
     trainer = RolloutTrainer(model, args, GrpoObjective(GrpoLoss(longest=o["answer"]), [length], o["each"]),

@@ -17,7 +17,7 @@ from medllm.core import UserError
 from medllm.checkpoint import commit as checkpoints, resumable, state
 from medllm.train.__main__ import main
 from medllm.train.arguments import parse
-from medllm.checkpoint.commit import COMMIT, check, commit, committed, digest, drop, newest, rotate
+from medllm.checkpoint.commit import COMMIT, checkpoint_fault, commit, committed, digest, drop, newest, rotate
 from medllm.train.inputs import prepare_data
 from medllm.train.loop import read_history, train
 
@@ -160,7 +160,7 @@ def test_a_result_is_whole_or_not_there(finished, tmp_path, monkeypatch):
         with contextlib.redirect_stderr(said): assert main(words) == 74
     assert "the trained model could not be written" in said.getvalue() and "goes on from checkpoint-6" in said.getvalue()
     left = {f.name for f in (tmp_path/"run").iterdir() if f.is_file()} - {".lock"}
-    assert left == {"contract.json", "events.jsonl", "history.jsonl"}, left
+    assert left == {"fingerprint.json", "events.jsonl", "history.jsonl"}, left
     assert main([*words, "--resume_from_checkpoint=true"]) == 0 and weights(tmp_path/"run") == weights(finished)
 
 
@@ -204,7 +204,7 @@ def test_no_room_is_seen_before(copy, monkeypatch):
 
 
 FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "progress.json",
-    "contract.json", COMMIT)
+    "fingerprint.json", COMMIT)
 
 
 def broken(file, how):
@@ -245,7 +245,7 @@ def test_a_resumed_run_takes_the_older_one_and_ends_the_same(copy, finished):
     broken(copy/"checkpoint-6"/"optimizer.pt", "flipped")
     metrics, said = whole_run(copy, resume_from_checkpoint="true")
     assert "checkpoint-6 is left out: optimizer.pt was changed" in said and "going on from checkpoint-4" in said
-    assert weights(copy) == weights(finished) and check(copy/"checkpoint-6") == ""
+    assert weights(copy) == weights(finished) and checkpoint_fault(copy/"checkpoint-6") == ""
     assert [h["step"] for h in read_history(copy/"history.jsonl") if "loss" in h] == [1, 2, 3, 4, 5, 6]
 
 
@@ -261,7 +261,7 @@ def test_an_empty_newest_folder(copy, tmp_path):
 
 def test_a_file_too_many(copy):
     shutil.copy(copy/"checkpoint-4"/"optimizer.pt", copy/"checkpoint-6"/"optimizer_1.pt")
-    assert check(copy/"checkpoint-6") == "optimizer_1.pt does not belong to it"
+    assert checkpoint_fault(copy/"checkpoint-6") == "optimizer_1.pt does not belong to it"
 
 
 def test_signals_at_any_moment():
@@ -396,8 +396,8 @@ def test_code_in_a_checkpoint_does_not_run(copy, tmp_path):
     for name in ("optimizer.pt", "rng_state.pth"):
         kept = (checkpoint/name).read_bytes()
         torch.save({"state": Canary(tmp_path/"canary")}, checkpoint/name)
-        assert check(checkpoint) != ""                                    # changed behind the commit
-        commit(checkpoint, 4, json.loads((checkpoint/"contract.json").read_text()))    # and by somebody who knows of it
+        assert checkpoint_fault(checkpoint) != ""                                    # changed behind the commit
+        commit(checkpoint, 4, json.loads((checkpoint/"fingerprint.json").read_text()))    # and by somebody who knows of it
         with pytest.raises(UserError, match="holds more than tensors and numbers, which may be code"):
             whole_run(copy, resume_from_checkpoint="true")
         (checkpoint/name).write_bytes(kept)
@@ -488,10 +488,10 @@ def test_random_damage_is_never_resumed_from(copy):
         at = rng.randrange(len(data))
         kept, data[at] = data[at], data[at] ^ (1 << rng.randrange(8))
         file.write_bytes(data)
-        assert check(copy/"checkpoint-6") != "", (file, at)
+        assert checkpoint_fault(copy/"checkpoint-6") != "", (file, at)
         data[at] = kept
         file.write_bytes(data)
-    assert check(copy/"checkpoint-6") == ""
+    assert checkpoint_fault(copy/"checkpoint-6") == ""
 
 
 @pytest.mark.slow
@@ -503,11 +503,11 @@ def test_two_processes_stop_and_go_on_together():
     assert found["one"][0] == 2 and "processes was 2, is 1" in found["one"][1], found
 
 
-@pytest.mark.parametrize("name", ["contract.json", "progress.json", "trainer_state.json"])
+@pytest.mark.parametrize("name", ["fingerprint.json", "progress.json", "trainer_state.json"])
 @pytest.mark.parametrize("text", ["[" * 100_000, "{", "[]"])
 def test_a_checkpoint_that_somebody_committed_is_told_apart(name, text, tmp_path):
     folder = tmp_path/"checkpoint-1"
     folder.mkdir()
     (folder/name).write_text(text)
     commit(folder, 1, {})
-    assert check(folder) == f"its {name} is no JSON object"
+    assert checkpoint_fault(folder) == f"its {name} is no JSON object"

@@ -12,7 +12,7 @@ from medllm.core import UserError
 from medllm.train.arguments import parse
 from medllm.checkpoint.commit import commit, drop
 from medllm.checkpoint.compatibility import allowed
-from medllm.train.contract import contract_of
+from medllm.train.fingerprint import fingerprint_of
 from medllm.train.inputs import prepare_data
 from medllm.train.loop import read_history, stage_module, train
 
@@ -71,7 +71,7 @@ def resumed(folder, allow, **more):
         args = parse(RUN | more | going_on)
         data = prepare_data(args)
         trainer = stage_module("sft").make_trainer(args, data)
-        trainer.contract, first = contract_of(args, data), FirstStep()
+        trainer.fingerprint, first = fingerprint_of(args, data), FirstStep()
         trainer.add_callback(first)
         trainer.batches, forward = [], trainer.compute_loss
         def noted(model, inputs, **rest):
@@ -203,7 +203,7 @@ def test_the_best_checkpoint_is_chosen_again(finished, tmp_path):
         if "eval_loss" in line: line["eval_perplexity"] = 9e3 if line["step"] == 2 else 1e4
     state |= {"best_metric": -1.0, "best_global_step": 4}
     (folder/"checkpoint-4/trainer_state.json").write_text(json.dumps(state))
-    commit(folder/"checkpoint-4", 4, json.loads((folder/"checkpoint-4/contract.json").read_text()))
+    commit(folder/"checkpoint-4", 4, json.loads((folder/"checkpoint-4/fingerprint.json").read_text()))
     trainer, _, said = resumed(folder, "selection", metric_for_best_model="perplexity", greater_is_better=False)
     assert "the best checkpoint so far is checkpoint-2: eval_perplexity 9000" in said
     assert trainer.state.best_metric < 9e3 and trainer.state.best_global_step == 5      # the next step bettered it
@@ -235,11 +235,11 @@ def placed(**parts): return lambda note: note | {"progress": [note["progress"][0
 
 
 NOT_OURS = {
-    "a contract of nothing": ("contract.json", lambda note: {"a": 1}, "what run it is.*without stage, dataset_rows"),
-    "no rows": ("contract.json", without("dataset_rows"), "is without dataset_rows; begin a new run"),
-    "a batch that is a list": ("contract.json", with_(batch=[1]), "contract.json is not one that medllm wrote: batch is a list"),
-    "a batch of text": ("contract.json", with_(batch={"per_device_train_batch_size": "x"}), "train_batch_size is text"),
-    "an optimiser that is a table": ("contract.json", with_(optimiser={"optim": {}}), "optimiser.optim is a table"),
+    "a fingerprint of nothing": ("fingerprint.json", lambda note: {"a": 1}, "what run it is.*without stage, dataset_rows"),
+    "no rows": ("fingerprint.json", without("dataset_rows"), "is without dataset_rows; begin a new run"),
+    "a batch that is a list": ("fingerprint.json", with_(batch=[1]), "fingerprint.json is not one that medllm wrote: batch is a list"),
+    "a batch of text": ("fingerprint.json", with_(batch={"per_device_train_batch_size": "x"}), "train_batch_size is text"),
+    "an optimiser that is a table": ("fingerprint.json", with_(optimiser={"optim": {}}), "optimiser.optim is a table"),
     "no process": ("progress.json", with_(progress=[]), "progress.json is of no process"),
     "no progress": ("progress.json", lambda note: {"a": 1}, "progress.json is not one that medllm wrote"),
     "an epoch of no step": ("progress.json", placed(each=0), "progress.0.each"),
@@ -258,7 +258,7 @@ def test_a_checkpoint_that_somebody_committed_anew_is_refused(at_2, case):
     name, change, why = NOT_OURS[case]
     folder = at_2/"checkpoint-2"
     (folder/name).write_text(json.dumps(change(json.loads((folder/name).read_text()))))
-    commit(folder, 2, json.loads((folder/"contract.json").read_text()))
+    commit(folder, 2, json.loads((folder/"fingerprint.json").read_text()))
     history = (at_2/"history.jsonl").read_bytes()
     with pytest.raises(UserError, match=why): whole(at_2, resume_from_checkpoint="true", allow="batch,optimiser")
     assert folder.exists() and (at_2/"history.jsonl").read_bytes() == history

@@ -104,11 +104,11 @@ def test_a_warm_start_costs_about_as_much_as_the_hash_of_the_data(tmp_path, tiny
 
     from medllm.files import sha256
     from medllm.data.cache import _read_note, find_rows
-    from medllm.data.rows import Mark, RowWriter
+    from medllm.data.rows import RowInfo, RowWriter
     from medllm.machine import all_described, digest
     writer, n = RowWriter(tmp_path), 50_000
     ids, trained = np.arange(1000, dtype=np.int32), np.ones(1000, bool)
-    for _ in range(n//1000): writer.add([ids]*1000, [trained]*1000, [Mark()]*1000)
+    for _ in range(n//1000): writer.add([ids]*1000, [trained]*1000, [RowInfo()]*1000)
     writer.close()
     note = {"name": "x", "read": n, "kept": n, "rejected": {}, "truncated": {}, "examples": n, "rejects": [], "faults": {},
         "files": all_described(tmp_path, ROW_FILES)}

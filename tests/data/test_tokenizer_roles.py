@@ -267,7 +267,7 @@ def test_a_model_with_one_token_for_all_roles_goes_all_the_way(template, ends, b
     "Trained, asked, exported (which compares the prompts of `apply_chat_template` with ours) and asked again."
     with quiet(): train(FLAGS | dict(model_name_or_path=base, template=template, output_dir=str(tmp_path/"out")))
     with quiet(): report = export(ExportPlan(
-        str(tmp_path/"export"), ModelChoice(str(tmp_path/"out")), answers=3, max_new_tokens=4), told=lambda text: None)
+        str(tmp_path/"export"), ModelChoice(str(tmp_path/"out")), answers=3, max_new_tokens=4), log=lambda text: None)
     assert report["passed"] and {v["artefact"] for v in report["verdicts"]} == {"merged", "prompts"}
     chats = [load_chat_model(ModelChoice(str(tmp_path/name))) for name in ("out", "export")]
     prompts = [chat.prompt([Turn("user", "Is it </s> gout?")]) for chat in chats]

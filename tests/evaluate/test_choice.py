@@ -15,15 +15,15 @@ from commands import ROOT, run
 
 from medllm.cli.main import main
 from medllm.core import UserError
-from medllm.evaluate.choice import Asking, choice_summary, measure_choice, read_lines, score_lines
+from medllm.evaluate.choice import Asking, choice_summary, measure_choice, read_choice_items, score_lines
 from medllm.evaluate.generated import read_answer
 from medllm.evaluate.items import MCQItem, load_items, read_items, stratified
 from medllm.evaluate.order import order_figures
-from medllm.evaluate.result import Task, compare, read_result, summary, write_result
+from medllm.evaluate.result import Task, compare_results, read_result, summary, write_result
 from medllm.evaluate.runs import EvaluateRun
-from medllm.evaluate.likelihood import Asked, ModelScores, Row, Scored, letter_asked, option_scores, picked, text_asked
+from medllm.evaluate.likelihood import LikelihoodRequest, ModelScores, TokenisedRequest, Scored, letter_asked, option_scores, picked, text_asked
 from medllm.evaluate.statistics import holm, mean, share
-from medllm.models.chat import Said, load_chat_model
+from medllm.models.chat import Completion, load_chat_model
 from medllm.parameters import parameters_cell
 
 MEDQA, MEDQA2 = "data/mirage_mcq/medqa_us_4opt_test.jsonl", "data/medxpert_mcq/medqa_input.jsonl"
@@ -154,7 +154,7 @@ def test_option_text_by_sum_character_byte_and_token():
 
 def test_written_answers_are_never_guessed():
     answers = ["The answer is A.", "I cannot say.", "A or B", "**B**", ""]
-    lines = read_lines(exam(*"AAAAA"), [Said(text, [1], True) for text in answers])
+    lines = read_choice_items(exam(*"AAAAA"), [Completion(text, [1], True) for text in answers])
     s = choice_summary(lines, {})
     assert (s["accuracy"]["value"], s["unread"]["value"]) == (0.2, 0.6) and s["picks"] == {"(unread)": 3, "A": 1, "B": 1}
     assert not any("answer" in line for line in lines)
@@ -194,7 +194,7 @@ def test_holm():
 @pytest.mark.parametrize("layout, ask", [("chat", letter_asked), ("plain", text_asked)])
 def test_batch_padding_and_order_cannot_change_a_pick(chat, layout, ask):
     items = load_items("mm_mcq").items
-    asked = [ask(i) for i in items] + [Asked("Which?", ("one", "one", "two"))]
+    asked = [ask(i) for i in items] + [LikelihoodRequest("Which?", ("one", "one", "two"))]
     picks = lambda found: [[picked(option_scores(a, f, norm)) for norm in ("sum", "char", "byte", "token")] for a, f in found]
     once = picks(zip(asked, ModelScores(chat, layout, 1)(asked)))
     for batch in (3, 16):
@@ -211,7 +211,7 @@ def test_close_calls_are_what_keeps_picks_still(chat, monkeypatch):
     def noisy(model, rows):
         found = plain(model, rows)
         return [[x + rng.normal(0, 1e-4) if len(rows) > 1 else x for x in row] for row in found]
-    asked = [Asked(f"Which, {n}?", ("one", "one")) for n in range(40)]            # both the same: any noise decides
+    asked = [LikelihoodRequest(f"Which, {n}?", ("one", "one")) for n in range(40)]            # both the same: any noise decides
     monkeypatch.setattr(scoring, "batch_logprobs", noisy)
     picks = lambda model: [picked([s.logprob for s in f]) for f in model(asked)]
     careful, careless = ModelScores(chat, batch=8), ModelScores(chat, batch=8)
@@ -318,9 +318,9 @@ def test_a_task_of_the_harness_beside_our_own(tmp_path):
 def test_a_share_that_rounding_could_move_is_asked_again():
     "Where several options may be right, the pick turns at an even share, not between the first two."
     scores = ModelScores(load_chat_model())
-    row, totals = Row(np.arange(3), ((1,), (2,), (3,)), 0), [math.log(p) for p in (1/2, 1/3 + 1e-6, 1/6 - 1e-6)]
-    assert scores._close(Asked("?", ("A", "B", "C"), several=True), row, totals)
-    assert not scores._close(Asked("?", ("A", "B", "C")), row, totals)
+    row, totals = TokenisedRequest(np.arange(3), ((1,), (2,), (3,)), 0), [math.log(p) for p in (1/2, 1/3 + 1e-6, 1/6 - 1e-6)]
+    assert scores._close(LikelihoodRequest("?", ("A", "B", "C"), several=True), row, totals)
+    assert not scores._close(LikelihoodRequest("?", ("A", "B", "C")), row, totals)
 
 
 # --- base against tuned ----------------------------------------------------------------------------------------------
@@ -338,7 +338,7 @@ def test_a_memorised_exam_is_better_and_a_new_one_not_distinguishable(tmp_path):
     said = (tmp_path/"report/record.ipynb").read_text(encoding="utf-8")
     assert "not distinguishable" in said and "better" in said and items[0]["question"] not in said
     base, tuned = (read_result(tmp_path/"report"/who, "learnt") for who in ("base", "tuned"))
-    assert compare(base, tuned)["only_tuned"] > 20
+    assert compare_results(base, tuned)["only_tuned"] > 20
     assert table(report)[0][4] == "better" and len(table(report)) == 2
 
 

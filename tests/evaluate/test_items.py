@@ -7,10 +7,10 @@ import pytest
 from medllm.core import UserError
 from medllm.data.registry import find_sources
 from medllm.evaluate.forgetting import measure_forgetting
-from medllm.evaluate.result import Result, Task, compare, read_result
+from medllm.evaluate.result import Result, Task, compare_results, read_result
 from medllm.evaluate.rubric import judge_answers, read_rubrics
 from medllm.evaluate.safety import read_kinds
-from medllm.evaluate.text import measure_text, read_asked
+from medllm.evaluate.text import measure_text, read_text_questions
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ ASK = {"columns": "prompt=question response=answer"}
 @pytest.mark.parametrize("names", FILES)
 def test_every_row_is_an_item_of_its_own(chat, written, names):
     dataset, many = ",".join(str(written/n) for n in names.split(",")), 20*len(names.split(","))
-    asked, _, _ = read_asked(chat, Task("x", "text", dataset, options=ASK))
+    asked, _, _ = read_text_questions(chat, Task("x", "text", dataset, options=ASK))
     rubrics, _, _ = read_rubrics(chat, Task("x", "rubric", dataset))
     kinds, _, _ = read_kinds(chat, Task("x", "safety", dataset, options=ASK | {"benign": dataset}))
     for ids in ([a.id for a in asked], [a.id for a, _ in rubrics], [a.id for _, _, a in kinds]):
@@ -53,7 +53,7 @@ def test_documents_of_one_line_are_as_many_as_of_twenty(chat, written):
         base = measure_forgetting(chat, task)
         assert len({i["id"] for i in base.items}) == len(base.items) == 40
         worse = Result("x", "forgetting", base.facts, [i | {"nats": i["nats"]*1.1} for i in base.items])
-        verdicts.append({k: (c["n"], c["verdict"], c["p"]) for k, c in compare(base, worse)["parts"].items()})
+        verdicts.append({k: (c["n"], c["verdict"], c["p"]) for k, c in compare_results(base, worse)["parts"].items()})
     assert verdicts[0] == verdicts[1] and verdicts[0]["bits_per_byte_medical"][:2] == (20, "worse")
 
 
@@ -61,7 +61,7 @@ def test_rubrics_of_one_line_are_compared_as_twenty(chat, written):
     rows, _, _ = read_rubrics(chat, Task("x", "rubric", str(written/"line.json")))
     met = lambda yes: lambda prompts, attempt: [json.dumps({"criteria_met": yes})]*len(prompts)
     base, tuned = (Result("x", "rubric", {}, judge_answers(met(yes), rows, ["answer"]*20)) for yes in (False, True))
-    found = compare(base, tuned)
+    found = compare_results(base, tuned)
     assert (found["n"], found["verdict"]) == (20, "better") and found["p"] < 1e-5
 
 
@@ -84,10 +84,10 @@ def test_a_comparison_that_would_lose_items_stops(tmp_path):
 
 def test_items_that_one_model_lacks_are_told():
     from medllm.evaluate.compare import corrected
-    from medllm.evaluate.targets import judged, verdict_rows
+    from medllm.evaluate.targets import judge_comparisons, verdict_rows
     items = [{"id": str(n), "right": True, "labels": ["A", "B"], "gold": ["A"], "pick": ["A"]} for n in range(20)]
-    found = compare(Result("x", "choice", {}, items), Result("x", "choice", {}, items[:15]))
-    c = judged(corrected({"x": found}), {"": {}})
+    found = compare_results(Result("x", "choice", {}, items), Result("x", "choice", {}, items[:15]))
+    c = judge_comparisons(corrected({"x": found}), {"": {}})
     rows = {r["what"]: r for r in verdict_rows({"tuned": {}, "comparisons": c})}
     assert rows["x: items compared"]["met"] is False and rows["x: items compared"]["measured"] == "15, 5 left out"
 
@@ -125,7 +125,7 @@ def test_an_item_that_needs_a_picture_is_left_out_by_name_and_counted(name, tmp_
     (tmp_path/"all.json").write_text(json.dumps(rows))
     file = str(tmp_path/"all.json")
     for read in (lambda: load_items(file), lambda: read_rubrics(chat, Task("x", "rubric", file)),
-            lambda: read_asked(chat, Task("x", "text", file, options=ASK))):
+            lambda: read_text_questions(chat, Task("x", "text", file, options=ASK))):
         with pytest.raises(UserError, match="3 need a picture"): read()
 
 
@@ -293,7 +293,7 @@ def test_a_question_that_one_model_cannot_be_asked_moves_no_other_id(chat, writt
         longest = 100
     shorter = copy.copy(chat)
     shorter.__class__ = Shorter
-    for read in (lambda c: read_asked(c, Task("x", "text", str(tmp_path/"alike.json"), options=ASK))[0],
+    for read in (lambda c: read_text_questions(c, Task("x", "text", str(tmp_path/"alike.json"), options=ASK))[0],
             lambda c: [a for a, _ in read_rubrics(c, Task("x", "rubric", str(tmp_path/"alike.json")))[0]]):
         everyone, fewer = ({a.id: a.example.turns[0].text for a in read(c)} for c in (chat, shorter))
         assert len(everyone) == 4 and len(fewer) == 3 and fewer.items() < everyone.items(), fewer

@@ -168,7 +168,7 @@ def test_the_same_questions_to_model_and_base(record, places):
     "As an evaluation: worse than the base on the rows that were trained, and not to be told apart on the others."
     from medllm.evaluate.asked_rows import measure_memorisation
     from medllm.evaluate.own_rows import memorisation_targets
-    from medllm.evaluate.result import Task, compare, summary
+    from medllm.evaluate.result import Task, compare_results, summary
     from medllm.models.chat import ModelChoice, load_chat_model
     task = Task("memory", "memorisation", str(places/"rows.jsonl"), options={"held_out": str(places/"other.jsonl"),
         "canaries": str(record/"canaries.jsonl")})
@@ -177,7 +177,7 @@ def test_the_same_questions_to_model_and_base(record, places):
     assert found["identifiers_spelt"]["value"] >= 0.75 > 0 == before["identifiers_spelt"]["value"]
     assert found["rows_continued_held_out"]["value"] == found["identifiers_spelt_held_out"]["value"] == 0
     assert found["identifiers_by_kind"]["email"]["asked"] == 2
-    change = compare(base, tuned)
+    change = compare_results(base, tuned)
     assert change["parts"]["identifiers_said"]["only_tuned"] >= 3 and change["parts"]["identifiers_said"]["only_base"] == 0
     assert [row["met"] for row in memorisation_targets(base)] == [True, True, None]      # one canary tells nothing
     for result in (tuned, base): assert not any(value in json.dumps(result.items) for value in VALUES)
@@ -231,7 +231,7 @@ def test_the_place_of_personal_data_is_found_in_any_script(tiny_chat, text):
 def test_canaries_go_the_way_of_all_rows(places, tmp_path):
     from medllm.audit.canaries import canaries, planted
     from medllm.train.arguments import parse
-    from medllm.train.contract import rows_hash
+    from medllm.train.fingerprint import loader_hash
     from medllm.train.inputs import prepare_data
     given = {"dataset": str(places/"rows.jsonl"), "val_size": 0.25, "canaries": 6, "output_dir": str(tmp_path/"a")}
     data = quiet(prepare_data, parse(given))
@@ -241,7 +241,7 @@ def test_canaries_go_the_way_of_all_rows(places, tmp_path):
     assert planted(rows) == canaries(6, 42)[:6]
     again = quiet(prepare_data, parse(given | {"output_dir": str(tmp_path/"b")}))
     other = quiet(prepare_data, parse(given | {"output_dir": str(tmp_path/"c"), "seed": 7}))
-    assert rows_hash(again.train) == rows_hash(data.train) != rows_hash(other.train)
+    assert loader_hash(again.train) == loader_hash(data.train) != loader_hash(other.train)
     documents = quiet(prepare_data, parse({"dataset": "mm_pt", "stage": "pt", "canaries": 3, "output_dir": str(tmp_path/"d")}))
     assert documents.accounts[-1].used == 21
 

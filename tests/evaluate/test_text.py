@@ -11,11 +11,11 @@ from medllm.core import UserError
 from medllm.data.registry import find_sources
 from medllm.audit.words import words
 from medllm.evaluate.forgetting import document_nats, measure_forgetting
-from medllm.evaluate.result import Result, Task, compare, read_result, summary, write_result
+from medllm.evaluate.result import Result, Task, compare_results, read_result, summary, write_result
 from medllm.evaluate.rubric import Criterion, grade, judge_answers, measure_rubric, read_rubrics, rubric_score
 from medllm.evaluate.safety import measure_safety, urges
 from medllm.evaluate.text import counts_of, measure_text, rouge_l, score_of, text_item
-from medllm.models.chat import Said
+from medllm.models.chat import Completion
 from medllm.models.sampling import Sampling
 from medllm.medical.rewards import refuses
 from medllm.predict.predict import predict, read_questions
@@ -25,7 +25,7 @@ def rows(file): return [json.loads(line) for line in (gzip.open if file.suffix =
 
 
 def items_of(answers, references):
-    return [text_item(str(n), Said(a, [0]*3, True), r) for n, (a, r) in enumerate(zip(answers, references, strict=True))]
+    return [text_item(str(n), Completion(a, [0]*3, True), r) for n, (a, r) in enumerate(zip(answers, references, strict=True))]
 
 
 # free text
@@ -120,7 +120,7 @@ def test_a_result_recomputes_to_the_bit_and_batches_change_nothing(tmp_path, cha
     one = measure(chat, Task("x", kind, dataset, limit=limit, batch=1, options=options))
     for a, b in zip(result.items, one.items):
         for k, v in a.items(): assert b[k] == (pytest.approx(v, rel=1e-4, abs=1e-4) if isinstance(v, float) else v)
-    found = compare(result, one)
+    found = compare_results(result, one)
     others = found.get("parts", found.get("more", {}))
     assert others and {c["verdict"] for c in (found, *others.values())} == {"not distinguishable"}
 
@@ -224,7 +224,7 @@ def test_the_judge_of_a_task_is_a_function_by_name(chat, tmp_path, monkeypatch):
     assert (result.items[0]["score"], result.facts["judge"]) == (0.0, "my_judge:strict")
     assert "Fever" not in json.dumps(result.items) and len(result.items[0]["criteria"][0]["raw"][0]) == 16
     with pytest.raises(UserError, match="different judges"):
-        compare(result, Result("x", "rubric", result.facts | {"judge": "b"}, result.items))
+        compare_results(result, Result("x", "rubric", result.facts | {"judge": "b"}, result.items))
 
 
 # forgetting
@@ -245,7 +245,7 @@ def test_bits_per_byte_of_real_text(chat, shared, tmp_path):
 
 def test_each_part_of_a_comparison_has_a_row(tmp_path):
     "Safety and forgetting are several findings; each is corrected for and told by itself."
-    from medllm.evaluate.benchmarks import evaluate_models, metrics_of, verdict_rows
+    from medllm.evaluate.benchmarks import evaluate_models, evaluation_metrics, verdict_rows
     from medllm.evaluate.compare import comparison_rows
     from medllm.models.chat import ModelChoice
     tasks = [Task("answers", "text", "mm", limit=4, options={"max_new_tokens": 4}),
@@ -259,4 +259,4 @@ def test_each_part_of_a_comparison_has_a_row(tmp_path):
     assert measures == ["ROUGE-L", "harmful answered", "benign refused", "emergency missed", "bits per byte medical",
         "bits per byte general"]
     limits = [row["what"] for row in verdict_rows(found) if row["target"].startswith("at most")]
-    assert len(limits) == 5 + 4 and limits[0] == "safe: harmful requests answered" and metrics_of(found)["safe"]["n"] == 24
+    assert len(limits) == 5 + 4 and limits[0] == "safe: harmful requests answered" and evaluation_metrics(found)["safe"]["n"] == 24

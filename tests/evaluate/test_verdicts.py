@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from medllm.core import UserError
-from medllm.evaluate.benchmarks import evaluate_models, metrics_of
+from medllm.evaluate.benchmarks import evaluate_models, evaluation_metrics
 from medllm.evaluate.compare import comparison_rows, corrected
-from medllm.evaluate.result import Result, Task, as_markdown, compare, figure, figure_rows, summary
+from medllm.evaluate.result import Result, Task, figures_table, compare_results, figure, figure_rows, summary
 from medllm.evaluate.statistics import items_needed, mean, not_worse, paired_share, share, tango
-from medllm.evaluate.targets import TARGETS, judged, limit_row, read_targets, verdict_rows
+from medllm.evaluate.targets import TARGETS, judge_comparisons, limit_row, read_targets, verdict_rows
 from medllm.evaluate.text import text_item
 from medllm.marks import conclusion, met_of, tally
-from medllm.models.chat import ModelChoice, Said
+from medllm.models.chat import ModelChoice, Completion
 
 Z = 1.959963984540054
 
@@ -26,7 +26,7 @@ def exam(right, name="exam"):
 
 def against(base, tuned, **targets):
     "The comparison of two exams, with its mark."
-    return judged(corrected({"exam": compare(exam(base), exam(tuned))}), read_targets(targets, []))["exam"]
+    return judge_comparisons(corrected({"exam": compare_results(exam(base), exam(tuned))}), read_targets(targets, []))["exam"]
 
 
 # a model that does everything wrong
@@ -36,7 +36,7 @@ def against(base, tuned, **targets):
 def dangerous(tmp_path_factory):
     "An evaluation of a model that answers every harmful request and sends nobody to a hospital, beside a base that is as bad."
     from medllm.evaluate import safety
-    answer = Said("Sure, here is exactly how to do that. Wait and see.", [1]*9, True)
+    answer = Completion("Sure, here is exactly how to do that. Wait and see.", [1]*9, True)
     said = lambda chat, asked, task: ([answer]*len(asked), "greedy")
     folder = tmp_path_factory.mktemp("dangerous")
     with pytest.MonkeyPatch.context() as patch:
@@ -69,8 +69,8 @@ def test_emergencies_that_nobody_asked_about_are_named(dangerous):
 def test_every_page_and_command_shows_it(dangerous, tmp_path, capsys):
     "run.json, the page, the index, the terminal, the comparison of runs and the model card: the word, the sign and the colour."
     from medllm.cli.model_commands import _told
-    from medllm.records.compare import compare as compare_runs
-    from medllm.records.ro_crate import card_text
+    from medllm.records.compare import compare_records as compare_runs
+    from medllm.records.ro_crate import model_card_text
     from medllm.cli.run_commands import report
     from medllm.records.index import index_page
     from medllm.records.listing import show, show_text
@@ -78,7 +78,7 @@ def test_every_page_and_command_shows_it(dangerous, tmp_path, capsys):
     from medllm.records.record import start
     found, _ = dangerous
     run = start("evaluate", {"dataset": "mm_safety"}, str(tmp_path/"run"), str(tmp_path))
-    run.finish(metrics_of(found), verdict=found["verdict"])
+    run.finish(evaluation_metrics(found), verdict=found["verdict"])
     state = json.loads((run.folder/"run.json").read_text())
     assert [v["met"] for v in state["verdict"][:2]] == [False, False]
     page, index = run_page(run.folder), index_page([(run.folder, "run.html")])
@@ -90,7 +90,7 @@ def test_every_page_and_command_shows_it(dangerous, tmp_path, capsys):
     assert report(run) == 0 and said in capsys.readouterr().out
     for text in (show_text(show(run.folder)), _told(found)):
         assert "✗ missed       refusals: harmful requests answered" in text and said in text
-    assert said in card_text(run.folder) and "**✗ missed**" in card_text(run.folder)
+    assert said in model_card_text(run.folder) and "**✗ missed**" in model_card_text(run.folder)
     better = start("evaluate", {"dataset": "mm_safety"}, str(tmp_path/"better"), str(tmp_path))
     better.finish({}, verdict=[found["verdict"][0] | {"met": True}])
     assert "✗ missed: 100.0%" in str(compare_runs(run.folder, better.folder))
@@ -115,12 +115,12 @@ def test_a_failure_that_was_seen_counts_and_one_that_was_not_has_to_be_ruled_out
 
 def test_loops_and_languages_are_shares_of_answers_that_could_have_them():
     "Six words cannot loop: no share of 0% that nothing could have changed."
-    short = [text_item(str(n), Said("take one tablet with some water", [0]*7, True), "take it") for n in range(30)]
+    short = [text_item(str(n), Completion("take one tablet with some water", [0]*7, True), "take it") for n in range(30)]
     found = summary(Result("x", "text", {}, short))
     assert found["looped"]["value"] is None and found["looped"]["n"] == 0
     rows = {r["what"]: r["met"] for r in verdict_rows({"tuned": {"x": found}, "comparisons": {}})}
     assert [rows[f"x: {what}"] for what in ("answers that loop", "empty answers", "answers in another language")] == [None]*3
-    long = [text_item(str(n), Said("take one tablet with some water " * 10, [0]*70, False), "take it") for n in range(30)]
+    long = [text_item(str(n), Completion("take one tablet with some water " * 10, [0]*70, False), "take it") for n in range(30)]
     found = summary(Result("x", "text", {}, long))
     rows = {r["what"]: r["met"] for r in verdict_rows({"tuned": {"x": found}, "comparisons": {}})}
     assert rows["x: answers that loop"] is rows["x: answers cut off at the longest length"] is False
@@ -231,15 +231,15 @@ def test_groups_never_narrow_the_interval_of_a_difference():
 
 def test_the_base_models_own_figures_are_in_the_tables():
     "Cut off in 16 of 16 answers, before and after: the reader sees that it was so before."
-    items = lambda ended: [text_item(str(n), Said("take it with water", [0]*5, ended), "take it with food") for n in range(16)]
+    items = lambda ended: [text_item(str(n), Completion("take it with water", [0]*5, ended), "take it with food") for n in range(16)]
     before, after = (summary(Result("answers", "text", {}, items(ended))) for ended in (False, True))
     row, = [r for r in figure_rows({"answers": after}, {"answers": before}) if r["measure"] == "cut off"]
     assert (row["value"], row["base model"]) == ("0.0%", "100.0% (80.6% to 100.0%)")
-    assert "base model" in as_markdown({"answers": after}, {"answers": before})
-    c = compare(Result("answers", "text", {}, items(False)), Result("answers", "text", {}, items(True)))
-    assert comparison_rows(judged(corrected({"answers": c}), {"": {}}))[0]["measure"] == "ROUGE-L"
+    assert "base model" in figures_table({"answers": after}, {"answers": before})
+    c = compare_results(Result("answers", "text", {}, items(False)), Result("answers", "text", {}, items(True)))
+    assert comparison_rows(judge_comparisons(corrected({"answers": c}), {"": {}}))[0]["measure"] == "ROUGE-L"
     found = {"tuned": {"answers": after}, "base": {"answers": before}, "comparisons": {}}
-    assert metrics_of(found)["answers"]["base_model"]["cut_off"] == 1.0
+    assert evaluation_metrics(found)["answers"]["base_model"]["cut_off"] == 1.0
 
 
 def test_a_mark_of_an_older_record_that_nothing_showed_is_not_green(tmp_path):

@@ -25,7 +25,7 @@ def test_a_reader_runs_it_again(plain, tmp_path):
     assert state_of(again)["metrics"]["loss_last"] == state_of(plain)["metrics"]["loss_last"]
     changed = run("medllm", "runs", "rerun", "record", "-p", "learning_rate", "5e-3", cwd=tmp_path/"reader")
     assert changed.returncode == 0 and "different from record" in changed.stdout, changed.stderr
-    compared = run("medllm", "runs", "compare", "record", "last", "--same-contract", "--plot", "ab.png", cwd=tmp_path/"reader")
+    compared = run("medllm", "runs", "compare", "record", "last", "--same-fingerprint", "--plot", "ab.png", cwd=tmp_path/"reader")
     assert compared.returncode == 1 and "learning_rate" in compared.stdout, compared.stderr
     assert (tmp_path/"reader/ab.png").stat().st_size > 5000
 

@@ -78,12 +78,12 @@ def test_a_point_that_cannot_be_begun_fails_the_sweep(tmp_path, monkeypatch):
         if name == "p02": raise OSError(5, "Input/output error")
         (tmp_path/"done").mkdir()
         (tmp_path/"done/run.json").write_text('{"metrics": {"loss_last": 1.0}}')
-        module.note(run, name, stage="sft", sets=sets, folder=str(tmp_path/"done"), status="completed")
+        module.note_stage(run, name, stage="sft", sets=sets, folder=str(tmp_path/"done"), status="completed")
     monkeypatch.setattr(module, "_begin", begin)
     with pytest.raises(OSError): sweep("sft", str(file), str(tmp_path/"runs"))
     state = state_of(newest(tmp_path/"runs"))
     assert state["status"] == "failed" and verify(newest(tmp_path/"runs"), record_only=True)
-    monkeypatch.setattr(module, "_begin", lambda run, wanted, name, sets, runs: module.note(run, name, stage="sft", sets=sets,
+    monkeypatch.setattr(module, "_begin", lambda run, wanted, name, sets, runs: module.note_stage(run, name, stage="sft", sets=sets,
         folder=str(tmp_path/"done"), status="completed"))
     file.write_text("grid: {seed: [1]}\n")                                          # one value: nothing to draw
     time.sleep(1)

@@ -20,7 +20,7 @@ from medllm.models.sampling import Sampling
 from medllm.export import export as exporting
 from medllm.export.equivalence import distance, fixed_questions, forward_of, reference_of
 from medllm.export.export import ExportPlan, export
-from medllm.export.gguf import FORMATS, read_gguf, write_gguf
+from medllm.export.gguf import GGUF_FORMATS, read_gguf, write_gguf
 from medllm.export.merge import merge, stored_dtype, write_model
 from medllm.export.ollama import modelfile
 
@@ -92,7 +92,7 @@ def test_training_in_4_bit_is_merged_onto_16_bit(trained, exported, tmp_path):
     for (name, a), (other, b) in zip(chat.model.named_parameters(), there.model.named_parameters()):
         assert name == other and torch.equal(a, b)
     choice = ModelChoice(str(trained), quantization_bit=4)
-    report = export(ExportPlan(tmp_path/"half", choice, "bfloat16", answers=6, max_new_tokens=8), told=QUIET)
+    report = export(ExportPlan(tmp_path/"half", choice, "bfloat16", answers=6, max_new_tokens=8), log=QUIET)
     assert report["passed"] and stored_dtype(str(tmp_path/"half")) == "bfloat16"
     assert verdicts(report)["merged"]["measures"]["kept"] > 0.9
 
@@ -102,7 +102,7 @@ def test_gguf_keeps_the_tokens(exported):
     found = verdicts(json.loads((exported/"equivalence.json").read_text()))
     assert found["gguf-f16"]["measures"]["agreement"] >= 0.99 and found["gguf-f16"]["measures"]["tokens"] >= 400
     assert found["gguf-q8_0"]["measures"]["kl"] < 1e-3
-    for kind in FORMATS: assert found[f"gguf-{kind}, tokens"]["measures"]["agreement"] == 1.0
+    for kind in GGUF_FORMATS: assert found[f"gguf-{kind}, tokens"]["measures"]["agreement"] == 1.0
     small, large = ((exported/f"gguf/model-{kind}.gguf").stat().st_size for kind in ("q8_0", "f16"))
     assert small < 0.65*large
 
@@ -155,7 +155,7 @@ def test_the_card_says_what_was_found(exported):
     ids=str)
 def test_every_kind_of_adapter_is_merged(how, tmp_path):
     choice = ModelChoice("tiny", adapter(tmp_path/"adapter", **how))
-    found = verdicts(export(ExportPlan(tmp_path/"model", choice, answers=4, max_new_tokens=8), told=QUIET))
+    found = verdicts(export(ExportPlan(tmp_path/"model", choice, answers=4, max_new_tokens=8), log=QUIET))
     merged = found["merged"]["measures"]
     assert found["merged"]["passed"] and merged["logit"] <= 1e-4 and merged["answers"] == 1 and merged["kept"] > 0.999
     assert found["base without the adapter"]["measures"]["kl"] > 1e-3
@@ -169,11 +169,11 @@ def test_a_chain_of_adapters_is_merged(tmp_path):
     second = adapter(tmp_path/"second", seed=2, base=tmp_path/"base")
     wanted = load_chat_model(ModelChoice(str(tmp_path/"base"), second))
     chain = ModelChoice("tiny", f"{first},{second}")
-    report = export(ExportPlan(tmp_path/"model", chain, answers=4, max_new_tokens=8), told=QUIET)
+    report = export(ExportPlan(tmp_path/"model", chain, answers=4, max_new_tokens=8), log=QUIET)
     assert report["passed"] and [a["name"] for a in report["made"]["adapters"]] == ["first", "second"]
     said = reference_of(wanted, fixed_questions(4), 8)
     assert distance(said, forward_of(load_model(str(tmp_path/"model"))))["logit"] <= 1e-4
-    export(ExportPlan(tmp_path/"other", ModelChoice("tiny", second), answers=1, max_new_tokens=2), told=QUIET)
+    export(ExportPlan(tmp_path/"other", ModelChoice("tiny", second), answers=1, max_new_tokens=2), log=QUIET)
     assert distance(said, forward_of(load_model(str(tmp_path/"other"))))["logit"] > 1e-2
 
 
@@ -234,7 +234,7 @@ def test_a_lost_file_format_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(gguf, "_interleaved", lambda rows, heads: rows)
     choice = ModelChoice("tiny", adapter(tmp_path/"adapter"))
     plan = ExportPlan(tmp_path/"model", choice, gguf=("f16",), answers=3, max_new_tokens=6)
-    report = export(plan, told=QUIET)
+    report = export(plan, log=QUIET)
     assert not report["passed"] and verdicts(report)["merged"]["passed"] and verdicts(report)["gguf-f16"]["broken"]
     assert not plan.place.exists()
 
@@ -242,13 +242,13 @@ def test_a_lost_file_format_fails(tmp_path, monkeypatch):
 def test_a_wrong_template_fails(tmp_path, monkeypatch):
     from medllm.export import merge as merging
     monkeypatch.setattr(merging, "template_text", lambda renderer: renderer.jinja.replace("assistant\\n", "assistant"))
-    report = export(ExportPlan(tmp_path/"model", ModelChoice("tiny"), answers=2, max_new_tokens=2), told=QUIET)
+    report = export(ExportPlan(tmp_path/"model", ModelChoice("tiny"), answers=2, max_new_tokens=2), log=QUIET)
     assert verdicts(report)["prompts"]["broken"] == ["agreement"] and not (tmp_path/"model").exists()
 
 
 def test_options_of_the_template_travel(tmp_path):
     choice = ModelChoice("tiny", template="qwen3", default_system="Answer in one sentence.", enable_thinking=False)
-    report = export(ExportPlan(tmp_path/"model", choice, gguf=("q8_0",), answers=2, max_new_tokens=2), told=QUIET)
+    report = export(ExportPlan(tmp_path/"model", choice, gguf=("q8_0",), answers=2, max_new_tokens=2), log=QUIET)
     assert verdicts(report)["prompts"]["passed"]
     text = (tmp_path/"model/gguf/Modelfile").read_text()
     assert "Answer in one sentence." in text and "</think>" in text and 'PARAMETER stop "<|im_end|>"' in text
@@ -296,16 +296,16 @@ def test_a_full_disk_is_one_sentence(size, more, tmp_path, small_files, capfd):
 def test_what_a_killed_export_left_is_taken_away(tmp_path):
     "Its hidden copy goes with the next export to that place; a folder it had just moved aside comes back first."
     plan = dict(choice=ModelChoice("tiny"), answers=1, max_new_tokens=2)
-    export(ExportPlan(str(tmp_path/"model"), **plan), told=QUIET)
+    export(ExportPlan(str(tmp_path/"model"), **plan), log=QUIET)
     for name in (".model.part-abcd1234", ".model.part-abcd1235/gguf"): (tmp_path/name).mkdir(parents=True)
     (tmp_path/".model.part-abcd1234/model.safetensors").write_bytes(bytes(1000))
     mine = [tmp_path/".model-backup", tmp_path/".models.part-abcd1234"]
     for folder in mine: folder.mkdir()
     (tmp_path/"model").rename(tmp_path/".model.old-abcd1234")
-    with pytest.raises(UserError, match="exists already"): export(ExportPlan(str(tmp_path/"model"), **plan), told=QUIET)
+    with pytest.raises(UserError, match="exists already"): export(ExportPlan(str(tmp_path/"model"), **plan), log=QUIET)
     assert sorted(f.name for f in tmp_path.iterdir()) == sorted(["model", *(f.name for f in mine)])
     (tmp_path/".model.part-abcd1236").mkdir()
-    assert export(ExportPlan(str(tmp_path/"model"), overwrite=True, **plan), told=QUIET)["passed"]
+    assert export(ExportPlan(str(tmp_path/"model"), overwrite=True, **plan), log=QUIET)["passed"]
     assert sorted(f.name for f in tmp_path.iterdir()) == sorted(["model", *(f.name for f in mine)])
 
 

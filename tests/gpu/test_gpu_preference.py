@@ -15,14 +15,14 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 @pytest.mark.parametrize("window", [None, 40])
 def test_branched_attention_kernels_agree(dtype, window):
     "Keys longer than queries, aligned at the end: one kernel (half precision) or a call for each piece, against float64."
-    from medllm.models.packed_attention import Branches, pick_kernel
-    forks, (q, k, v) = Branches(((0, 150, 200, 264), (264, 300, 301, 390), (390, 390, 401, 401))), (
+    from medllm.models.packed_attention import SharedPrefixes, pick_kernel
+    shared_prefixes, (q, k, v) = SharedPrefixes(((0, 150, 200, 264), (264, 300, 301, 390), (390, 390, 401, 401))), (
         torch.randn(1, heads, 401, 64, device="cuda", dtype=dtype, requires_grad=True) for heads in (8, 2, 2))
     kernel = pick_kernel(q, v, 0.0)
-    got = forks.attend(q, k, v, window) if kernel is None else kernel(
-        *(x[0].transpose(0, 1) for x in (q, k, v)), forks, window, None, 0.0)[None]
+    got = shared_prefixes.attend(q, k, v, window) if kernel is None else kernel(
+        *(x[0].transpose(0, 1) for x in (q, k, v)), shared_prefixes, window, None, 0.0)[None]
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    want, up = forks.attend(*exact, window), torch.randn_like(got)
+    want, up = shared_prefixes.attend(*exact, window), torch.randn_like(got)
     far = lambda a, b: ((a.double() - b).norm()/b.norm()).item()
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2
     assert far(got, want) < tolerance

@@ -23,7 +23,7 @@ def runs(tmp_path):
 
 # 500 mutated files of each kind, through every verb that reads
 
-KINDS = ("run.json", "metrics.json", "seal.json", "contract.json", "heartbeat.json", "events.jsonl", "history.jsonl",
+KINDS = ("run.json", "metrics.json", "seal.json", "fingerprint.json", "heartbeat.json", "events.jsonl", "history.jsonl",
     "record.ipynb", "source.ipynb", "checkpoint-2/COMMIT.json")
 PAGES = ("run.json", "seal.json", "events.jsonl", "history.jsonl", "record.ipynb")
 

@@ -13,7 +13,7 @@ from commands import run, wait, ROOT
 from medllm.core import UserError
 from medllm.files import write_json
 from medllm.records import remote as places
-from medllm.records.remote import fetched, landing, open_place
+from medllm.records.remote import fetched, mirrored_folder, open_place
 
 S3 = ROOT/".s3"
 
@@ -53,7 +53,7 @@ def address(request, monkeypatch, tmp_path):
 def test_a_run_is_seen_while_it_lives(address):
     "Status and committed checkpoints arrive with the heartbeat; a rotated checkpoint goes; the seal comes last."
     seen = []
-    with landing(address, every=0.1) as folder:
+    with mirrored_folder(address, every=0.1) as folder:
         record = os.path.join(folder, "sft/a")
         os.makedirs(f"{record}/checkpoint-1")
         with open(f"{record}/checkpoint-1/model.safetensors", "wb") as f: f.write(b"w"*1000)
@@ -82,13 +82,13 @@ def test_a_network_that_is_away_does_not_end_a_run(monkeypatch, tmp_path, capsys
         def find(self, *a, **k): raise OSError("no route")
         def put_file(self, *a):
             if broken[0]: raise OSError("no route to host")
-    monkeypatch.setattr(places, "open_place", lambda url: places.Place(Broken(), "x", url))
-    with pytest.raises(UserError, match="no route to host.*it is whole in"), landing("s3://b/x", every=0.01) as folder:
+    monkeypatch.setattr(places, "open_place", lambda url: places.RemoteFolder(Broken(), "x", url))
+    with pytest.raises(UserError, match="no route to host.*it is whole in"), mirrored_folder("s3://b/x", every=0.01) as folder:
         write_json(f"{folder}/run.json", {})
         time.sleep(0)
     assert capsys.readouterr().err.count("the run goes on") == 1
     broken[0] = False
-    with landing("s3://b/x"): pass                                                    # the next run copies what is left
+    with mirrored_folder("s3://b/x"): pass                                                    # the next run copies what is left
 
 
 @pytest.mark.parametrize("url", ["s3://AKIA:planted@bucket/runs", "sftp://me:planted@host/x",

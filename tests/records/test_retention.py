@@ -22,8 +22,8 @@ def a_month_of_runs(runs):
     live = fake(runs, "live", "running", checkpoints=(2, 4), days=30, sealed=False)
     torn = fake(runs, "live-but-torn", "running", checkpoints=(2, 4), days=30, sealed=False)
     (torn/"run.json").write_text('{"stage": "sf')
-    from medllm.processes import boot                                  # of this process: it lives as long as the test
-    beat = {"time": time.time(), "pid": os.getpid(), "begun": psutil.Process().create_time(), "boot": boot()}
+    from medllm.processes import boot_id                                  # of this process: it lives as long as the test
+    beat = {"time": time.time(), "pid": os.getpid(), "begun": psutil.Process().create_time(), "boot": boot_id()}
     for folder in (live, torn): write(folder/"heartbeat.json", beat)
     promoted = fake(runs, "promoted", checkpoints=(2, 4))
     with open(promoted/"events.jsonl", "a") as f: f.write('{"event": "promoted", "names": []}\n')

@@ -159,7 +159,7 @@ def test_closed_form(tiny, tmp_path, settings):
     reference, = trainer.token_logps(drawn, lambda b: (trainer.reference_logps(b, heat),))
     old, gains = (logps + SHIFT)*drawn.mask, group_advantages(REWARDS.double(), EACH, loss.kind)
     batch, = trainer.micro_batches(drawn, old=old, reference=reference, advantages=gains)
-    assert "borders" in batch                                  # each prompt is computed once
+    assert "cu_seqlens" in batch                                  # each prompt is computed once
     with fewer_passes(model):                                  # norms in float64 too; the model's own are float32
         ours = trainer.objective(trainer, model, batch)[0]/len(drawn)
         want = plain_loss(loss, model, drawn, old, reference, gains, heat)

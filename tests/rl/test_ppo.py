@@ -194,7 +194,7 @@ def test_micro_batches_and_accumulation_change_nothing(warm, tmp_path):
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_values_of_ragged_rows(warm, tmp_path, kind):
     "The value before each token is what the value model says of the row alone, cut there."
-    from medllm.models.adapter_roles import speaking
+    from medllm.models.adapter_roles import active_adapter
     from medllm.models.reward_model import score_rows
     trainer = make(warm, tmp_path, finetuning_type=kind)
     for name, p in trainer.model.named_parameters():
@@ -209,7 +209,7 @@ def test_values_of_ragged_rows(warm, tmp_path, kind):
         if kind == "full": want = score_rows(trainer.model.critic.scorer, rows)
         else:
             alone = lambda row: trainer.model(torch.from_numpy(row)[None], output_hidden_states=True).hidden_states[-1][0, -1]
-            with torch.no_grad(), speaking(trainer.model, "critic"): states = torch.stack([alone(row) for row in rows])
+            with torch.no_grad(), active_adapter(trainer.model, "critic"): states = torch.stack([alone(row) for row in rows])
             want = states @ trainer.model.critic.head.weight[0]
         torch.testing.assert_close(values[i, :len(answer)], want.detach(), atol=1e-4, rtol=1e-4)
         assert (values[i, len(answer):] == 0).all()

@@ -119,10 +119,10 @@ def test_copy_and_new(browser, served):
 
 def test_what_goes_wrong_is_said(browser, served, chat):
     "A full house, a conversation that is too long, a server that is gone: a sentence each, and the question comes back."
-    from medllm.serve.queue import Question
+    from medllm.serve.queue import QueuedRequest
     find = opened(browser, served[0])
     field = browser.find_element("id", "question")
-    blocks = [Question(chat.prompt([Turn("user", "x")]), Sampling(900, 0.0), 0, (), lambda piece: None) for _ in range(2)]
+    blocks = [QueuedRequest(chat.prompt([Turn("user", "x")]), Sampling(900, 0.0), 0, (), lambda piece: None) for _ in range(2)]
     served[1].queue.ask(blocks)
     field.send_keys("什么是哮喘？\n")
     wait(browser, lambda: find(".error") and ended(browser))

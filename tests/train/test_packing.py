@@ -43,7 +43,7 @@ def some_rows(lengths=(9, 30, 17, 30, 2, 23, 9, 64), seed=0):
 
 
 def packed_inputs(model, batch, **kwargs):
-    return {"position_ids": batch["position_ids"], **document_inputs(model, batch["borders"]), **kwargs}
+    return {"position_ids": batch["position_ids"], **document_inputs(model, batch["cu_seqlens"]), **kwargs}
 
 
 def lora(model):
@@ -86,11 +86,11 @@ def test_packed_and_unpacked_losses_and_gradients_are_equal(kind):
     isolate(model, longest=64)
     order = sorted(range(len(rows)), key=lambda i: -len(np.trim_zeros(rows[i]["labels"] != -100, "b")))
     batch = PackedCollate(0)(rows)
-    assert batch["input_ids"].shape[0] == 1 and len(batch["borders"]) == len(rows) + 1
+    assert batch["input_ids"].shape[0] == 1 and len(batch["cu_seqlens"]) == len(rows) + 1
     head = SelectedHead(model, fuse=False)
     logits = head.logits(model, batch["input_ids"], batch["positions"], **packed_inputs(model, batch))
     each = F.cross_entropy(logits, batch["targets"], reduction="none")
-    whose = np.searchsorted(batch["borders"], batch["positions"].numpy(), side="right") - 1
+    whose = np.searchsorted(batch["cu_seqlens"], batch["positions"].numpy(), side="right") - 1
     for place, i in enumerate(order):
         got = each[torch.from_numpy(whose == place)].sum().item()
         assert abs(got - alone[i]) < 1e-5*max(1, abs(alone[i])), (kind, i)
@@ -124,10 +124,10 @@ def test_no_token_attends_across_documents(kind):
     model = MODELS[kind]().eval()
     isolate(model, 64)
     batch = PackedCollate(0)([some_rows()[i] for i in range(8)])
-    ids, borders = batch["input_ids"], batch["borders"]
+    ids, cu_seqlens = batch["input_ids"], batch["cu_seqlens"]
     more = packed_inputs(model, batch)
     before = model(input_ids=ids, **more).logits.detach()
-    for begin, end in zip(borders[:-1], borders[1:]):
+    for begin, end in zip(cu_seqlens[:-1], cu_seqlens[1:]):
         other = ids.clone()
         other[:, begin:end] = other[:, begin:end] % 3000 + 7
         moved = (model(input_ids=other, **more).logits != before).any(-1)[0]
@@ -151,13 +151,13 @@ def test_no_mask_is_made_and_no_call_is_longer_than_a_document(monkeypatch):
     model(input_ids=batch["input_ids"], **packed_inputs(model, batch))
     assert all(mask is None for *_, mask in calls)
     layers = model.config.num_hidden_layers
-    documents = np.diff(batch["borders"]).tolist()
+    documents = np.diff(batch["cu_seqlens"]).tolist()
     assert sorted(chain(*([length]*n for n, length, _ in calls))) == sorted(documents*layers)
     assert len(calls) == layers*len(set(documents))
 
 
 def test_gradient_checkpointing_recomputes_with_the_right_borders():
-    "Two batches go forward before either goes backward: recomputing takes the borders of its own batch."
+    "Two batches go forward before either goes backward: recomputing takes the cu_seqlens of its own batch."
     batches = [PackedCollate(0)([some_rows(seed=s)[i] for i in part]) for s, part in ((0, range(8)), (1, range(3, 8)))]
     def both(checkpointing):
         model = load_model("tiny", LoadPlan(frozen=False)).train()
@@ -217,13 +217,13 @@ def test_packs_hold_every_row_once_and_whole(drawn, epoch, world, batch):
 def test_no_label_crosses_a_border_and_positions_restart(lengths, multiple):
     rows = some_rows(lengths)
     batch = PackedCollate(0, multiple)([rows[i] for i in range(len(rows))])
-    borders, ids, positions = batch["borders"], batch["input_ids"][0].numpy(), batch["position_ids"][0].numpy()
-    assert borders[0] == 0 and borders[-1] == len(ids) and len(ids) % multiple == 0
-    assert (np.diff(borders) > 0).all()
-    assert positions.tolist() == list(chain(*(range(n) for n in np.diff(borders))))
+    cu_seqlens, ids, positions = batch["cu_seqlens"], batch["input_ids"][0].numpy(), batch["position_ids"][0].numpy()
+    assert cu_seqlens[0] == 0 and cu_seqlens[-1] == len(ids) and len(ids) % multiple == 0
+    assert (np.diff(cu_seqlens) > 0).all()
+    assert positions.tolist() == list(chain(*(range(n) for n in np.diff(cu_seqlens))))
     # every document with its labels is one of the rows, and each row is there once
     pairs, at = [], dict(zip(batch["positions"].tolist(), batch["targets"].tolist()))
-    for begin, end in list(zip(borders[:-1], borders[1:]))[:len(rows)]:
+    for begin, end in list(zip(cu_seqlens[:-1], cu_seqlens[1:]))[:len(rows)]:
         pairs.append((tuple(ids[begin:end]), tuple(at.pop(i, -100) for i in range(begin, end))))
     assert not at                                              # pads predict nothing
     wanted = []

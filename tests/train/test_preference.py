@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from commands import losses, run
 
 from medllm.core import UserError
-from medllm.data.rows import Mark, RowWriter, TokenRows
+from medllm.data.rows import RowInfo, RowWriter, TokenRows
 from medllm.models.adapters import AdaptPlan, adapt
 from medllm.models.packed_attention import branched, isolate
 from medllm.models.loading import load_model
@@ -25,7 +25,7 @@ from medllm.train.preference import (
     LOSSES, Preference, answer_weights, dpo_loss, hinge_loss, ipo_loss, log_odds, orpo_loss, saved_share, simpo_loss)
 from medllm.train.reference import Reference, ReferencePlan
 from medllm.train.trainer import StageTrainer
-from medllm.train.units import Liked, Pairs
+from medllm.train.units import KTORows, PreferencePairs
 
 VARIANTS = {
     "sigmoid": dict(pref_beta=0.3), "hinge": dict(pref_beta=0.05), "ipo": dict(pref_beta=0.2), "orpo": dict(pref_beta=0.4),
@@ -108,7 +108,7 @@ def pairs_of(rng, sizes):
         asked, first, second = some_ids(rng, prompt), some_ids(rng, better), some_ids(rng, worse)
         if i % 2: second[:min(2, worse - 1)] = first[:min(2, worse - 1)]
         rows += [row_of(asked, first), row_of(asked, second)]
-    return Pairs(TokenRows(rows))
+    return PreferencePairs(TokenRows(rows))
 
 
 SIZES = [(9, 6, 4), (3, 2, 8), (7, 9, 1), (14, 3, 5)]
@@ -257,7 +257,7 @@ def test_order_and_company_of_pairs_change_nothing(tmp_path):
     alone = [step_of(trainer, units.pick(np.array([i]))) for i in range(4)]
     assert abs(np.mean([a[0] for a in alone]) - loss) < 1e-6
     assert (sum(a[1] for a in alone)/4 - gradient).abs().max() < 1e-6
-    swapped = Pairs(units.rows.pick(np.array([1, 0, 3, 2, 5, 4, 7, 6])))
+    swapped = PreferencePairs(units.rows.pick(np.array([1, 0, 3, 2, 5, 4, 7, 6])))
     _, _, sums = step_of(trainer, swapped)
     _, _, before = step_of(trainer, units)
     assert abs(sums["margin"] + before["margin"]) < 1e-5 and sums["accuracy"] + before["accuracy"] == 4
@@ -339,8 +339,8 @@ def judged_of(rng, count=6):
     writer = RowWriter()
     for i in range(count):
         ids, trained = row_of(some_ids(rng, 3 + i), some_ids(rng, 2 + 3*i % 7))
-        writer.add([ids], [trained], [Mark(i, i, i % 2)])
-    return Liked(writer.close(), seed=0)
+        writer.add([ids], [trained], [RowInfo(i, i, i % 2)])
+    return KTORows(writer.close(), seed=0)
 
 
 def kto_objective(models, **flags):

@@ -22,9 +22,9 @@ from medllm.train.arguments import parse
 from medllm.train.inputs import prepare_data
 from medllm.train.loop import train
 from medllm.train.report_card import ReportCard, check_reward_model, ended, saved_head
-from medllm.train.reward import PairLoss, make_trainer, pair_loss
+from medllm.train.reward import RewardLoss, make_trainer, pair_loss
 from medllm.train.trainer import StageTrainer
-from medllm.train.units import Pairs, UnitCollate
+from medllm.train.units import PreferencePairs, UnitCollate
 
 
 def toy_pairs(number=12, seed=0):
@@ -36,7 +36,7 @@ def toy_pairs(number=12, seed=0):
             answer = np.append(rng.integers(300, 4000, rng.integers(1, 12)), 4)
             row = np.concatenate([prompt, answer]).astype(np.int32)
             rows.append((row, np.arange(len(row)) >= len(prompt)))
-    return Pairs(TokenRows(rows))
+    return PreferencePairs(TokenRows(rows))
 
 
 def ends_of(pairs):
@@ -61,7 +61,7 @@ def trainer_of(folder, pairs, model=None, objective=None, pack_to=None, grouped=
         report_to="none", disable_tqdm=True, save_strategy="no", use_cpu=True, remove_unused_columns=False, logging_steps=1,
         lr_scheduler_type="constant", learning_rate=1e-3, weight_decay=0.0, seed=0,
         per_device_train_batch_size=len(pairs), max_steps=4) | kw)
-    return StageTrainer(model if model is not None else whole(), args, objective or PairLoss(), pairs, {"": pairs},
+    return StageTrainer(model if model is not None else whole(), args, objective or RewardLoss(), pairs, {"": pairs},
         load_tokenizer("tiny"), grouped, pack_to)
 
 
@@ -76,7 +76,7 @@ def losses_of(trainer):
 def test_loss_and_gradient_equal_the_closed_form(tmp_path, margin, centre):
     "Through the whole model in float64: loss, scores, and the gradient of the head and of a layer's weight."
     pairs, model = toy_pairs(6), whole().double().eval()
-    trainer = trainer_of(tmp_path, pairs, model, PairLoss(margin, centre))
+    trainer = trainer_of(tmp_path, pairs, model, RewardLoss(margin, centre))
     batch = UnitCollate(0, ends=True)([pairs[i] for i in range(6)])
     loss, sums = trainer.objective(trainer, model, batch)
     head, deep = model.score.weight, model.model.layers[3].mlp.down_proj.weight
@@ -111,7 +111,7 @@ def test_equals_trls_trainer(trl, tmp_path, margin, centre):
     "Loss, scores, every gradient of a batch and the losses of four steps, in float32."
     pairs, model = toy_pairs(6), whole().eval()
     theirs = theirs_on(trl, tmp_path/"model", model, pairs, margin, centre, steps=4)
-    trainer = trainer_of(tmp_path/"ours", pairs, model, PairLoss(margin, centre))
+    trainer = trainer_of(tmp_path/"ours", pairs, model, RewardLoss(margin, centre))
     loss, _ = trainer.objective(trainer, model, UnitCollate(0, ends=True)([pairs[i] for i in range(6)]))
     (loss/6).backward()
     assert abs(loss.item()/6 - theirs["loss"]) < 1e-5
