@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
-from .batches import epoch_order, read_length, split_rounds
+from .batches import Batch, epoch_order, read_length, split_rounds
 
 # %% ../../nbs/data/16_packing.ipynb #plan
 def plan_packs(
@@ -124,19 +124,18 @@ class PackedBatches(Sampler):
 
 # %% ../../nbs/data/16_packing.ipynb #collate
 class PackedCollate:
-    ("Rows to a packed batch: `input_ids` (1, T), `position_ids` (1, T) restarting in each document, `borders` of "
-        "documents as a tuple, and `positions` (M,), `targets` (M,), `tokens` as in `Collate`.")
+    "Rows to a packed `Batch`, the longest first."
     def __init__(self,
         pad_id:int,       # Any id: pads are a document of their own
         multiple:int = 1, # T is rounded up to a multiple of this (8 suits tensor cores)
     ): self.pad_id, self.multiple = pad_id, multiple
 
-    def __call__(self, rows:list[dict])->dict:
-        rows = sorted(((read_length(r["labels"]), r) for r in rows), key=lambda pair: -pair[0])
-        lengths = [n for n, _ in rows]
+    def __call__(self, rows:list[dict])->Batch:
+        cut = sorted(((read_length(r["labels"]), r) for r in rows), key=lambda pair: -pair[0])
+        lengths = [n for n, _ in cut]
         tokens, pads = sum(lengths), -sum(lengths) % self.multiple
-        ids = [row["input_ids"][:n] for n, row in rows]
-        labels = [np.append(row["labels"], -100)[1:n + 1] for n, row in rows]     # what each position predicts
+        ids = [row["input_ids"][:n] for n, row in cut]
+        labels = [np.append(row["labels"], -100)[1:n + 1] for n, row in cut]     # what each position predicts
         if pads:
             lengths.append(pads)
             ids.append(np.full(pads, self.pad_id))

@@ -9,12 +9,14 @@ __all__ = ['AnswerLayout', 'Rollout', 'rollout_again', 'Reward', 'add_rewards']
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
 from fastcore.basics import patch
 
 from ..core import UserError
+from ..data.batches import Batch
 from ..train.units import UnitCollate
 
 # %% ../../nbs/rl/00_rollout.ipynb #layout
@@ -31,7 +33,7 @@ class AnswerLayout:
     def __call__(self,
         prompts:Sequence, # B arrays; neighbours with one prompt share one array
         answers:Sequence, # B arrays
-    )->dict:
+    )->Batch:
         "Ids, positions and targets of B answers."
         together = [[answers[i] for i in some] for _, some in groupby(range(len(prompts)), lambda i: id(prompts[i]))]
         firsts = np.cumsum([0, *(len(group) for group in together[:-1])])
@@ -44,7 +46,7 @@ class AnswerLayout:
 
 # %% ../../nbs/rl/00_rollout.ipynb #branches
 @patch
-def _branches(self:AnswerLayout, prompts:list, together:list)->dict:
+def _branches(self:AnswerLayout, prompts:list, together:list)->Batch:
     "Each prompt once, its answers behind it; what is only predicted is not read."
     forks, ids, places, at, end = [], [], [], [], 0
     for prompt, group in zip(prompts, together):
@@ -96,13 +98,13 @@ class Rollout:
         rows:Sequence[int]|np.ndarray, # Numbers of answers
         layout:AnswerLayout, # How they are laid out
         **values,            # (N,) or (N, L) tensors that go along: one number an answer, or one a token
-    )->dict:
+    )->Batch:
         "Answers with their prompts; values are (B,) or, one a token, (M,) in the order of the targets."
         at = torch.as_tensor(np.asarray(rows))
         answers = [self.answers[i, :self.lengths[i]].numpy() for i in at.tolist()]
         mask, given = self.mask[at], {name: v[at] for name, v in values.items() if v is not None}
-        return layout([self.prompts[i] for i in at.tolist()], answers) | {
-            name: v[mask] if v.dim() > 1 else v for name, v in given.items()}
+        laid:Any = layout([self.prompts[i] for i in at.tolist()], answers)
+        return laid | {name: v[mask] if v.dim() > 1 else v for name, v in given.items()}
 
 # %% ../../nbs/rl/00_rollout.ipynb #by-group
 @patch

@@ -19,6 +19,7 @@ from fastcore.basics import patch
 from torch.utils.data import Sampler
 
 from ..core import UserError, say
+from ..data.batches import Batch
 from ..models.packed_attention import branched
 from ..models.sampling import Sampling, at_rest, rows_that_fit, sample_answers, uniform_table
 from .rollout import AnswerLayout, Reward, Rollout, add_rewards, rollout_again
@@ -70,7 +71,7 @@ class RolloutObjective(Objective):
         self.layout = AnswerLayout(pad_id, multiple, packed)
         return list                         # prompts stay a list until they are answered
 
-    def rollout(self, trainer, prompts:list[dict])->list[dict]:
+    def rollout(self, trainer, prompts:list[dict])->list[Batch]:
         "The micro-batches of a rollout, `passes` x `steps` x A of them, from `trainer.micro_batches`."
         raise NotImplementedError
 
@@ -122,10 +123,8 @@ def _longest(model, several:list, how:Sampling)->int:
 # %% ../../nbs/rl/04_sampling_trainer.ipynb #rollout-trainer
 class RolloutTrainer(StageTrainer):
     "A `StageTrainer` over `Prompts`; writes `rollouts.jsonl` beside the history."
-    made:dict          # What the stage tells of what it made, for the metrics
-    drawn:int|None     # The rollout that `queue` holds
-    kept:tuple|None    # Number, answers and values of the last one
-
+    made:dict       # What the stage tells of what it made, for the metrics
+    kept:Any        # Number, answers and values of the last rollout
     def __init__(self,
         model,            # From `start_model`
         args,             # `TrainingArguments`
@@ -154,7 +153,7 @@ class RolloutTrainer(StageTrainer):
                 "--per_device_train_batch_size x --gradient_accumulation_steps is "
                 f"{per_step}: it must be a multiple of "
                 f"the {objective.each} answers to a prompt (--num_generations)")
-        self.size, self.drawn, self.queue, self.kept = per_step*objective.steps//objective.each, None, [], None
+        self.size, self.drawn, self.queue, self.kept = per_step*objective.steps//objective.each, -1, [], None
         self.rollouts, self.spent = Path(args.output_dir)/"rollouts.jsonl", 0.0
         self.noted, self.ends, self.totals = [], ({}, {}), {"rollouts": 0, "answers": 0, "seconds": 0.0}
 
@@ -167,6 +166,7 @@ class RolloutTrainer(StageTrainer):
 @patch
 def get_train_dataloader(self:RolloutTrainer):
     "The prompts of each rollout, once for each of its micro-batches."
+    self._begin_anew()
     a = self.args
     return self._loader(self.train_dataset, RolloutBatches(
         len(self.train_dataset), self.size, self.rollout_steps*a.gradient_accumulation_steps,
@@ -192,7 +192,7 @@ def get_batch_samples(self:RolloutTrainer, epoch_iterator, num_batches:int, devi
 def micro_batches(self:RolloutTrainer,
     rollout:Rollout, # From `sample`
     **values,        # (N,) or (N, L) tensors that go along, see `Rollout.batch`
-)->list[dict]:       # passes x steps x A
+)->list[Batch]:      # passes x steps x A
     "A rollout cut into micro-batches; inside an optimiser step rows of similar length lie together."
     out, objective, key = [], self.objective, (self.args.seed, self.number, self.args.process_index)
     by_size, self.kept = rollout.by_group(), (self.number, rollout, values)
@@ -218,7 +218,8 @@ def token_logps(self:RolloutTrainer,
         rows = order[at:at + max(self.args.per_device_train_batch_size, 2**14//longest)]
         at += len(rows)
         with at_rest(self.model), self.compute_loss_context_manager():
-            found = [f.cpu() for f in score(self._prepare_inputs(rollout.batch(rows, self.objective.layout)))]
+            laid:Any = rollout.batch(rows, self.objective.layout)
+            found = [f.cpu() for f in score(self._prepare_inputs(laid))]
         if out is None: out = [torch.zeros(rollout.answers.shape, dtype=f.dtype) for f in found]
         for whole, f in zip(out, found):
             part = torch.zeros((len(rows), whole.shape[1]), dtype=f.dtype)
@@ -261,7 +262,7 @@ def sample(self:RolloutTrainer,
 # %% ../../nbs/rl/04_sampling_trainer.ipynb #reference-logps
 @patch
 def reference_logps(self:RolloutTrainer,
-    batch:dict,              # A micro-batch on the device
+    batch:Batch,             # A micro-batch on the device
     temperature:float = 1.0, # Of sampling
 )->torch.Tensor:             # (M,), [nat]
     "Log-probability of each target under the reference."

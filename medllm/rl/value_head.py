@@ -10,6 +10,7 @@ from contextlib import nullcontext
 
 import torch
 
+from ..data.batches import Batch
 from ..models.loading import scalar_head
 from ..models.adapter_roles import speaking
 
@@ -29,7 +30,7 @@ class RoleCritic(torch.nn.Module):
         self.head = torch.nn.Linear(head.shape[1], 1, bias=False)
         self.head.weight.data.copy_(head)
 
-    def forward(self, trainer, batch:dict)->torch.Tensor: # (M,)
+    def forward(self, trainer, batch:Batch)->torch.Tensor: # (M,)
         "The value before each answer token of a batch."
         with speaking(trainer.model, "critic"):
             hidden = trainer.head._hidden(trainer.model, batch["input_ids"], **trainer.apart(batch))
@@ -42,7 +43,7 @@ class ModelCritic(torch.nn.Module):
         super().__init__()
         self.scorer = scorer
 
-    def forward(self, trainer, batch:dict)->torch.Tensor: # (M,)
+    def forward(self, trainer, batch:Batch)->torch.Tensor: # (M,)
         "The value before each answer token of a batch."
         head, caught = scalar_head(self.scorer), []
         plain = head.forward

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 
-from ..data.batches import Collate
+from ..data.batches import Batch, Collate
 from ..data.packing import PackedCollate
 from .units import UnitCollate
 
@@ -248,21 +248,21 @@ class Objective:
         "What reads the model's last hidden states."
         return SelectedHead(model, fuse=fuse)
 
-    def units(self, batch:dict)->int:
+    def units(self, batch:Batch)->int:
         "Units of a micro-batch."
         return int(batch["units"])
 
-    def begin(self, trainer, batches:list[dict]):
+    def begin(self, trainer, batches:list[Batch]):
         "Called with the micro-batches of the coming optimiser step."
 
-    def __call__(self, trainer, model, batch:dict)->tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def __call__(self, trainer, model, batch:Batch)->tuple[torch.Tensor, dict[str, torch.Tensor]]:
         "Loss summed over the units, and sums over the units of everything in `watched`."
         raise NotImplementedError
 
     def begin_validation(self, trainer, batches):
         "Called before a validation set, with this process's batches of it; they come anew afterwards."
 
-    def validate(self, trainer, model, batch:dict)->tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def validate(self, trainer, model, batch:Batch)->tuple[torch.Tensor, dict[str, torch.Tensor]]:
         "As a call, on a batch of a validation set."
         self.begin(trainer, [batch])
         return self(trainer, model, batch)

@@ -10,13 +10,14 @@ __all__ = ['LOSSES', 'dpo_loss', 'hinge_loss', 'ipo_loss', 'log_odds', 'orpo_los
 # %% ../../nbs/train/18_preference.ipynb #imports
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from ..core import UserError, say
-from ..data.batches import read_length
+from ..data.batches import Batch, read_length
 from ..models.packed_attention import branched, isolate
 from .arguments import Arguments
 from .flags import PreferenceArguments
@@ -152,12 +153,12 @@ class Preference(Objective):
         if self.shared: return ReferredCollate(BranchCollate(pad_id, multiple))
         return ReferredCollate(UnitCollate(pad_id, multiple, packed))
 
-    def weighted(self, logps:torch.Tensor, batch:dict)->torch.Tensor:
+    def weighted(self, logps:torch.Tensor, batch:Batch)->torch.Tensor:
         "Log-probabilities as they enter a sum, (M,)."
         if self.flags.ld_alpha is None: return logps
         return logps*answer_weights(batch["row_of"], 2*self.units(batch), self.flags.ld_alpha, logps.dtype)
 
-    def before(self, trainer, model, batch:dict)->torch.Tensor|None:
+    def before(self, trainer, model, batch:Batch)->torch.Tensor|None:
         "The reference's sums, (R,)."
         if not self.loss.relative or "reference" in batch: return batch.get("reference")
         logps = self.reference.logps(trainer, model, batch)
@@ -195,7 +196,7 @@ class BranchCollate:
         multiple:int = 1, # T is rounded up to a multiple of this
     ): self.pad_id, self.multiple = pad_id, multiple
 
-    def __call__(self, items:list[dict])->dict:
+    def __call__(self, items:list[dict])->Batch:
         begin, forks, ids, places, at = 0, [], [], [], ([], [])
         for item in items:
             a, b = (r["input_ids"][:read_length(r["labels"])] for r in item["rows"])
@@ -216,7 +217,7 @@ class BranchCollate:
         return self._targets(items, at) | {"input_ids": row(ids), "position_ids": row(places), "borders": tuple(forks),
             "units": len(items), "tokens": torch.tensor(tokens)}
 
-    def _targets(self, items:list, at:tuple)->dict:
+    def _targets(self, items:list, at:tuple)->Any:
         "What is predicted where, for all better answers and then for all worse ones."
         parts = {"positions": [], "targets": [], "row_of": []}
         rows = [item["rows"][k] for k in (0, 1) for item in items]

@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 
 from ..core import UserError, find_path, say
 from ..files import whole_file, write_json
+from ..data.batches import Batch
 from ..data.cache import cache_folder
 from ..machine import described, differs
 from ..models.adapters import AdaptPlan, adapt, names
@@ -98,8 +99,7 @@ class Reference:
         keep:bool = True,   # how = weights: copy them; False where all is computed before training
     ):
         self.plan, self.other, self.gone = plan, other, False
-        self.weights:str|None = None         # Their hash, when it is known
-        self.head = None if other is None else SelectedHead(other)
+        self.head, self.weights = None if other is None else SelectedHead(other), cast(Any, None)
         self.adapter = {"off": None, "copy": "reference", "role": "reference"}.get(plan.how, "")
         self.kept = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad
             ] if plan.how == "weights" and keep else []
@@ -123,13 +123,14 @@ class Reference:
     def logps(self,
         trainer,    # A `StageTrainer`
         model,      # The model that trains, perhaps wrapped
-        batch:dict, # From its collator
+        batch:Batch, # From its collator
     )->torch.Tensor: # (M,), [nat]
         "Log-probability of each answer token of a batch under the reference."
         with self.answering(model) as asked, trainer.accelerator.autocast():
             if self.head is None: return trainer.logps(asked, batch)
-            where = (batch[k] for k in ("input_ids", "positions", "targets"))
-            return cast(torch.Tensor, self.head.token_logps(asked, *where, **trainer.apart(batch)))
+            found = self.head.token_logps(
+                asked, batch["input_ids"], batch["positions"], batch["targets"], **trainer.apart(batch))
+            return cast(torch.Tensor, found)
 
 # %% ../../nbs/train/17_reference.ipynb #exchanged
 @patch
@@ -311,10 +312,10 @@ class Referred:
 
 # %% ../../nbs/train/17_reference.ipynb #referred-collate
 class ReferredCollate:
-    "Another collator's batch, with `reference` (R,) where the units have it."
+    "Another collator's `Batch`, with `reference` where the units have it."
     def __init__(self, collate:Callable): self.collate = collate # Items to a batch
-    def __call__(self, items:list[dict])->dict:
-        batch = self.collate(items)
+    def __call__(self, items:list[dict])->Batch:
+        batch:Batch = self.collate(items)
         if "reference" not in items[0]: return batch
         sums = np.stack([item["reference"] for item in items]).T.reshape(-1)
         return batch | {"reference": torch.from_numpy(sums.astype(np.float32))}

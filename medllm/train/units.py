@@ -8,11 +8,12 @@ __all__ = ['Units', 'Pairs', 'Prompts', 'other_questions', 'Liked', 'mismatched'
 # %% ../../nbs/train/04_units.ipynb #imports
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 
-from ..data.batches import read_length
+from ..data.batches import Batch, read_length
 from ..data.rows import TokenRows
 from fastcore.basics import patch
 
@@ -104,9 +105,7 @@ def mismatched(
 
 # %% ../../nbs/train/04_units.ipynb #collate
 class UnitCollate:
-    ("Units to a batch of R rows: `input_ids` (R, T), or (1, T) with `position_ids` and "
-        "`borders` when packed; `positions`, "
-        "`targets`, `row_of` (M,); `last` (R,) if asked for; `liked` (B,) where judged; `units` B and `tokens`.")
+    "Units to a `Batch`, padded or packed: the first row of each, then the second of each."
     def __init__(self,
         pad_id:int,          # Any id: pads are never looked at
         multiple:int = 1,    # T is rounded up to a multiple of this
@@ -114,7 +113,7 @@ class UnitCollate:
         ends:bool = False,   # Let the last trained token in, and say where it is
     ): self.pad_id, self.multiple, self.packed, self.ends = pad_id, multiple, packed, ends
 
-    def __call__(self, items:list[dict])->dict:
+    def __call__(self, items:list[dict])->Batch:
         rows = [item["rows"][which] for which in range(len(items[0]["rows"])) for item in items]
         lengths = [read_length(r["labels"]) + self.ends for r in rows]
         ids = [r["input_ids"][:n] for r, n in zip(rows, lengths)]
@@ -132,7 +131,7 @@ class UnitCollate:
 
 # %% ../../nbs/train/04_units.ipynb #ids
 @patch
-def _ids(self:UnitCollate, ids:list, lengths:list)->tuple[list, dict]:
+def _ids(self:UnitCollate, ids:list, lengths:list)->tuple[list, Any]:
     "Where each row begins in the flattened batch, and the ids."
     def round_up(n): return -(-n//self.multiple)*self.multiple
     if not self.packed:

@@ -1,4 +1,4 @@
-"""Files of other people with any damage: a sentence each, in ten seconds and a gigabyte. Records: records/test_foreign_records."""
+"""Files of other people with any damage: a sentence each, in ten seconds and a gigabyte. Records: test_foreign_records."""
 import io
 import json
 import random
