@@ -10,7 +10,7 @@ TRL := .trl/.trl-1.16.0-1.12.0
 S3 := .s3/.moto-5.2.5
 LM_EVAL := .lm_eval/.lm-eval-0.4.13
 
-.PHONY: help demo test test-slow trl s3 lm_eval browser lint types notebooks export requirements clean
+.PHONY: help demo test check test-slow trl s3 lm_eval browser lint types ends coverage notebooks export requirements clean
 
 $(STAMP): requirements.txt settings.ini setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "medllm needs Python 3.11: set PYTHON=/path/to/python3.11"; exit 1; }
@@ -58,20 +58,35 @@ browser: ## Chromium for the tests of pages, installed into the system (root, ap
 		&& apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver \
 		> /dev/null; } || echo "no Chromium here, and no way to install it: the tests of pages will be skipped"
 
-# two files of tests at a time, one thread each: twice the threads of a machine with two cores would wait for one another
-test: $(STAMP) $(TRL) $(S3) lint notebooks ## everything that CI runs, without installing a browser
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests
+# two tests at a time, one thread each: twice the threads of a machine with two cores would wait for one another
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
-# one thread each: two notebooks at a time on two cores would only get in each other's way
+test: $(STAMP) $(TRL) $(S3) lint ## everything that CI runs, without installing a browser: notebooks and tests
+	$(PYTEST) tests
+
+check: $(STAMP) lint ## before a commit: the export, the notebooks that differ from main, the tests that take seconds
+	$(PYTEST) --quick tests
+
 notebooks: $(STAMP) ## every notebook, executed
-	OMP_NUM_THREADS=1 PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/nbdev_test --n_workers 2 --timing
+	$(PYTEST) tests/test_notebooks.py
 
 lint: $(STAMP) types ## ruff and types
 	$(BIN)/ruff check medllm tests
 
+# lowest and newest versions that settings.ini allows, an environment each in .ends; one alone: tests/ends.py lowest
+ends: $(STAMP) ## the smoke tests with the lowest and with the newest versions that settings.ini allows
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target .ends/uv --upgrade 'uv>=0.11,<1'
+	PATH=$(CURDIR)/.ends/uv/bin:$$PATH $(BIN)/python tests/ends.py
+
 # a quarter of a minute, half a minute without its cache
 types: $(STAMP) ## types of the exported package, by mypy
 	$(BIN)/mypy
+
+# apart from the tests, which it makes slower; a test that fails is told, and hides no figure
+coverage: $(STAMP) $(TRL) $(S3) ## which lines of the package the notebooks and the tests run, in their processes too
+	$(BIN)/coverage erase
+	-$(subst python -m pytest,coverage run -m pytest,$(PYTEST)) tests
+	$(BIN)/coverage combine --quiet && $(BIN)/coverage report
 
 test-slow: $(STAMP) $(LM_EVAL) ## tests that take minutes each
 	$(BIN)/python -m pytest tests -m slow
@@ -89,4 +104,4 @@ requirements: ## exact pins from the ranges in settings.ini
 	rm -rf .venv-pins
 
 clean: ## take away what was installed
-	rm -rf $(VENV) .trl .s3 .lm_eval .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) .trl .s3 .lm_eval .ends .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info

@@ -3,16 +3,34 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from commands import ROOT, SHARED, made, run
+import fork_server
+from fork_server import FOLDER
+from schedule import (  # noqa: F401  (pytest looks for them here)
+    pytest_addoption, pytest_collection_finish, pytest_collection_modifyitems, pytest_ignore_collect, pytest_runtest_logreport,
+    pytest_sessionfinish)
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 SMALL = ["-p", "max_steps", 4, "-p", "max_samples", 40, "-p", "logging_steps", 1]
 FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
     --disable-component-update --disable-sync --window-size=1200,900""".split()
+
+
+def pytest_configure(config):
+    "The folder of the fork servers; they end with this process, which holds the pipe `alive` open."
+    if hasattr(config, "workerinput") or not hasattr(os, "pidfd_open") or os.environ.get(FOLDER) == "": return
+    folder = os.environ[FOLDER] = tempfile.mkdtemp(prefix="medllm-shared_prefixes-")
+    os.mkfifo(f"{folder}/alive")
+    alive = os.open(f"{folder}/alive", os.O_RDWR)
+    @config.add_cleanup
+    def end():
+        os.close(alive)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture
@@ -45,6 +63,12 @@ def trl(tmp_path_factory):
         assert done.returncode == 0, done.stderr[-2000:]
         with np.load(folder/"out.npz", allow_pickle=False) as out: return dict(out)
     return call
+
+
+@pytest.fixture
+def forked_kernels():
+    "Kernels that the test itself starts are forked, see `fork_server`."
+    with fork_server.forked_kernels(): yield
 
 
 @pytest.fixture(scope="session")

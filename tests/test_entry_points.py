@@ -10,13 +10,13 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
-from commands import ROOT, run
+from commands import ROOT, process, run
 
 from medllm.parameters import parameters_cell
 from medllm.train.runs import SftRun
 
 
-def test_from_jupyters_working_directory(tmp_path):
+def test_from_jupyters_working_directory(tmp_path, forked_kernels):
     "Jupyter starts a notebook in its own folder; relative names still mean the project's."
     out = tmp_path/"out.ipynb"
     papermill.execute_notebook(
@@ -27,6 +27,7 @@ def test_from_jupyters_working_directory(tmp_path):
     assert json.loads((folder/"run.json").read_text())["status"] == "completed"
 
 
+@pytest.mark.smoke
 def test_plain_papermill(tmp_path):
     done = run(
         "papermill", "nbs/runs/sft.ipynb", tmp_path/"out.ipynb", "-p", "max_steps", 5,
@@ -59,7 +60,7 @@ def build_wheel(folder):
             ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
         (source/name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT/name, source/name)
-    done = run("python", "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder, source)
+    done = process("python", "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder, source)
     assert done.returncode == 0, done.stderr
     return next(folder.glob("medllm-*.whl"))
 
@@ -80,13 +81,12 @@ def use_wheel(python, folder):
 
 def test_from_a_wheel(tmp_path):
     "An environment of its own with the wheel; the libraries are lent from this one, since they are large."
-    run("python", "-m", "venv", tmp_path/"env")
+    process("python", "-m", "venv", "--without-pip", tmp_path/"env")
     python = tmp_path/"env/bin/python"
     lent = Path(sysconfig.get_path("purelib", vars={"base": tmp_path/"env", "platbase": tmp_path/"env"}))/"lent.pth"
     lent.write_text(sysconfig.get_path("purelib") + "\n")
-    done = subprocess.run(
-        [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", build_wheel(tmp_path)],
-        capture_output=True, text=True)
+    wheel = build_wheel(tmp_path)
+    done = process("python", "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel)
     assert done.returncode == 0, done.stderr
     (tmp_path/"elsewhere").mkdir()
     use_wheel(python, tmp_path/"elsewhere")
@@ -95,7 +95,7 @@ def test_from_a_wheel(tmp_path):
 @pytest.mark.slow
 def test_from_a_wheel_with_everything_installed(tmp_path):
     "Nothing lent: pip installs the pinned libraries and the wheel."
-    run("python", "-m", "venv", tmp_path/"env")
+    process("python", "-m", "venv", tmp_path/"env")
     python = tmp_path/"env/bin/python"
     for words in (["-r", ROOT/"requirements.txt"], [build_wheel(tmp_path)]):
         done = subprocess.run(

@@ -6,7 +6,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from commands import ROOT, fault
+from commands import ROOT, fault, process, run
 
 from medllm.files import write_json
 from medllm.processes import process_mark
@@ -26,7 +26,7 @@ SLOW = ("evaluate", "evaluate-unkept", "predict", "export", "run-evaluate", "run
     pytest.param(name, KILLS, marks=pytest.mark.slow) for name in SLOW)])
 def test_killed_again_and_again(command, kills):
     "The same result as undisturbed, nothing that was finished is done anew, nothing is left over, no record says what is not so."
-    found = fault("kill.py", command, kills, timeout=3600)
+    found = fault("kill.py", command, kills, timeout=3600, run=run if command == "evaluate-unkept" else process)
     assert found["kills"] >= int(kills) and found["left"] == [] and found["slowest_to_go_s"] < 15, found
 
 
@@ -138,7 +138,7 @@ def test_a_full_disk_in_a_notebook_is_no_fault_of_ours(reason, tmp_path, capsys)
 @pytest.mark.slow
 def test_full_disks_and_whole_checkpoints():
     "Weights fit and the optimiser does not; a record on a disk without room, without a byte, without an inode."
-    found = fault("full.py", "full")
+    found = fault("full.py", "full", run=process)
     once, always, disks = found["once"], found["always"], found["disks"]
     assert once["code"] == 0 and once["skipped"] == [4] and once["same"] == [True, True], once
     assert always["code"] == 74 and always["there"] == ["checkpoint-2"] and always["again"] == 0 and always["same"], always

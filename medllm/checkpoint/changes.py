@@ -20,7 +20,6 @@ from ..data.batches import cell_of
 from .commit import committed
 from .compatibility import changed, differences
 from .resumable import ResumableTrainer
-from .state import readable
 
 # %% ../../nbs/checkpoint/04_changes.ipynb #class
 class ChangedTrainer(ResumableTrainer):
@@ -57,12 +56,6 @@ def _begin_from(self:ChangedTrainer, folder:Path, checked:bool):
     if self.then and self.fingerprint: self.changes = changed(differences(self.then, self.fingerprint))
     rows = self.then.get("batch", {}).get("per_device_train_batch_size", self._train_batch_size)
     self.cell = self.note.get("cell") or cell_of(rows*self.args.world_size)
-
-# %% ../../nbs/checkpoint/04_changes.ipynb #load-callback-state
-@patch
-def _load_callback_state(self:ChangedTrainer):
-    "Put the callbacks where they were. Raises `UserError` for a state of others."
-    with readable(self.resumed, "trainer_state.json"): super(ChangedTrainer, self)._load_callback_state()
 
 # %% ../../nbs/checkpoint/04_changes.ipynb #place
 def new_place(

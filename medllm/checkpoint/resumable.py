@@ -365,9 +365,10 @@ def _begin_from(self:ResumableTrainer, folder:Path, checked:bool):
 # %% ../../nbs/checkpoint/03_resumable.ipynb #init-training-state
 @patch
 def _init_training_state(self:ResumableTrainer, max_steps:int, *args)->tuple[int, int]:
-    "Where training begins. Raises `UserError` for a checkpoint that is past the last step."
-    place = super(ResumableTrainer, self)._init_training_state(max_steps, *args)
-    if not self.resumed: return place
+    "Where training begins. Raises `UserError` for a checkpoint past the last step, or with other callbacks."
+    if not self.resumed: return super(ResumableTrainer, self)._init_training_state(max_steps, *args)
+    with readable(self.resumed, "trainer_state.json"):
+        place = super(ResumableTrainer, self)._init_training_state(max_steps, *args)
     step = begin_behind(self.args.output_dir, self.resumed, max_steps, self.args.should_save)
     if self.resumed.resolve().parent == Path(self.args.output_dir).resolve(): self.saved = step
     return place

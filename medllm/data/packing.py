@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
-from .batches import epoch_order, read_length, split_rounds
+from .batches import Batch, epoch_order, read_length, split_rounds
 
 # %% ../../nbs/data/16_packing.ipynb #plan
 def plan_packs(
@@ -143,8 +143,8 @@ class PackedCollate:
         rows = sorted(((read_length(r["labels"]), r) for r in rows), key=lambda pair: -pair[0])
         lengths = [n for n, _ in rows]
         tokens, pads = sum(lengths), -sum(lengths) % self.multiple
-        ids = [row["input_ids"][:n] for n, row in rows]
-        labels = [np.append(row["labels"], -100)[1:n + 1] for n, row in rows]     # what each position predicts
+        ids = [row["input_ids"][:n] for n, row in cut]
+        labels = [np.append(row["labels"], -100)[1:n + 1] for n, row in cut]     # what each position predicts
         if pads:
             lengths.append(pads)
             ids.append(np.full(pads, self.pad_id))

@@ -42,7 +42,6 @@ class TokenRows:
     "Tokenised rows; row `i` is a dict of `input_ids` and `labels`, each (T,) int32."
     parts:list[tuple] # Flat arrays of ids, trained positions and the bytes of notes
     table:dict        # A column of `_COLUMNS` each: arrays (N,)
-
     def __init__(self,
         rows:Iterable[tuple[np.ndarray, np.ndarray]] = (), # Pairs of ids and trained positions
     ):

@@ -9,6 +9,7 @@ __all__ = ['AnswerLayout', 'Rollout', 'rollout_again', 'Reward', 'add_rewards', 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from fastcore.basics import patch
 from torch.utils.data import Sampler
 
 from ..core import UserError
+from ..data.batches import Batch
 from ..train.units import UnitCollate
 
 # %% ../../nbs/rl/00_rollout.ipynb #layout
@@ -45,7 +47,7 @@ class AnswerLayout:
 
 # %% ../../nbs/rl/00_rollout.ipynb #branches
 @patch
-def _branches(self:AnswerLayout, prompts:list, together:list)->dict:
+def _branches(self:AnswerLayout, prompts:list, together:list)->Batch:
     "Each prompt once, its answers behind it; what is only predicted is not read."
     shared_prefixes, ids, end = [], [], 0
     places, at = [], []

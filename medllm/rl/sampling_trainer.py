@@ -17,6 +17,7 @@ import torch
 from fastcore.basics import patch
 
 from ..core import UserError, log_line
+from ..data.batches import Batch
 from ..models.packed_attention import branched
 from ..models.sampling import Sampling, at_rest, rows_that_fit, sample_answers, uniform_table
 from .rollout import AnswerLayout, Reward, Rollout, RolloutBatches, add_rewards, rollout_again
@@ -99,10 +100,8 @@ def _longest(model, several:list, sampling:Sampling)->int:
 # %% ../../nbs/rl/04_sampling_trainer.ipynb #rollout-trainer
 class RolloutTrainer(StageTrainer):
     "A `StageTrainer` over `Prompts`; writes `rollouts.jsonl` beside the history."
-    made:dict          # What the stage tells of what it made, for the metrics
-    drawn:int|None     # The rollout that `queue` holds
-    kept:tuple|None    # Number, answers and values of the last one
-
+    made:dict       # What the stage tells of what it made, for the metrics
+    kept:Any        # Number, answers and values of the last rollout
     def __init__(self,
         model,            # From `start_model`
         args,             # `TrainingArguments`
@@ -151,6 +150,7 @@ def number(self:RolloutTrainer)->int: # From 0
 @patch
 def get_train_dataloader(self:RolloutTrainer):
     "The prompts of each rollout, once for each of its micro-batches."
+    self._begin_anew()
     a = self.args
     return self._loader(self.train_dataset, RolloutBatches(
         len(self.train_dataset), self.size, self.rollout_steps*a.gradient_accumulation_steps,
@@ -180,7 +180,7 @@ def get_batch_samples(self:RolloutTrainer,
 def micro_batches(self:RolloutTrainer,
     rollout:Rollout, # From `sample`
     **values,        # (N,) or (N, L) tensors that go along, see `Rollout.batch`
-)->list[dict]:       # passes x steps x A
+)->list[Batch]:      # passes x steps x A
     "A rollout cut into micro-batches; inside an optimiser step rows of similar length lie together."
     out, objective, key = [], self.objective, (self.args.seed, self.number, self.args.process_index)
     by_size, self.kept = rollout.by_group(), (self.number, rollout, values)
@@ -252,7 +252,7 @@ def sample(self:RolloutTrainer,
 # %% ../../nbs/rl/04_sampling_trainer.ipynb #reference-logps
 @patch
 def reference_logps(self:RolloutTrainer,
-    batch:dict,              # A micro-batch on the device
+    batch:Batch,             # A micro-batch on the device
     temperature:float = 1.0, # Of sampling
 )->torch.Tensor:             # (M,), [nat]
     "Log-probability of each target under the reference."

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 
 import torch
 
+from ..data.batches import Batch
 from ..models.loading import scalar_head
 from ..models.adapter_roles import active_adapter
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..core import UserError, log_line
+from ..data.batches import Batch
 from ..models.packed_attention import isolate
 from .arguments import Arguments
 from .flags import PreferenceArguments
@@ -64,13 +65,13 @@ def _quiet(model):
 
 # %% ../../nbs/train/19_kto.ipynb #batch-part
 def batch_part(
-    batch:dict, # From `UnitCollate`, padded or packed
-    begin:int,  # First row
-    end:int,    # After the last row
-)->dict:        # input_ids, positions, targets, row_of (from 0), and position_ids, cu_seqlens when packed
+    batch:Batch, # From `UnitCollate`, padded or packed
+    begin:int,   # First row
+    end:int,     # After the last row
+)->Batch:        # input_ids, positions, targets, row_of (from 0), and position_ids, cu_seqlens when packed
     "Some neighbouring rows of a batch as a batch, no wider than they are."
     mine = (batch["row_of"] >= begin) & (batch["row_of"] < end)
-    part = {"targets": batch["targets"][mine], "row_of": batch["row_of"][mine] - begin}
+    part:Any = {"targets": batch["targets"][mine], "row_of": batch["row_of"][mine] - begin}
     ids, at = batch["input_ids"], batch["positions"][mine]
     if "cu_seqlens" in batch:
         start, stop = batch["cu_seqlens"][begin], batch["cu_seqlens"][end]

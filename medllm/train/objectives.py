@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 
-from ..data.batches import Collate
+from ..data.batches import Batch, Collate
 from ..data.packing import PackedCollate
 from .units import UnitCollate
 

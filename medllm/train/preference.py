@@ -10,13 +10,14 @@ __all__ = ['LOSSES', 'dpo_loss', 'hinge_loss', 'ipo_loss', 'log_odds', 'orpo_los
 # %% ../../nbs/train/18_preference.ipynb #imports
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from ..core import UserError, log_line
-from ..data.batches import read_length
+from ..data.batches import Batch, read_length
 from ..models.packed_attention import branched, isolate
 from .arguments import Arguments
 from .flags import PreferenceArguments

@@ -21,6 +21,7 @@ import torch
 
 from ..core import UserError, find_path, log_line
 from ..files import whole_file, write_json
+from ..data.batches import Batch
 from ..data.cache import cache_folder
 from ..machine import described, differs
 from ..models.adapters import AdaptPlan, adapt, names
@@ -314,10 +315,10 @@ class _WithReference:
 
 # %% ../../nbs/train/17_reference.ipynb #referred-collate
 class ReferredCollate:
-    "Another collator's batch, with `reference` (R,) where the units have it."
+    "Another collator's `Batch`, with `reference` where the units have it."
     def __init__(self, collate:Callable): self.collate = collate # Items to a batch
-    def __call__(self, items:list[dict])->dict:
-        batch = self.collate(items)
+    def __call__(self, items:list[dict])->Batch:
+        batch:Batch = self.collate(items)
         if "reference" not in items[0]: return batch
         sums = np.stack([item["reference"] for item in items]).T.reshape(-1)
         return batch | {"reference": torch.from_numpy(sums.astype(np.float32))}

@@ -11,6 +11,7 @@ import resource
 import sys
 import time
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch.utils.data import DataLoader
 from transformers import ProgressCallback, TrainingArguments
 
 from ..core import UserError, log_line
-from ..data.batches import GroupedBatches
+from ..data.batches import Batch, GroupedBatches
 from ..data.packing import PackedBatches
 from ..models.packed_attention import document_inputs, isolate
 from ..models.fused_ops import fewer_passes
@@ -75,6 +76,7 @@ class StageTrainer(ChangedTrainer):
     train_dataset:Any              # `TokenRows` or `Units`
     eval_dataset:Any               # The same, or several by name
     loss_is_scaled_for_ga = True   # the loss is divided by the units of the whole step here
+    tried:int|None = None          # Rows of a batch, once the rows were asked for
 
     def __init__(self,
         model,                  # From `adapt`
@@ -155,6 +157,7 @@ def _loader(self:StageTrainer, rows, batches, stays:bool=False)->DataLoader:
 @patch
 def get_train_dataloader(self:StageTrainer)->DataLoader:
     "Batches of this process; every row once an epoch, but for those of a last batch that is dropped."
+    self._begin_anew()
     a, rows, batches = self.args, self.train_dataset, self.objective.sampler
     seed, drop, size = a.seed if a.data_seed is None else a.data_seed, a.dataloader_drop_last, self._train_batch_size
     if batches is None and self.pack_to and self.objective.unit == "tokens":
@@ -175,7 +178,7 @@ def get_eval_dataloader(self:StageTrainer,
     batches = np.split(order, range(size, len(order), size))
     return self._loader(rows, [b.tolist() for b in batches[a.process_index::a.world_size]])
 
-# %% ../../nbs/train/10_trainer.ipynb #loss
+# %% ../../nbs/train/10_trainer.ipynb #get-batch-samples
 @patch
 def get_batch_samples(self:StageTrainer,
     epoch_iterator,  # Micro-batches of the epoch
@@ -183,16 +186,17 @@ def get_batch_samples(self:StageTrainer,
     device,          # Where the count is to be
 )->tuple[list, torch.Tensor|None]: # At most A micro-batches; units over all processes
     "The micro-batches of the coming optimiser step, and the units in it."
-    batches, units = super(StageTrainer, self).get_batch_samples(epoch_iterator, num_batches, device)
-    if batches: self.objective.begin(self, batches)
+    batches = [*islice(epoch_iterator, num_batches)]
+    if not batches: return batches, None
+    units = self._units_of(batches, device)
+    self.objective.begin(self, batches)
     return batches, units
 
-# %% ../../nbs/train/10_trainer.ipynb #get-num-items-in-batch
+# %% ../../nbs/train/10_trainer.ipynb #units-of
 @patch
-def _get_num_items_in_batch(self:StageTrainer, batch_samples:list, device)->torch.Tensor|None:
-    "Units of the coming optimiser step, over all processes."
-    if not batch_samples: return None
-    units = sum(self.objective.units(b) for b in batch_samples)
+def _units_of(self:StageTrainer, batches:list[Batch], device)->torch.Tensor:
+    "Units of an optimiser step, over all processes. Raises `UserError` for none."
+    units = sum(self.objective.units(b) for b in batches)
     if not self.agree(units)[0]:
         raise UserError(f"there is nothing to learn in the batch of step {self.state.global_step + 1}: "
             f"none of its rows has a trained {self.objective.unit.removesuffix('s')}; look at the "
@@ -303,24 +307,24 @@ def train(self:StageTrainer,
     **kwargs, # The same
 ):            # Its `TrainOutput`
     "Train, as `transformers.Trainer.train` does."
-    self.begun = time.perf_counter()
+    self.begun, self.tried = time.perf_counter(), None
     with nullcontext() if self.args.torch_compile else fewer_passes(self.model):
         result = super(StageTrainer, self).train(*args, **kwargs)
     self.ended = time.perf_counter()
     return result
 
-# %% ../../nbs/train/10_trainer.ipynb #update-auto-batch-size
+# %% ../../nbs/train/10_trainer.ipynb #begin-anew
 @patch
-def _update_auto_batch_size(self:StageTrainer, batch_size:int):
-    "Begin again with another batch size. Raises `UserError` when something was trained with the one before."
-    if batch_size != self._train_batch_size and self.state.global_step:
+def _begin_anew(self:StageTrainer):
+    "Rows are asked for again, in other batches. Raises `UserError` when something was trained with those before."
+    before, self.tried = self.tried, self._train_batch_size
+    if before in (None, self.tried): return
+    if self.state.global_step:
         raise UserError(
-            f"out of memory at step {self.state.global_step + 1} with batches of "
-            f"{self._train_batch_size}: begin again with a "
+            f"out of memory at step {self.state.global_step + 1} with batches of {before}: begin again with a "
             "smaller --per_device_train_batch_size (--auto_find_batch_size looks for one before the first step only)")
-    if batch_size != self._train_batch_size: log_line(f"out of memory: batches of {batch_size} from here on")
+    log_line(f"out of memory: batches of {self.tried} from here on")
     self.seen, self.sums = dict.fromkeys(self.seen, 0), dict.fromkeys(self.sums, 0.0)
-    super(StageTrainer, self)._update_auto_batch_size(batch_size)
 
 # %% ../../nbs/train/10_trainer.ipynb #track-num-input-tokens
 @patch

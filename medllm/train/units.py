@@ -8,11 +8,12 @@ __all__ = ['TrainingExamples', 'PreferencePairs', 'Prompts', 'other_questions', 
 # %% ../../nbs/train/04_units.ipynb #imports
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 
-from ..data.batches import read_length
+from ..data.batches import Batch, read_length
 from ..data.rows import TokenRows
 from fastcore.basics import patch
 
@@ -137,9 +138,7 @@ def _layout(ids:list, lengths:list, pad_id:int, multiple:int, packed:bool)->tupl
 
 # %% ../../nbs/train/04_units.ipynb #collate
 class UnitCollate:
-    ("Units to a batch of R rows: `input_ids` (R, T), or (1, T) with `position_ids` and "
-        "`cu_seqlens` when packed; `positions`, "
-        "`targets`, `row_of` (M,); `last` (R,) if asked for; `liked` (B,) where judged; `units` B and `tokens`.")
+    "Units to a `Batch`, padded or packed: the first row of each, then the second of each."
     def __init__(self,
         pad_id:int,          # Any id: pads are never looked at
         multiple:int = 1,    # T is rounded up to a multiple of this
@@ -149,7 +148,7 @@ class UnitCollate:
         self.pad_id, self.multiple = pad_id, multiple
         self.packed, self.ends = packed, ends
 
-    def __call__(self, items:list[dict])->dict:
+    def __call__(self, items:list[dict])->Batch:
         rows = [item["rows"][which] for which in range(len(items[0]["rows"])) for item in items]
         lengths = [read_length(r["labels"]) + self.ends for r in rows]
         ids = [r["input_ids"][:n] for r, n in zip(rows, lengths)]

@@ -241,6 +241,7 @@ def test_plain_trainer_loads_a_flipped_bit_without_a_word(tmp_path):
     assert trainer.state.global_step == 5
 
 
+@pytest.mark.smoke
 def test_a_resumed_run_takes_the_older_one_and_ends_the_same(copy, finished):
     broken(copy/"checkpoint-6"/"optimizer.pt", "flipped")
     metrics, said = whole_run(copy, resume_from_checkpoint="true")
@@ -457,6 +458,7 @@ def test_auto_needs_no_second_command(tmp_path):
     with pytest.raises(UserError, match="already holds a model"): whole_run(tmp_path/"a", resume_from_checkpoint="auto")
 
 
+@pytest.mark.smoke
 def test_early_stopping_keeps_its_patience(tmp_path):
     "A callback's state comes back, once; plain Trainer forgets it unless told, and keeps a copy a save of the second of a kind."
     from transformers import EarlyStoppingCallback

@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 from commands import run
+from fork_server import forked_kernels
 from written_files import write_lines
 
 PEOPLE = {"Anna": "anna.k41@mail-a.org", "Bela": "MRN: 48217730", "Carl": "(415) 555-2671", "Dora": "dora.s77@mail-b.org"}
@@ -37,8 +38,9 @@ def places(tmp_path_factory):
 def record(places):
     "The record of a training that went on for much too long."
     from medllm.experiment.execute import execute
-    done = quiet(execute, "sft", {"dataset": places/"rows.jsonl", "eval_dataset": places/"other.jsonl", "val_size": 0,
-        "max_steps": 90, "learning_rate": 4e-3, "canaries": 1, "output_dir": places/"record", "logging_steps": 30})
+    given = {"dataset": places/"rows.jsonl", "eval_dataset": places/"other.jsonl", "val_size": 0, "max_steps": 90,
+        "learning_rate": 4e-3, "canaries": 1, "output_dir": places/"record", "logging_steps": 30}
+    with forked_kernels(): done = quiet(execute, "sft", given)
     assert done.state["status"] == "completed", done.state.get("reason")
     return places/"record"
 

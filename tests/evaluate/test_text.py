@@ -89,6 +89,7 @@ def test_a_missing_sacrebleu_is_one_sentence(tmp_path):
     assert done.returncode == 1 and "pip install 'medllm[text]'" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.smoke
 def test_predictions_are_scored_without_a_model(tmp_path, chat):
     "medllm predict, then evaluate its file: the same items as answering and measuring at once."
     asked = read_questions(chat, find_sources("mm"), max_samples=None)

@@ -1,13 +1,12 @@
 """Records run again from their folder alone, compared with what was, and gone on with."""
+import json
+import os
 import shutil
 import signal
-import subprocess
-import time
 from pathlib import Path
 
-import psutil
 import pytest
-from commands import BIN, ROOT, losses, made, medllm, named, run
+from commands import losses, made, medllm, named, run, start, wait
 from written_files import change, fake, state_of
 
 # from one record folder alone
@@ -87,14 +86,11 @@ def test_a_killed_run_goes_on(plain, tmp_path):
     "The kernel is killed behind a checkpoint; `resume` comes to the losses of a run that nobody killed."
     words = ["sft", "-p", "max_steps", 40, "-p", "save_steps", 5, "-p", "logging_steps", 1, "-p", "max_samples", 40]
     whole = made(*words, runs=tmp_path/"whole")
-    process = subprocess.Popen([str(BIN/"medllm"), "run", *map(str, words), "--runs", str(tmp_path/"runs")], cwd=ROOT,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    until = time.monotonic() + 120
-    while not list((tmp_path/"runs").glob("sft/*/checkpoint-5/COMMIT.json")) and time.monotonic() < until: time.sleep(.02)
-    for kernel in psutil.Process(process.pid).children():
-        if any("ipykernel" in word for word in kernel.cmdline()): kernel.send_signal(signal.SIGKILL)
-    assert process.wait(120) == 1
+    process = start("medllm", "run", *words, "--runs", tmp_path/"runs")
+    wait(lambda: list((tmp_path/"runs").glob("sft/*/checkpoint-5/COMMIT.json")), process)
     record, = (tmp_path/"runs/sft").iterdir()
+    os.kill(json.loads((record/"heartbeat.json").read_text())["pid"], signal.SIGKILL)      # of the kernel, while it trains
+    assert process.wait(120) == 1
     assert state_of(record)["status"] == "killed" and len(losses(record)) < 40
     done = medllm("runs", "resume", "last", "--runs", tmp_path/"runs")
     assert done.returncode == 0, done.stderr

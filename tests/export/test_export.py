@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from commands import BIN, ROOT, run
+from commands import BIN, ROOT, run, start, wait
 
 from medllm.cli.main import main
 from medllm.core import UserError
@@ -72,6 +72,7 @@ def exported(trained, tmp_path_factory):
     return folder
 
 
+@pytest.mark.smoke
 def test_a_merge_gives_the_same_logits_and_answers(exported):
     "float32: logits within 1e-4, all tokens of 50 greedy answers, after training in 4 bit."
     report = json.loads((exported/"equivalence.json").read_text())
@@ -97,6 +98,7 @@ def test_training_in_4_bit_is_merged_onto_16_bit(trained, exported, tmp_path):
     assert verdicts(report)["merged"]["measures"]["kept"] > 0.9
 
 
+@pytest.mark.smoke
 def test_gguf_keeps_the_tokens(exported):
     "f16: at least 99% of the tokens, read back by transformers; token ids of the questions are the same."
     found = verdicts(json.loads((exported/"equivalence.json").read_text()))
@@ -257,15 +259,14 @@ def test_options_of_the_template_travel(tmp_path):
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, id="term"),
     pytest.param(signal.SIGKILL, id="kill", marks=pytest.mark.slow)])
 def test_stopped_in_the_middle_there_is_no_folder(number, tmp_path):
-    words = [BIN/"medllm", "export", "--output", tmp_path/"out/model", "--answers", "100", "--max_new_tokens", "200"]
-    process = subprocess.Popen(list(map(str, words)), stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    assert "asking" in process.stderr.readline()
+    process, told = start("medllm", "export", "--output", tmp_path/"out/model", "--answers", "100", "--max_new_tokens", "200",
+        err=tmp_path/"told"), tmp_path/"told"
+    wait(lambda: "asking" in told.read_text(), process)
     time.sleep(0.5)
     process.send_signal(number)
-    said = process.communicate(timeout=60)[1]
-    left = [p.name for p in (tmp_path/"out").iterdir()]
-    if number == signal.SIGTERM: assert process.returncode == 75 and "nothing was exported" in said and left == []
-    else: assert process.returncode == -9 and "model" not in left
+    code, left = process.wait(60), [p.name for p in (tmp_path/"out").iterdir()]
+    if number == signal.SIGTERM: assert code == 75 and "nothing was exported" in told.read_text() and left == []
+    else: assert code == -9 and "model" not in left
 
 
 @pytest.fixture

@@ -3,11 +3,10 @@ import json
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
-from commands import BIN, ROOT, run
+from commands import BIN, ROOT, run, start, wait
 
 from medllm.core import UserError
 from medllm.data.registry import find_sources
@@ -26,13 +25,6 @@ def words(output, dataset="mm", *more):
 def lines(file): return [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines()]
 
 
-def until(true, seconds=120):
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(.01)
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     "The file of a run that nobody disturbed."
@@ -46,12 +38,13 @@ def test_killed_then_stopped_and_gone_on_with(tmp_path, whole):
     "The file is the one of an undisturbed run, to the byte; no row is answered twice."
     output, part, sizes = tmp_path/"answers.jsonl", tmp_path/"answers.jsonl.part", []
     for how, least in ((signal.SIGKILL, 2), (signal.SIGTERM, 5)):      # whole batches that must be there before the signal
-        begun = subprocess.Popen(words(output), cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        until(lambda: part.exists() and part.read_bytes().count(b"\n") > 4*least)
+        begun = start(*words(output), err=tmp_path/"said")
+        wait(lambda: part.exists() and part.read_bytes().count(b"\n") > 4*least, begun)
         begun.send_signal(how)
-        said = begun.communicate(timeout=60)[1]
-        assert begun.returncode == (-9 if how == signal.SIGKILL else 75), said
+        code, said = begun.wait(60), (tmp_path/"said").read_text()
+        assert code == (-9 if how == signal.SIGKILL else 75), said
         if how == signal.SIGTERM: assert "the same command goes on there" in said
+        (tmp_path/"said").unlink()
         sizes.append([line["row"] for line in lines(part) if "row" in line])
         with open(part, "ab") as f: f.write(b'{"row": 1, "whe')       # as a power cut would leave it
     assert sizes[1][:len(sizes[0])] == sizes[0] and len(set(sizes[1])) == len(sizes[1]) > len(sizes[0])
@@ -149,7 +142,7 @@ def test_the_run_notebook_goes_on_in_its_folder(tmp_path):
     part = tmp_path/"r/predictions.jsonl.part"
     begun = subprocess.Popen([str(BIN/"medllm"), "run", "predict", *given], cwd=ROOT, stderr=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL, start_new_session=True)
-    until(lambda: part.exists() and part.read_bytes().count(b"\n") > 8)
+    wait(lambda: part.exists() and part.read_bytes().count(b"\n") > 8, begun)
     os.killpg(begun.pid, signal.SIGKILL)
     begun.wait(timeout=60)
     beat = json.loads((tmp_path/"r/heartbeat.json").read_text())

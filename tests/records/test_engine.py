@@ -21,6 +21,7 @@ from medllm.records.engine import use_engine
 from medllm.records.record import Run, read_events, status_of
 
 use_engine()
+pytestmark = pytest.mark.usefixtures("forked_kernels")
 PARAMETERS = "n:int = 1\nrate:float = 0.5\nname:str = 'a'\nextra:dict = {}"
 
 

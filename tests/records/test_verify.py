@@ -5,7 +5,7 @@ import resource
 import shutil
 
 import pytest
-from commands import ROOT, made, medllm, named
+from commands import ROOT, made, medllm, named, process
 from written_files import edit, fake, state_of, write
 
 """What became of a record: listed, verified, run again, resumed, freed, promoted (faults R10 to R14 of issue 5)."""
@@ -205,7 +205,7 @@ def test_a_thousand_runs_in_a_second(plain, tmp_path):
     seconds, rows = [], []
     for _ in range(3):                                            # of the processor: other tests run beside this one
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = medllm("runs", "list", "--json", "--runs", tmp_path/"runs")
+        done = process("medllm", "runs", "list", "--json", "--runs", tmp_path/"runs")
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         rows = json.loads(done.stdout)

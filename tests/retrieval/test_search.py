@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from commands import ROOT, SHARED, run
+from commands import ROOT, SHARED, process, run
 
 from medllm.core import UserError
 from medllm.data.formats import Turn
@@ -230,6 +230,7 @@ def test_the_last_question_gets_the_passages_and_fits(small):
 
 # --- kept ---
 
+@pytest.mark.smoke
 def test_an_index_is_kept_whole_or_not_at_all(place, small, monkeypatch):
     from medllm.retrieval import search as retrieve
     plan = retrieve.KnowledgePlan((str(small),), longest=500)
@@ -267,7 +268,7 @@ def test_a_result_is_read_by_a_process_that_knows_nothing(small, tmp_path):
     figures = write_result(measure_search(None, task), tmp_path)
     assert figures["recall@5"]["value"] == 1.0
     code = "import sys; from medllm.evaluate.result import *; print(summary(read_result(sys.argv[1], 'brain'))['n'])"
-    assert run(sys.executable, "-c", code, tmp_path).stdout.strip() == "4"
+    assert process(sys.executable, "-c", code, tmp_path).stdout.strip() == "4"
 
 
 # --- dense ---
@@ -337,6 +338,7 @@ def test_evaluation_sets_give_no_training_rows(small, tmp_path, capsys):
     assert "evaluation only" in capsys.readouterr().err and not (tmp_path/"out").exists()
 
 
+@pytest.mark.smoke
 def test_the_command(place, small, capsys):
     from medllm.cli.main import main
     def said(*words):

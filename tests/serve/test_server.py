@@ -103,6 +103,7 @@ def client(chat):
         yield openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0)
 
 
+@pytest.mark.smoke
 def test_the_client_gets_answers(client, chat):
     question = "高血压患者平时应该注意什么？"
     messages = [{"role": "user", "content": question}]
@@ -116,6 +117,7 @@ def test_the_client_gets_answers(client, chat):
     assert [c.message.content for c in two.choices] == [a.text for a in chat.answers([prompt]*2, Sampling(9), [7, 8])]
 
 
+@pytest.mark.smoke
 def test_the_client_gets_a_stream(client, chat):
     stream = client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "孩子发烧？"}], max_tokens=30,
         temperature=.8, seed=3, stream=True, stream_options={"include_usage": True})

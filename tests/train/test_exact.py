@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import ROOT, run
+from commands import ROOT, process
 
 from medllm.profiles import launch_environment
 
@@ -56,7 +56,7 @@ def train(folder, runs, profile="exact", **env):
     file = folder/f"runs-{len(list(folder.glob('runs-*')))}.json"
     file.write_text(json.dumps([(SHORT | given | dict(profile=profile), at) for given, at in runs]))
     own = {"PYTHONPATH": str(ROOT), "MEDLLM_CACHE": str(folder/"cache")}      # empty for the first process, full for the others
-    done = run(sys.executable, "-c", CHILD, file, cwd=folder, **own | launch_environment(profile) | env)
+    done = process(sys.executable, "-c", CHILD, file, cwd=folder, **own | launch_environment(profile) | env)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

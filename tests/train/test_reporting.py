@@ -26,6 +26,7 @@ def train(tmp_path, name, **env):
     return tmp_path/"out"
 
 
+@pytest.mark.smoke
 def test_tensorboard(tmp_path):
     folder = train(tmp_path, "tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -36,6 +37,7 @@ def test_tensorboard(tmp_path):
     assert not any(socket.gethostname().encode() in f.read_bytes() for f in (folder/"tensorboard").iterdir())
 
 
+@pytest.mark.smoke
 def test_mlflow(tmp_path):
     "The network is taken away: nothing may be asked."
     wall = tmp_path.parent/f"{tmp_path.name}-wall"

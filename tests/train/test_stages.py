@@ -14,7 +14,7 @@ def adapter(tmp_path_factory): return first_adapter(tmp_path_factory.mktemp("ada
 
 
 @pytest.mark.parametrize("start", STARTS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.smoke if kind == "lora" else ()) for kind in KINDS])
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_runs_is_saved_and_comes_back_equal(stage, kind, start, adapter, tmp_path):
     assert cell(stage, kind, start, adapter, tmp_path/"out") < 1e-4
