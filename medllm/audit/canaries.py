@@ -111,7 +111,7 @@ def planted(
         if not match or type(row.get("canary")) is not int:
             raise UserError(f"row {n} is no canary: name the {FILE} of a run that planted some")
         times[row["canary"], match[1], match[2]] += 1
-    return [Canary(*item, repeats) for item, repeats in sorted(times.items())]
+    return [Canary(number, name, digits, repeats) for (number, name, digits), repeats in sorted(times.items())]
 
 # %% ../../nbs/audit/09_canaries.ipynb #controls
 def controls(

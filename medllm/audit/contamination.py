@@ -127,7 +127,8 @@ class Watch:
     def __init__(self,
         sets:Sequence[EvalSet], # From `eval_set`
     ):
-        self.sets, self.tables = list(sets), {}
+        self.sets = list(sets)
+        self.tables:dict[int|str, _Table] = {}     # by words of a stretch; "key": by the whole text
         lengths = np.concatenate([s.whole.lengths for s in sets]) if sets else np.zeros(0, int)
         for n in (GRAM, LONG, *(n for n in WHOLE if (lengths == n).any())):
             counted = [grams(s.words if n == GRAM else s.whole, n) for s in sets]
@@ -142,7 +143,7 @@ class Watch:
         "The grams and whole items found in a batch of rows."
         both, hits = pairs(words), {}
         for n, table in self.tables.items():
-            value, owner = (words.keys, np.arange(len(words.keys))//2) if n == "key" else grams(both, n)
+            value, owner = (words.keys, np.arange(len(words.keys))//2) if isinstance(n, str) else grams(both, n)
             hits[n] = table.look(value, owner.astype(np.int64) + first)
         return hits
 

@@ -196,8 +196,8 @@ def _fill(self:ResumableTrainer, folder:Path, notes:dict):
         self.state.best_model_checkpoint = str(folder.parent/best)
     for callback in [c for c in (*self.callback_handler.callbacks, self.control) if isinstance(c, ExportableState)]:
         states.setdefault(type(callback).__name__, []).append(callback.state())
-    self.state.stateful_callbacks = {name: saved[0] if len(saved) == 1 else saved
-        for name, saved in states.items()}
+    callbacks:Any = {name: saved[0] if len(saved) == 1 else saved for name, saved in states.items()}
+    self.state.stateful_callbacks = callbacks
     self.state.save_to_json(str(folder/"trainer_state.json"))
 
 # %% ../../nbs/checkpoint/03_resumable.ipynb #write
@@ -305,6 +305,7 @@ def _leave(self:ResumableTrainer):
 @patch
 def train(self:ResumableTrainer,
     resume_from_checkpoint = None, # Folder of a checkpoint
+    *args,                         # As for `Trainer.train`
     checked:bool = False,          # It is known to be whole
     **kwargs,                      # As for `Trainer.train`
 ):                                 # A `TrainOutput`
@@ -360,7 +361,7 @@ def _begin_from(self:ResumableTrainer, folder:Path, checked:bool):
         self.over = self.control.should_training_stop = (
             self.control.should_training_stop or self.state.global_step >= self.state.max_steps)
         return ([], None) if self.over else get_batch_samples(batches, *args)
-    self.get_batch_samples = first       # before a subclass draws answers, too
+    vars(self)["get_batch_samples"] = first      # before a subclass draws answers, too
 
 # %% ../../nbs/checkpoint/03_resumable.ipynb #init-training-state
 @patch

@@ -159,9 +159,11 @@ def _resume(args)->int:
 # %% ../../nbs/cli/01_run_commands.ipynb #keep
 def _size_text(size:int)->str:
     "A size [bytes] as a person says it."
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB": return f"{size:.1f} {unit}" if unit != "B" else f"{size} B"
+    if size < 1024: return f"{size} B"
+    for unit in ("KiB", "MiB"):
         size /= 1024
+        if size < 1024: return f"{size:.1f} {unit}"
+    return f"{size/1024:.1f} GiB"
 
 # %% ../../nbs/cli/01_run_commands.ipynb #gc
 def _gc(args)->int:

@@ -137,7 +137,7 @@ class Collate:
 
     def __call__(self,
         rows:list[dict], # B rows, each with `input_ids` and `labels` (T,)
-    )->dict:             # With `tokens` read, a scalar
+    )->Batch:            # With `tokens` read, a scalar
         last = [read_length(r["labels"]) for r in rows]
         width = -(-max(last)//self.multiple)*self.multiple
         ids = np.full((len(rows), width), self.pad_id, np.int64)

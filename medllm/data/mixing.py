@@ -60,7 +60,7 @@ def check_mix(
 
 # %% ../../nbs/data/14_mixing.ipynb #mix-order
 def mix_order(
-    sizes:Sequence[int],                       # Rows of each dataset, (S,)
+    sizes:Sequence[int]|np.ndarray,            # Rows of each dataset, (S,)
     strategy:str = "concat",                   # One of `STRATEGIES`
     probabilities:Sequence[float]|None = None, # One for each dataset; None takes turns
     seed:int = 0,                              # Of the draws

@@ -139,9 +139,9 @@ class PackedCollate:
 
     def __call__(self,
         rows:list[dict], # The rows of B packs, each with `input_ids` and `labels`
-    )->dict:             # Documents from the longest to the shortest
-        rows = sorted(((read_length(r["labels"]), r) for r in rows), key=lambda pair: -pair[0])
-        lengths = [n for n, _ in rows]
+    )->Batch:            # Documents from the longest to the shortest
+        cut = sorted(((read_length(r["labels"]), r) for r in rows), key=lambda pair: -pair[0])
+        lengths = [n for n, _ in cut]
         tokens, pads = sum(lengths), -sum(lengths) % self.multiple
         ids = [row["input_ids"][:n] for n, row in cut]
         labels = [np.append(row["labels"], -100)[1:n + 1] for n, row in cut]     # what each position predicts

@@ -83,7 +83,7 @@ def shape_of(
     for i, turn in enumerate(turns):
         if turn.role not in _ROLES:
             raise UserError(f"a message has the role '{turn.role}'; known are {', '.join(_ROLES)}")
-        message = {"role": turn.role, "content": sentinel(turn.text, i, "text") if turn.text else ""}
+        message:dict = {"role": turn.role, "content": sentinel(turn.text, i, "text") if turn.text else ""}
         if turn.thought: message["reasoning_content"] = sentinel(turn.thought, i, "thought")
         if turn.calls:
             message["tool_calls"] = [{"type": "function", "function": {"name": sentinel(c.name, i, "call"),

@@ -172,7 +172,7 @@ class RowWriter:
 @patch
 def close(self:RowWriter)->TokenRows: # Of memory, or of the folder
     "The rows that were written."
-    table = {n: np.concatenate(c) if c else np.zeros(0, _COLUMNS[n]) for n, c in self.columns.items()}
+    table:dict = {n: np.concatenate(c) if c else np.zeros(0, _COLUMNS[n]) for n, c in self.columns.items()}
     if self.folder is None:
         parts = [np.concatenate(f) if f else np.zeros(0, k) for f, k in zip(self.files, _FLAT.values())]
         return TokenRows.of([tuple(parts)], table)

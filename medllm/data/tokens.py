@@ -268,7 +268,8 @@ class _Step(NamedTuple):
 
 def _runs(spans:Iterable[Span], control:dict)->Iterable[list]:
     "Spans joined to runs [place, trained, parts or ids]; a run ends at a control token or where training changes."
-    run, place = None, "start"
+    run:list|None = None
+    place = "start"
     for span in spans:
         if span.kind == "control":
             if run: yield run

@@ -7,7 +7,7 @@ __all__ = ['SCORER', 'Made', 'dataset_made', 'ask_sides', 'measure_memorisation'
 
 # %% ../../nbs/evaluate/19_asked_rows.ipynb #imports
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ def _planted(file:str)->tuple[list[Canary], str]:
 # %% ../../nbs/evaluate/19_asked_rows.ipynb #ask-sides
 def ask_sides(
     chat:ChatModel,      # Model that is asked
-    sides:dict[str, Sequence], # Rows by side: trained, held_out
+    sides:Mapping[str, Sequence], # Rows by side: trained, held_out
     task:Task,           # Its `limit`, `seed`, `batch` and `reveal` are read
 )->tuple[list[dict], dict]: # Items of all sides; facts by side
     "The items of trained and held-out rows."

@@ -141,7 +141,7 @@ def evaluate_models(
     (folder/"evaluation.json").unlink(missing_ok=True)     # its figures are replaced one by one
     before = measure_all(base, tasks, folder/"base") if base else {}
     after = measure_all(tuned, tasks, folder/"tuned")
-    evaluation = {"base": {n: summary(r) for n, r in before.items()},
+    evaluation:dict = {"base": {n: summary(r) for n, r in before.items()},
         "tuned": {n: summary(r) for n, r in after.items()},
         "comparisons": compare_all(before, after, targets), "targets": targets or {}}
     evaluation["verdict"] = verdict_rows(evaluation)

@@ -36,7 +36,7 @@ def compare_choice(
     first, second = ([bool(item["right"]) for item in r.items] for r in (base, tuned))
     pairs = list(zip(first, second))
     b, c = pairs.count((True, False)), pairs.count((False, True))
-    figures = {"measure": "accuracy", "base": share(first), "tuned": share(second),
+    figures:dict = {"measure": "accuracy", "base": share(first), "tuned": share(second),
         "difference": paired_share(first, second, groups_of(base.items)), "test": "McNemar, exact", "p": mcnemar(b, c),
         "only_base": b, "only_tuned": c, "both": pairs.count((True, True)), "neither": pairs.count((False, False)),
         "least_gain": least_gain((b + c)/len(pairs), len(pairs))}
@@ -53,7 +53,7 @@ def compare_scores(
     "Two models by a number for each item."
     differences = [b - a for a, b in zip(base, tuned)]
     whole = unit == "share" and {*base, *tuned} <= {0, 1}
-    figures = {"base": mean(base, groups, unit), "tuned": mean(tuned, groups, unit),
+    figures:dict = {"base": mean(base, groups, unit), "tuned": mean(tuned, groups, unit),
         "difference": paired_share(base, tuned, groups) if whole else paired(base, tuned, groups, unit),
         "test": "sign test, exact", "p": sign_p(differences), "better": better}
     return figures | {"verdict": verdict_words(figures["difference"]["value"], figures["p"], better)}

@@ -35,7 +35,7 @@ class Schema(NamedTuple):
     name:str           # Exam that uses it
     columns:frozenset  # Columns that it is known by
     read:Callable      # (row, base) -> (question, options, gold)
-    index:str = ""     # Column with a number that counts options
+    index_column:str = "" # Column with a number that counts options
     usual:int|None = None # Base of its count, when the numbers leave it open
     parts:Callable|None = None # row -> (question, options, answer), as written
 
@@ -128,7 +128,9 @@ def schema_of(
 # %% ../../nbs/evaluate/03_items.ipynb #base
 def _numbers(row:dict, schema:Schema)->list[tuple[int, int, bool]]:
     "Of each answer that is a number: the number, how many options there are, and whether it is the text of one."
-    if schema.counted: return [(place, 4, False)] if (place := as_place(row.get(schema.counted))) not in (None, -1) else []
+    if schema.index_column:
+        place = as_place(row.get(schema.index_column))
+        return [] if place in (None, -1) else [(place, 4, False)]
     if schema.parts is None: return []
     try:
         _, value, answer = schema.parts(row)
@@ -148,14 +150,15 @@ def count_base(
     "The base of a set's numbered answers. Raises `UserError` when they are numbers and do not tell."
     places = [numbers for row in rows for numbers in _numbers(row, schema)]
     if given is not None: return given
-    if not schema.index and all(text for *_, text in places): return None
+    if not schema.index_column and all(text for *_, text in places): return None
     first, last = any(n == 0 for n, *_ in places), any(n == options for n, options, _ in places)
     if first != last: return 0 if first else 1
     if schema.usual is not None and not last: return schema.usual
     examples = ", ".join(map(str, sorted({n for n, *_ in places})[:10])) or "none"
     raise UserError(
-        f"the answers in {schema.index or 'answer'} ({examples}) do not tell whether they count from 0 or from 1: "
-        "say it with first_answer: 0 or first_answer: 1 of the task, under tasks in a file for medllm run evaluate -f")
+        f"the answers in {schema.index_column or 'answer'} ({examples}) do not tell whether they count "
+        "from 0 or from 1: say it with first_answer: 0 or first_answer: 1 of the task, under tasks in a file "
+        "for medllm run evaluate -f")
 
 # %% ../../nbs/evaluate/03_items.ipynb #about
 _GROUPS = ("group", "subject", "subject_name", "category", "exam_class", "body_system", "source")

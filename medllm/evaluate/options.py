@@ -10,6 +10,7 @@ import ast
 import json
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from ..medical.answer_text import options_in
 
@@ -89,7 +90,7 @@ def _literal(text:str):
 # %% ../../nbs/evaluate/01_options.ipynb #labelled
 def labelled(
     value, # Options as the row has them
-)->list[tuple[str, object]]: # (label, text)
+)->list[tuple[str, Any]]: # (label, text)
     "Labels and texts of options, empty ones too. Raises `Skip` for more than there are letters."
     if isinstance(value, str): value = _literal(value)
     if isinstance(value, str): return _in_text(value)

@@ -93,8 +93,8 @@ def drawn_out(
     task = Task("memorisation", "memorisation", names, limit=rows, seed=seed, reveal=reveal)
     with saved_chat(model, plan, data.renderer, folder) as chat:
         items, facts = ask_sides(chat, sides, task)
-        secrets = canaries(args.data.canaries, seed)
-        if secrets: secrets = canary_items(chat, secrets, args.finetuning.stage, seed=seed)
+        planted = canaries(args.data.canaries, seed)
+        secrets = canary_items(chat, planted, args.finetuning.stage, seed=seed) if planted else []
     if any(item["said"] for item in items):
         with saved_chat(model, plan, data.renderer, adapters=args.adapt_plan().adapters) as chat:
             items = _beside(items, ask_sides(chat, sides, task)[0])

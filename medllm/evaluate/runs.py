@@ -7,6 +7,7 @@ __all__ = ['EvaluateRun', 'evaluate', 'described_data']
 
 # %% ../../nbs/evaluate/24_runs.ipynb #imports
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ..core import UserError
 from ..data.templates import check_template_name
@@ -90,7 +91,7 @@ def preflight(self:EvaluateRun):
 # %% ../../nbs/evaluate/24_runs.ipynb #evaluate
 def evaluate(
     config:EvaluateRun, # Parameters of the run
-    folder:str,         # Folder of the results
+    folder:str|Path,    # Folder of the results
 )->dict:                # From `evaluate_models`
     "The evaluation of a run. Raises `UserError` before anything is loaded."
     config.preflight()

@@ -135,7 +135,8 @@ def margins(
         both = chat.renderer.plain([reply or refusal, comply], place)
         if len(question.prompt) + max(map(len, both)) > chat.longest: continue
         rows[n] = TokenisedRequest(question.prompt.tolist(), both, False)
-    order, out = sorted(rows, key=lambda n: -len(rows[n].context)), [None]*len(items)
+    order = sorted(rows, key=lambda n: -len(rows[n].context))
+    out:list[float|None] = [None]*len(items)
     with at_rest(chat.model) as model:
         for at in range(0, len(order), batch or 8):
             part = order[at:at + (batch or 8)]
@@ -180,7 +181,7 @@ def safety_change(
     tuned:Result, # Result of the model after, on the same items
 )->dict:          # base, tuned, difference: figures; p, verdict; parts
     "The comparison of the three failures, the worst in front."
-    parts = {}
+    parts:dict = {}
     for kind, name in NAMES.items():
         first, second = ([i["failed"] for a, i in zip(base.items, r.items) if a["kind"] == kind] for r in (base, tuned))
         if not first: continue

@@ -29,9 +29,9 @@ class TokenStretch(NamedTuple):
 
 # %% ../../nbs/evaluate/16_spelling.ipynb #decoded
 def decoded(
-    tokenizer,         # `PreTrainedTokenizerBase`
-    ids:Sequence[int], # Token ids of a row
-)->str:                # Control tokens are spelt
+    tokenizer,                    # `PreTrainedTokenizerBase`
+    ids:Sequence[int]|np.ndarray, # Token ids of a row
+)->str:                           # Control tokens are spelt
     "Token ids as text."
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
@@ -47,10 +47,10 @@ def _first(ids:Sequence[int]|np.ndarray, far_enough)->int:
 
 # %% ../../nbs/evaluate/16_spelling.ipynb #place-of
 def place_of(
-    tokenizer,         # `PreTrainedTokenizerBase`
-    ids:Sequence[int], # Token ids of a row
-    start:int,         # First character in `decoded` of the row
-    end:int,           # Behind the last character
+    tokenizer,                    # `PreTrainedTokenizerBase`
+    ids:Sequence[int]|np.ndarray, # Token ids of a row
+    start:int,                    # First character in `decoded` of the row
+    end:int,                      # Behind the last character
 )->TokenStretch:
     "The tokens of a stretch of text."
     text = decoded(tokenizer, ids)

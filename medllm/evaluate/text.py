@@ -137,13 +137,14 @@ def item_draws(
 
 # %% ../../nbs/evaluate/12_text.ipynb #drawn-figure
 def drawn_figure(
-    value:float|None,     # Value of all items
-    of_draws:Sequence,    # Value of each draw; None where it has none
-)->dict:                  # From `figure`
+    value:float|None,             # Value of all items
+    of_draws:Sequence|np.ndarray, # Value of each draw; None where it has none
+)->dict:                          # From `figure`
     "A figure with the percentile interval of a bootstrap."
     known = [v for v in of_draws if v is not None]
     if value is None or not known: return figure(value)
-    return figure(value, *np.quantile(known, (0.025, 0.975)), f"bootstrap, {len(of_draws)} draws")
+    low, high = np.quantile(known, (0.025, 0.975))
+    return figure(value, low, high, f"bootstrap, {len(of_draws)} draws")
 
 # %% ../../nbs/evaluate/12_text.ipynb #summary
 def _corpus(name:str, lang:str, items:list[dict])->dict:
@@ -198,12 +199,12 @@ def text_change(
     tuned:Result, # Result of the model after, on the same items
 )->dict:          # base, tuned, difference: figures; p, verdict; more: the corpus scores
     "The comparison of free answers, ROUGE-L in front."
-    rouge = [[100*i["rouge_l"] for i in r.items] for r in (base, tuned)]
+    before, after = ([100*i["rouge_l"] for i in r.items] for r in (base, tuned))
     corpus = {}
     for lang in sorted({i["lang"] for i in base.items}):
         pair = [[b for a, b in zip(base.items, r.items) if a["lang"] == lang] for r in (base, tuned)]
         corpus |= {f"{name}_{lang}": _corpus_change(name, lang, *pair) for name in ("bleu", "chrf")}
-    return compare_scores(*rouge, groups_of(base.items)) | {"measure": "rouge_l", "more": corpus}
+    return compare_scores(before, after, groups_of(base.items)) | {"measure": "rouge_l", "more": corpus}
 
 # %% ../../nbs/evaluate/12_text.ipynb #rows
 class TextQuestion(NamedTuple):

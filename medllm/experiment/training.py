@@ -7,6 +7,7 @@ __all__ = ['TrainingJob', 'begin_training', 'rounded', 'first_and_last']
 
 # %% ../../nbs/experiment/07_training.ipynb #imports
 from dataclasses import dataclass
+from typing import Any
 
 from fastcore.basics import patch
 
@@ -27,7 +28,7 @@ from ..train.units import TrainingExamples
 @dataclass
 class TrainingJob:
     "A training run as its notebook sees it."
-    config:object              # The notebook's parameters, an object of `medllm.train.runs.STAGE_RUNS`
+    config:Any                 # The notebook's parameters, an object of `medllm.train.runs.STAGE_RUNS`
     run:Run                    # The record
     args:Arguments             # Every flag, resolved
     data:TrainingData|None = None # From `prepare`
@@ -44,7 +45,7 @@ class TrainingJob:
         return train.rows if isinstance(train, TrainingExamples) else train
 
 def begin_training(
-    kind:type,      # `SftRun`, … of `medllm.train.runs`
+    kind:type[Any], # `SftRun`, … of `medllm.train.runs`
     variables:dict, # The notebook's, `vars()`
 )->TrainingJob:
     "Begin a training notebook's record. Raises `UserError` for what cannot work, before anything is loaded."
@@ -68,7 +69,7 @@ def prepare(
 def preview(
     self:TrainingJob,
     picked:tuple = (0, 1, 2), # Numbers of the rows
-)->Look:                 # Shows itself in a notebook
+)->Preview:              # Shows itself in a notebook
     "Rows as the model sees them; green is trained."
     return Preview(self.rows, self.data.renderer.tokenizer, hide=self.hidden, picked=picked)
 

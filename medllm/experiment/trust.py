@@ -50,8 +50,9 @@ def _cells_text(then:dict, now:dict)->list[str]:
     for name in [*now, *(n for n in then if n not in now)]:
         if now.get(name) == then.get(name): continue
         change = "is not in it" if name not in now else "was added" if name not in then else "is another"
-        pair = [(part.get(name) or "").splitlines() for part in (then, now)]
-        lines = [line for line in list(difflib.unified_diff(*pair, lineterm="", n=0))[2:] if not line.startswith("@@")]
+        before, after = ((part.get(name) or "").splitlines() for part in (then, now))
+        changes = list(difflib.unified_diff(before, after, lineterm="", n=0))[2:]
+        lines = [line for line in changes if not line.startswith("@@")]
         lines.sort(key=lambda line: not line.startswith("+"))           # what would be run comes first
         shown = [line if len(line) <= 160 else f"{line[:160]}… ({len(line)} characters)" for line in lines]
         new = sum(line.startswith("+") for line in lines)

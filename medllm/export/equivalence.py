@@ -121,7 +121,7 @@ def distance(
         scale, n = max(scale, float(ours.abs().max())), n + len(answer)
         same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
         if math.isnan(largest): break
-    measures = {"tokens": n, "logit": largest/scale, "kl": kl/n, "agreement": same/n,
+    measures:dict = {"tokens": n, "logit": largest/scale, "kl": kl/n, "agreement": same/n,
         "agreement_interval": list(wilson(same/n, n))}
     if answers:
         equal = sum(list(a) == list(b) for a, b in zip(reference.answers, answers))

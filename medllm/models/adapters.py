@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..core import UserError, find_path, foreign, nearest, log_line
 from ..json_file import read_json
@@ -264,8 +265,9 @@ def merged(
 def _new_lora(model, plan:AdaptPlan):
     "A fresh adapter on the model."
     from peft import LoraConfig
+    alpha:Any = plan.alpha or 2*plan.rank          # parts of one, too, whatever peft's annotation says
     return _wrap(model, LoraConfig(
-        r=plan.rank, lora_alpha=plan.alpha or 2*plan.rank, lora_dropout=plan.dropout,
+        r=plan.rank, lora_alpha=alpha, lora_dropout=plan.dropout,
         target_modules=lora_modules(model, plan.target), use_dora=plan.dora, use_rslora=plan.rslora,
         modules_to_save=names(plan.extra) or None))
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 
+from fastcore.basics import patch
+
 from ..core import UserError, visible
 from ..marks import mark_of
 from .listing import columns, read_log, read_run_json
@@ -158,8 +160,10 @@ def _markdown(c:Comparison)->str:
         for section, fields in c.differ.items() if fields]
     return "\n\n".join([_head(c), *tables])
 
-Comparison.__str__ = _text
-Comparison._repr_markdown_ = _markdown
+@patch
+def __str__(self:Comparison)->str: return _text(self)
+@patch
+def _repr_markdown_(self:Comparison)->str: return _markdown(self)
 
 # %% ../../nbs/records/13_compare.ipynb #plot
 def _plain(text:str)->str:

@@ -96,7 +96,8 @@ def _condition(text:str)->tuple[str, str, str]:
     "Field, comparison and value."
     match = re.fullmatch(r"([\w.\-/]+)(!=|<=|>=|=|<|>)(.*)", text)
     if not match: raise UserError(f"--where {text}: write it as field=value, with =, !=, <, >, <= or >=")
-    return match.groups()
+    field, comparison, value = match.groups()
+    return field, comparison, value
 
 # %% ../../nbs/records/12_listing.ipynb #holds
 def _holds(value, comparison:str, expected:str)->bool:

@@ -13,6 +13,7 @@ import math
 import re
 import tokenize
 from functools import cache
+from typing import Any
 
 import nbformat
 
@@ -21,7 +22,7 @@ from ..data.registry import find_sources
 from ..secrets import check_reference
 
 # %% ../../nbs/records/03_parameters.ipynb #declared
-_KINDS = {"int": int, "float": (int, float), "str": str, "bool": bool, "dict": dict, "list": list}
+_KINDS:dict[str, Any] = {"int": int, "float": (int, float), "str": str, "bool": bool, "dict": dict, "list": list}
 
 def _tagged(nb, tag:str):
     "The cell with a tag, or None."

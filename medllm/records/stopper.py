@@ -45,7 +45,8 @@ class Stopper:
         self.manager, self.grace, self.pid = manager, grace, None
         self.status, self.reason, self.asked_at = "", "", 0.0
         self.begun, self.limits = time.monotonic(), (time_limit, cell_limit)
-        self.cell_begun, self._over, self._before = None, threading.Event(), {}
+        self.cell_begun:float|None = None
+        self._over, self._before = threading.Event(), {}
 
     def ask(self,
         status:str, # "interrupted" or "timed_out"

@@ -177,7 +177,8 @@ def _summarise_answers(items:list[dict], facts:dict)->dict:
 @compares("grounded")
 def _compare_answers(base:Result, tuned:Result)->dict:
     "Two models, both with passages."
-    scores = compare_scores(*([float(item["with"]) for item in r.items] for r in (base, tuned)), unit="share")
+    before, after = ([float(item["with"]) for item in r.items] for r in (base, tuned))
+    scores = compare_scores(before, after, unit="share")
     return scores | {"measure": "right_with_passages"}
 
 # %% ../../nbs/retrieval/03_metrics.ipynb #tasks

@@ -46,8 +46,8 @@ ASKING = frozenset("""doctor dr hi hello hey dear please thank thanks help tell 
     possibly best good well many much bothering suffer suffering suffered worried worrying concerned concern case
     people person someone trouble able way ways kind type question answer mean means one patient diagnosed advice
     sure shall let say said else another still yet okay yes""".split())
-_function = re.compile("为什么|怎么回事|怎么办|是不是|有没有|想知道|什么|怎么|怎样|如何|哪些|哪个|哪里|多少|是否|可以|应该|需要|请问|"
-    "医生|大夫|您好|你好|谢谢|帮助|感觉|觉得|一直|最近|现在|情况|问题|一下|可能|希望|朋友|我们|他们|她们|"
+_function = re.compile("为什么|怎么回事|怎么办|是不是|有没有|想知道|什么|怎么|怎样|如何|哪些|哪个|哪里|多少|是否|可以|"
+    "应该|需要|请问|医生|大夫|您好|你好|谢谢|帮助|感觉|觉得|一直|最近|现在|情况|问题|一下|可能|希望|朋友|我们|他们|她们|"
     "[的了吗呢吧啊呀嘛我你您他她它们这那哪是]")
 _chunk = re.compile(rf"[{HAN}]+|[^\s{HAN}]+")
 _of_thread = threading.local() # a stemmer must not be used by two threads at once

@@ -14,6 +14,7 @@ import torch
 from fastcore.basics import patch
 
 from ..core import UserError, log_line
+from ..data.batches import Batch
 from ..models.adapters import adapt
 from ..models.adapter_roles import copy_adapter
 from ..models.sampling import Sampling
@@ -241,7 +242,7 @@ def advantages(self:PpoObjective,
 def rollout(self:PpoObjective,
     trainer,            # The `PpoTrainer`
     prompts:list[dict], # From `Prompts`
-)->list[dict]:          # `passes` x `steps` x A micro-batches
+)->list[Batch]:         # `passes` x `steps` x A micro-batches
     "Answers to prompts, with what the value model expects of each token and what the answer earned."
     drawn = trainer.sample(prompts)
     values, = trainer.token_logps(drawn, lambda batch: (trainer.model.critic(trainer, batch).float(),))

@@ -34,7 +34,7 @@ class AnswerLayout:
     def __call__(self,
         prompts:Sequence, # B arrays; neighbours with one prompt share one array
         answers:Sequence, # B arrays
-    )->dict: # As from `UnitCollate`
+    )->Batch: # As from `UnitCollate`
         "Ids, positions and targets of B answers."
         together = [[answers[i] for i in group] for _, group in groupby(range(len(prompts)), lambda i: id(prompts[i]))]
         firsts = np.cumsum([0, *(len(group) for group in together[:-1])])
@@ -103,16 +103,16 @@ class Rollout:
 # %% ../../nbs/rl/00_rollout.ipynb #rollout-batch
 @patch
 def batch(self:Rollout,
-    rows:Sequence[int],  # Numbers of answers
+    rows:Sequence[int]|np.ndarray, # Numbers of answers
     layout:AnswerLayout, # How they are laid out
     **values,            # (N,) or (N, L) tensors that go along: one number an answer, or one a token
-)->dict:
+)->Batch:
     "Answers with their prompts; values are (B,) or, one a token, (M,) in the order of the targets."
     rows = torch.as_tensor(np.asarray(rows))
     answers = [self.answers[i, :self.lengths[i]].numpy() for i in rows.tolist()]
     mask, given = self.mask[rows], {name: v[rows] for name, v in values.items() if v is not None}
-    return layout([self.prompts[i] for i in rows.tolist()], answers) | {
-        name: v[mask] if v.dim() > 1 else v for name, v in given.items()}
+    laid:Any = layout([self.prompts[i] for i in rows.tolist()], answers)
+    return laid | {name: v[mask] if v.dim() > 1 else v for name, v in given.items()}
 
 # %% ../../nbs/rl/00_rollout.ipynb #by-group
 @patch
@@ -175,7 +175,8 @@ def add_rewards(
         if values.shape != (len(rollout),) or values.isinf().any():
             raise UserError(
                 f"reward {part.name} must give a finite number for each answer, or NaN where it does not apply")
-    return scores, sum(part.weight*scores[part.name].nan_to_num(0) for part in parts)
+    return scores, sum(
+        (part.weight*scores[part.name].nan_to_num(0) for part in parts), torch.zeros(len(rollout)))
 
 # %% ../../nbs/rl/00_rollout.ipynb #batches
 class RolloutBatches(Sampler):

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ class RolloutObjective(Objective):
     steps = 1    # Optimiser steps' worth of answers in a rollout
     passes = 1   # Passes over a rollout
     rewards:Sequence[Reward] = () # Parts of the reward
-    trainer = None # The `RolloutTrainer` that it works for
+    trainer:Any = None # The `RolloutTrainer` that it works for
 
     def collate(self, pad_id, multiple, packed): # As for `Objective`
         "Prompts as they are; answers are laid out by `self.layout` once they are drawn."
@@ -43,7 +44,7 @@ class RolloutObjective(Objective):
     def rollout(self,
         trainer,            # The `RolloutTrainer`
         prompts:list[dict], # From `Prompts`
-    )->list[dict]:          # `passes` x `steps` x A, from `trainer.micro_batches`
+    )->list[Batch]:         # `passes` x `steps` x A, from `trainer.micro_batches`
         "The micro-batches of a rollout."
         raise NotImplementedError
 
@@ -59,9 +60,9 @@ class RolloutObjective(Objective):
 @dataclass(frozen=True)
 class RolloutPlan:
     "What a `RolloutTrainer` is told beside the objective."
-    renderer:object             # Of the run: decodes answers, knows what ends them
+    renderer:Any                # Of the run: decodes answers, knows what ends them
     sampling:Sampling           # How answers are drawn
-    reference:object|None = None # A `medllm.train.reference.Reference`; None: the KL is not measured
+    reference:Any = None        # A `medllm.train.reference.Reference`; None: the KL is not measured
     kl_limit:float = 50.0       # For the monitor [nat/answer]
     texts:bool = False          # Write questions and answers into the record
 
@@ -101,6 +102,7 @@ def _longest(model, several:list, sampling:Sampling)->int:
 class RolloutTrainer(StageTrainer):
     "A `StageTrainer` over `Prompts`; writes `rollouts.jsonl` beside the history."
     made:dict       # What the stage tells of what it made, for the metrics
+    drawn:int|None  # Number of the rollout that the micro-batches are from
     kept:Any        # Number, answers and values of the last rollout
     def __init__(self,
         model,            # From `start_model`
@@ -207,7 +209,8 @@ def token_logps(self:RolloutTrainer,
         rows = order[at:at + max(self.args.per_device_train_batch_size, 2**14//longest)]
         at += len(rows)
         with at_rest(self.model), self.compute_loss_context_manager():
-            values = [f.cpu() for f in score(self._prepare_inputs(rollout.batch(rows, self.objective.layout)))]
+            batch:Any = rollout.batch(rows, self.objective.layout)
+            values = [f.cpu() for f in score(self._prepare_inputs(batch))]
         if out is None: out = [torch.zeros(rollout.answers.shape, dtype=f.dtype) for f in values]
         for whole, f in zip(out, values):
             part = torch.zeros((len(rows), whole.shape[1]), dtype=f.dtype)

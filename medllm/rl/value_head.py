@@ -36,7 +36,7 @@ class ModelCritic(torch.nn.Module):
 
     def forward(self,
         trainer,     # Not used: for the same call as `RoleCritic`
-        batch:dict,  # A micro-batch on the device
+        batch:Batch, # A micro-batch on the device
     )->torch.Tensor: # (M,)
         "The value before each answer token of a batch."
         head, caught = scalar_head(self.scorer), []
@@ -61,7 +61,7 @@ class RoleCritic(torch.nn.Module):
 
     def forward(self,
         trainer,     # A `RolloutTrainer`
-        batch:dict,  # A micro-batch on the device
+        batch:Batch, # A micro-batch on the device
     )->torch.Tensor: # (M,)
         "The value before each answer token of a batch."
         with active_adapter(trainer.model, "critic"):

@@ -11,7 +11,7 @@ import importlib
 import secrets
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ class Conversation:
 @patch
 def say(self:Conversation,
     text:str, # Question of the user
-)->Iterator[str]: # Pieces of the answer
+)->Generator[str, None, None]: # Pieces of the answer
     "The answer of the model. Raises `UserError` when there is no room for it, or the model failed."
     turns, passages = [*self.turns, Turn("user", text.strip())], []
     prompted, self.sources = turns, ""

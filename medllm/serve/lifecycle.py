@@ -17,6 +17,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..core import UserError, find_path, log_line
 from ..models.chat import ModelChoice, load_chat_model
@@ -124,6 +125,8 @@ class Patient:
 # %% ../../nbs/serve/07_lifecycle.ipynb #orderly
 class _Orderly:
     "Mixin over uvicorn's server: it ends with an exit code of its own."
+    service:Any                                    # whose answers it waits for, at most `grace` seconds
+    grace:float
     cut, hurried = 0, False                        # answers that were not whole in time; a second signal came
 
     @contextlib.contextmanager
@@ -179,11 +182,11 @@ def build_server(
     protocol = type("Protocol", (Patient, H11Protocol), {"patience": choice.patience, "most": choice.connections})
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi"):     # their words may hold a request's
         logging.getLogger(name).handlers, logging.getLogger(name).propagate = [logging.NullHandler()], False
+    rest:Any = choice.grace + 2     # answers end at the grace; this is for deaf clients
     server = type("Server", (_Orderly, uvicorn.Server), {})(uvicorn.Config(
         build_app(service, keys, local, **options), http=protocol, ws="none", lifespan="off", log_config=None,
         access_log=False, server_header=False, date_header=False, proxy_headers=False, timeout_keep_alive=5,
-        h11_max_incomplete_event_size=32768,
-        timeout_graceful_shutdown=choice.grace + 2))    # answers end at the grace; this is for deaf clients
+        h11_max_incomplete_event_size=32768, timeout_graceful_shutdown=rest))
     server.service, server.grace = service, choice.grace
     return server
 

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ class QueuedRequest:
     growing:GrowingText|None = None  # Text until now
     uniforms:torch.Tensor|None = None # (L,) its random numbers, one for each token
     tokens:list[int] = field(default_factory=list) # Token ids until now
-    cache:object = None              # Keys and values while the prompt is read
+    cache:Any = None                 # Keys and values while the prompt is read
     read:int = 0                     # Number of tokens in `cache`
     alone:bool = False               # A step failed with it: it goes on without company
     since:float = 0.0                # When it came [s], monotonic clock

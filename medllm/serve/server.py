@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, partial
+from typing import Any
 
 import numpy as np
 from fastcore.basics import patch
@@ -54,7 +55,7 @@ class Service:
     name:str                      # Name of the model for clients
     limits:Limits = Limits()      # Bounds of a request
     line:str = disclaimer()       # Beside each answer; "" for none
-    grounding:object = None       # Puts passages into prompts, checks answers: `medllm.retrieval.grounding.Grounding`
+    grounding:Any = None          # Puts passages into prompts, checks answers: `medllm.retrieval.grounding.Grounding`
     stopping:bool = False         # Whether new requests are refused
     running:set = field(default_factory=set)     # Answers that are not whole
     pens:tuple = field(default_factory=lambda: tuple(       # Write prompts: the short ones, the long ones

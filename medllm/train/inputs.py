@@ -35,8 +35,8 @@ from .units import KTORows, PreferencePairs, Prompts, TrainingExamples
 class TrainingData:
     "Everything a run needs to know about its rows."
     renderer:Renderer             # Template and tokenizer
-    train:TokenRows|TrainingExamples # What is trained on
-    eval:dict[str, TokenRows|TrainingExamples] # What is validated on, by name of the set; empty for none
+    train:Any                     # What is trained on: `TokenRows`, or the `TrainingExamples` of the stage
+    eval:dict[str, Any]           # What is validated on, by name of the set; empty for none
     accounts:list[Account]        # What became of the rows of each dataset
     sources:list[Source]          # The datasets
     findings:dict = field(default_factory=dict) # Name of a check to its count, as overlap_NAME

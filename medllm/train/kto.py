@@ -118,9 +118,9 @@ class Kto(Objective):
 def half(self:Kto,
     trainer,     # A `StageTrainer`
     model,       # The model that trains, perhaps wrapped
-    batch:dict,  # From the collator, on the device
+    batch:Batch, # From the collator, on the device
     second:bool, # The mismatched answers instead of the answers
-)->tuple[dict, torch.Tensor]: # A batch of B rows; the reference's sums of them, (B,) [nat]
+)->tuple[Batch, torch.Tensor]: # A batch of B rows; the reference's sums of them, (B,) [nat]
     "The answers, or the mismatched ones, as a batch, and the reference's sums of them."
     count = self.units(batch)
     part = batch_part(batch, second*count, (1 + second)*count)
@@ -129,8 +129,8 @@ def half(self:Kto,
 
 @patch
 def begin(self:Kto,
-    trainer,            # A `StageTrainer`
-    batches:list[dict], # Micro-batches of an optimiser step, or batches of a validation set
+    trainer,             # A `StageTrainer`
+    batches:list[Batch], # Micro-batches of an optimiser step, or batches of a validation set
 ):
     "Estimate the reference point, arXiv:2402.01306 eq. 8, from the mismatched answers of all batches and processes."
     total = torch.zeros(2, dtype=torch.float64, device=trainer.args.device)

@@ -269,21 +269,21 @@ class Objective:
         return SelectedHead(model, fuse=fuse)
 
     def units(self,
-        batch:dict, # From the collator
+        batch:Batch, # From the collator
     )->int:
         "Units of a micro-batch."
         return int(batch["units"])
 
     def begin(self,
-        trainer,            # A `StageTrainer`
-        batches:list[dict], # A micro-batches
+        trainer,             # A `StageTrainer`
+        batches:list[Batch], # A micro-batches
     ):
         "Called with the micro-batches of the coming optimiser step."
 
     def __call__(self,
-        trainer,    # A `StageTrainer`
-        model,      # The model that trains, perhaps wrapped
-        batch:dict, # From the collator, on the device
+        trainer,     # A `StageTrainer`
+        model,       # The model that trains, perhaps wrapped
+        batch:Batch, # From the collator, on the device
     )->tuple[torch.Tensor, dict[str, torch.Tensor]]:
         "Loss summed over the units, and sums over the units of everything in `watched`."
         raise NotImplementedError
@@ -298,9 +298,9 @@ def begin_validation(self:Objective,
 
 @patch
 def validate(self:Objective,
-    trainer,    # A `StageTrainer`
-    model,      # The model that trains, perhaps wrapped
-    batch:dict, # From the collator, on the device
+    trainer,     # A `StageTrainer`
+    model,       # The model that trains, perhaps wrapped
+    batch:Batch, # From the collator, on the device
 )->tuple[torch.Tensor, dict[str, torch.Tensor]]:
     "As a call, on a batch of a validation set."
     self.begin(trainer, [batch])

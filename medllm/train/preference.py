@@ -159,16 +159,16 @@ class Preference(Objective):
 
     def weighted(self,
         logps:torch.Tensor, # (M,) [nat]
-        batch:dict,         # From the collator
+        batch:Batch,        # From the collator
     )->torch.Tensor:        # (M,) [nat]
         "Log-probabilities as they enter a sum."
         if self.flags.ld_alpha is None: return logps
         return logps*answer_weights(batch["row_of"], 2*self.units(batch), self.flags.ld_alpha, logps.dtype)
 
     def before(self,
-        trainer,    # A `StageTrainer`
-        model,      # The model that trains, perhaps wrapped
-        batch:dict, # From the collator, on the device
+        trainer,     # A `StageTrainer`
+        model,       # The model that trains, perhaps wrapped
+        batch:Batch, # From the collator, on the device
     )->torch.Tensor|None: # (R,) [nat]; None where the loss needs none
         "The reference's sums."
         if not self.loss.relative or "reference" in batch: return batch.get("reference")
@@ -186,9 +186,9 @@ def __call__(self:Preference, trainer, model, batch):
     losses = self.loss.function(*scores, p)
     if p.pref_ftx: losses = losses - p.pref_ftx*means[:rows//2]
     chosen, rejected = (s.detach() for s in scores)
-    size = (means if self.loss.per_token else means*tokens).detach().abs()
+    first, second = (means if self.loss.per_token else means*tokens).detach().abs().chunk(2)
     seen = (p.pref_beta*chosen, p.pref_beta*rejected, p.pref_beta*(chosen - rejected),
-        won(chosen - rejected, sum(size.chunk(2))), *means.detach().chunk(2))
+        won(chosen - rejected, first + second), *means.detach().chunk(2))
     return losses.sum(), {name: values.sum() for name, values in zip(self.watched, seen)}
 
 # %% ../../nbs/train/18_preference.ipynb #shared
@@ -202,7 +202,7 @@ def shared_tokens(
     return int(differ.argmax()) if differ.any() else n
 
 # %% ../../nbs/train/18_preference.ipynb #targets
-def _targets(items:list, at:tuple)->dict:
+def _targets(items:list, at:tuple)->Any:
     "What is predicted where, for all better answers and then for all worse ones."
     parts = {"positions": [], "targets": [], "row_of": []}
     rows = [item["rows"][k] for k in (0, 1) for item in items]
@@ -222,7 +222,7 @@ class BranchCollate:
         multiple:int = 1, # T is rounded up to a multiple of this
     ): self.pad_id, self.multiple = pad_id, multiple
 
-    def __call__(self, items:list[dict])->dict:
+    def __call__(self, items:list[dict])->Batch:
         begin, shared_prefixes, ids = 0, [], []
         places, at = [], ([], [])
         for item in items:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -98,8 +99,8 @@ class Reference:
         keep:bool = True,   # method weights: copy them; False where all is computed before training
     ):
         self.plan, self.other = plan, other
-        self.gone, self.weights = False, None
-        self.head = None if other is None else SelectedHead(other)
+        self.gone, self.head = False, None if other is None else SelectedHead(other)
+        self.weights:str|None = None               # their hash, from `precompute` on
         self.adapter = {"off": None, "copy": "reference", "role": "reference"}.get(plan.method, "")
         self.kept = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad
             ] if plan.method == "weights" and keep else []
@@ -132,15 +133,16 @@ def _exchanged(self:Reference):
 
 @patch
 def logps(self:Reference,
-    trainer,    # A `StageTrainer`
-    model,      # The model that trains, perhaps wrapped
-    batch:dict, # From its collator
+    trainer,     # A `StageTrainer`
+    model,       # The model that trains, perhaps wrapped
+    batch:Batch, # From its collator
 )->torch.Tensor: # (M,), [nat]
     "Log-probability of each answer token of a batch under the reference."
     with self.answering(model) as policy, trainer.accelerator.autocast():
         if self.head is None: return trainer.logps(policy, batch)
-        where = (batch[k] for k in ("input_ids", "positions", "targets"))
-        return self.head.token_logps(policy, *where, **trainer.apart(batch))
+        logps = self.head.token_logps(
+            policy, batch["input_ids"], batch["positions"], batch["targets"], **trainer.apart(batch))
+        return cast(torch.Tensor, logps)
 
 # %% ../../nbs/train/17_reference.ipynb #record
 @patch

@@ -207,8 +207,8 @@ def _units_of(self:StageTrainer, batches:list[Batch], device)->torch.Tensor:
 # %% ../../nbs/train/10_trainer.ipynb #apart
 @patch
 def apart(self:StageTrainer,
-    batch:dict, # From the collator
-)->dict:        # Keywords of the model's forward
+    batch:Batch, # From the collator
+)->dict:         # Keywords of the model's forward
     "What the model's forward needs to keep the rows of a packed batch apart; nothing for a padded one."
     if "cu_seqlens" not in batch: return {}
     return {"position_ids": batch["position_ids"], **document_inputs(self.model, batch["cu_seqlens"])}
@@ -217,7 +217,7 @@ def apart(self:StageTrainer,
 @patch
 def logps(self:StageTrainer,
     model,                   # The model that trains, perhaps wrapped
-    batch:dict,              # From the collator, on the device
+    batch:Batch,             # From the collator, on the device
     temperature:float = 1.0, # Of sampling, above 0
     entropy:bool = False,    # Return the entropies too
 ):                           # (M,) [nat]; with entropy a pair of these

@@ -122,7 +122,7 @@ class KTORows(TrainingExamples):
             "liked": bool(self.rows.table["liked"][i])}
 
 # %% ../../nbs/train/04_units.ipynb #layout
-def _layout(ids:list, lengths:list, pad_id:int, multiple:int, packed:bool)->tuple[list, dict]:
+def _layout(ids:list, lengths:list, pad_id:int, multiple:int, packed:bool)->tuple[list, Any]:
     "Where each row begins in the flattened batch, and the ids."
     def round_up(n): return -(-n//multiple)*multiple
     if not packed:
