@@ -6,7 +6,8 @@ import torch
 
 from medllm.train.arguments import parse
 from medllm.train.inputs import prepare_data
-from medllm.train.loop import read_history, train
+from medllm.json_file import read_log
+from medllm.train.loop import train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -18,7 +19,7 @@ FLAGS = dict(
 def curve(folder, **flags):
     args = parse(FLAGS | flags | {"output_dir": str(folder)})
     train(args, prepare_data(args))
-    return [h["loss"] for h in read_history(folder/"history.jsonl") if "loss" in h]
+    return [h["loss"] for h in read_log(folder/"history.jsonl") if "loss" in h]
 
 
 @pytest.mark.parametrize("flags", [

@@ -6,7 +6,8 @@ import torch
 
 from medllm.train.arguments import parse
 from medllm.train.inputs import prepare_data
-from medllm.train.loop import read_history, train
+from medllm.json_file import read_log
+from medllm.train.loop import train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -40,7 +41,7 @@ def test_it_learns(stage, flags, tmp_path):
         learning_rate=1e-3, save_strategy="no", per_device_train_batch_size=8, disable_tqdm=True, output_dir=str(tmp_path),
         tokenized_path=str(tmp_path)) | flags)
     metrics = train(args, prepare_data(args))
-    losses = [h["loss"] for h in read_history(tmp_path/"history.jsonl") if "loss" in h]
+    losses = [h["loss"] for h in read_log(tmp_path/"history.jsonl") if "loss" in h]
     start = math.log(2) if stage == "dpo" else 0.5
     assert abs(losses[0] - start) < (1e-4 if not flags.get("bf16") else 2e-2)       # policy and reference begin as one
     assert metrics["eval_margin"] > 0 and min(losses[-5:]) < start
