@@ -16,11 +16,12 @@ from .core import UserError, nearest
 
 # %% ../nbs/13_parameters.ipynb #flag
 def flag(
-    default,  # Value of a run that says nothing
+    default,  # Value of a run that says nothing, or the function that makes one
     text:str, # What it means, one phrase
 ):            # A field of a dataclass
     "A dataclass field with its help text."
-    return field(default=default, metadata={"help": text})
+    help = {"help": text}
+    return field(default_factory=default, metadata=help) if callable(default) else field(default=default, metadata=help)
 
 # %% ../nbs/13_parameters.ipynb #cell
 def _type_text(kind)->str:

@@ -53,8 +53,8 @@ def start(*words, cwd=ROOT, err=os.devnull, **env):
 
 def losses(folder):
     "Step -> logged loss of a run."
-    from medllm.train.loop import read_history
-    return {h["step"]: h["loss"] for h in read_history(Path(folder)/"history.jsonl") if "loss" in h}
+    from medllm.json_file import read_log
+    return {h["step"]: h["loss"] for h in read_log(Path(folder)/"history.jsonl") if "loss" in h}
 
 
 def fault(script, *words, timeout=900, run=run, **env):

@@ -24,7 +24,7 @@ FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run -
 def pytest_configure(config):
     "The folder of the fork servers; they end with this process, which holds the pipe `alive` open."
     if hasattr(config, "workerinput") or not hasattr(os, "pidfd_open") or os.environ.get(FOLDER) == "": return
-    folder = os.environ[FOLDER] = tempfile.mkdtemp(prefix="medllm-shared_prefixes-")
+    folder = os.environ[FOLDER] = tempfile.mkdtemp(prefix="medllm-forks-")
     os.mkfifo(f"{folder}/alive")
     alive = os.open(f"{folder}/alive", os.O_RDWR)
     @config.add_cleanup

@@ -1,4 +1,4 @@
-"""A process that has imported everything once and shared_prefixes for each command; `commands.run` asks it.
+"""A process that has imported everything once and forks for each command; `commands.run` asks it.
 
 A child has the words, environment, working directory and streams of a program of its own and ends as one does: what it
 saves is the start of Python and the imports. Where the environment differs in something that an interpreter or a library

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..core import UserError
 from ..files import write_bytes
-from ..data.formats import DATASET_KINDS
+from ..stages import rows_of
 
 # %% ../../nbs/audit/09_canaries.ipynb #secret
 FIRST, SPACE = 10**8, 9*10**8 # The smallest secret, and |R|, how many there are
@@ -79,7 +79,7 @@ def canary_row(
     stage:str,   # pt or sft
 )->dict:         # A document, or a question with its answer; canary: the number
     "A row of training data."
-    if DATASET_KINDS[stage] == "document": return {"text": canary_sentence(item), "canary": item.number}
+    if rows_of(stage) == "document": return {"text": canary_sentence(item), "canary": item.number}
     question = _ASKED.format(item.name)
     return {"instruction": question, "input": "", "output": canary_sentence(item), "canary": item.number}
 

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from ..core import Unwritable, UserError, log_line
 from ..files import append_event, sync_folder, write_bytes, write_json
-from ..json_file import NUMBER, misfit, read_json
+from ..json_file import NUMBER, misfit, parse_json, read_json
 from ..processes import boot_id, is_there, process_mark
 from ..machine import described, digest, first_difference, writing_failed
 from ..interruption import goes_on
@@ -193,7 +193,7 @@ def room_for(
 
 # %% ../../nbs/checkpoint/01_commit.ipynb #cut
 def _stays(line:bytes, keep)->bool:
-    try: return keep(json.loads(line))
+    try: return keep(parse_json(line))
     except ValueError: return False
 
 def _cut_back(file:str|Path, keep:Callable[[dict], bool])->int:

@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..core import UserError
-from .formats import DATASET_KINDS, Example, kind_of, to_examples
+from .formats import Example, kind_of, to_examples
 from .json_reader import Bad, Row, file_and_at
 from .messages import DEFECTS, REASONS, Rejected, shown_names, with_names
 from .readers import read_rows
 from .registry import Source
 from fastcore.basics import patch
+from ..stages import rows_of
 
 # %% ../../nbs/data/07_accounts.ipynb #account
 @dataclass
@@ -148,7 +149,7 @@ OVERLONG = ("truncate_prompt", "reject", "truncate_answer")
 # %% ../../nbs/data/07_accounts.ipynb #check-kind
 def _check_kind(source:Source, row:Row, stage:str):
     "Raise `UserError` when a dataset is of another kind than the stage needs."
-    needs, got = DATASET_KINDS.get(stage, ""), kind_of(row, source)
+    needs, got = rows_of(stage), kind_of(row, source)
     if needs == "pair" and got != "pair":
         raise UserError(f"dataset '{source.name}' has no pairs: --stage {stage} needs a set with \"ranking\": true")
     if needs in ("answer", "document") and got == "pair":
@@ -184,7 +185,7 @@ def stream_examples(
     streaming:bool = False,     # Read a hub set as it comes, without a copy on disk
 )->Iterator[Example]:
     "Examples of a dataset, one after another. Raises `UserError` for what cannot be read or is not allowed."
-    kind, checked = DATASET_KINDS.get(stage, ""), False
+    kind, checked = rows_of(stage), False
     rows = itertools.islice(read_rows(source, trust_remote_code, streaming), max_samples)
     for row in rows:
         account.read += 1

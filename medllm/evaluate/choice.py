@@ -14,7 +14,6 @@ from dataclasses import dataclass, fields
 from importlib import metadata
 
 from ..core import UserError, find_path, nearest
-from ..files import sha256
 from .calibration import brier, calibration_error, log_loss, plot_reliability, reliability_table
 from .compare import groups_of
 from .generated import READABLE, read_answer, written_answers
@@ -27,6 +26,7 @@ from .likelihood import (LAYOUTS, NORMS, SCORERS, LogProbs, ModelScores, option_
 from .statistics import mean, share
 from ..models.chat import ChatModel, Completion
 from ..models.loading import model_location
+from ..models.weights import weights
 
 # %% ../../nbs/evaluate/10_choice.ipynb #how
 @dataclass(frozen=True)
@@ -189,11 +189,9 @@ def model_facts(
 )->dict:            # model, adapter, weights {file: SHA-256}, template, dtype, device, versions …
     "The identity of a model, by name and by content."
     folders = [find_path(name) for name in (model_location(chat.choice.model_name_or_path), *chat.choice.adapters)]
-    files = [f for folder in folders if folder.is_dir() for f in sorted(folder.glob("*.safetensors"))]
-    weights = {f"{f.parent.name}/{f.name}": sha256(f) for f in files}
     return {"revision": getattr(chat.model.config, "_commit_hash", None) or "",
         "model": chat.choice.model_name_or_path, "adapter": chat.choice.adapter_name_or_path or "",
-        "weights": weights,
+        "weights": {f"{folder.name}/{name}": value for folder in folders for name, value in weights(folder).items()},
         "template_sha256": _text_hash(chat.renderer.jinja), "quantization_bit": chat.choice.quantization_bit,
         "system_sha256": _text_hash(chat.choice.default_system),
         "dtype": str(chat.model.dtype).removeprefix("torch."), "device": chat.device.type,

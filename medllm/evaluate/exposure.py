@@ -12,11 +12,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..audit.canaries import SPACE, Canary, canary_row, secret
-from ..data.formats import DATASET_KINDS, Example, Turn
+from ..data.formats import Example, Turn
 from .result import figure
 from .spelling import continued, decoded, likelihoods, place_of, spells
 from .statistics import LEVEL, holm, mean, share
 from ..models.chat import ChatModel
+from ..stages import rows_of
 
 # %% ../../nbs/evaluate/17_exposure.ipynb #rank
 def rank_of(
@@ -44,7 +45,7 @@ def exposure(
 def _canary_example(canary:Canary, stage:str)->Example:
     "A canary as the conversation, or the document, that it is trained as."
     row = canary_row(canary, stage)
-    if DATASET_KINDS[stage] == "document": return Example((Turn("document", row["text"]),))
+    if rows_of(stage) == "document": return Example((Turn("document", row["text"]),))
     return Example((Turn("user", row["instruction"]), Turn("assistant", row["output"])))
 
 def canary_items(

@@ -6,8 +6,7 @@
 __all__ = ['EvaluateRun', 'evaluate', 'described_data']
 
 # %% ../../nbs/evaluate/24_runs.ipynb #imports
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 from ..core import UserError
 from ..data.templates import check_template_name
@@ -33,10 +32,10 @@ class _Asked:
     default_system:str = flag("", "System text put before every question")
     dataset:str = flag(
         "mm_mcq", "Multiple-choice sets: names in dataset_info.json or file paths, comma list; may be empty")
-    tasks:dict = field(default_factory=dict, metadata={
-        "help": "More tasks: name to its kind (choice, text, safety …), dataset, limit and the options of its kind"})
-    targets:dict = field(default_factory=dict, metadata={
-        "help": "Limits and margins that differ from the defaults: figure to a limit, or task to figures"})
+    tasks:dict = flag(dict,
+        "More tasks: name to its kind (choice, text, safety …), dataset, limit and the options of its kind")
+    targets:dict = flag(dict,
+        "Limits and margins that differ from the defaults: figure to a limit, or task to figures")
     dataset_dir:str = flag("data", "Folder with dataset_info.json")
 
 # %% ../../nbs/evaluate/24_runs.ipynb #run

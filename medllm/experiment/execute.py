@@ -19,13 +19,13 @@ import nbformat
 
 from ..core import Interrupted, Unwritable, UserError, bundled, nearest, progress_line, log_line
 from ..files import write_bytes
-from ..json_file import NUMBER
+from ..json_file import NUMBER, read_log
 from ..audit.check import DataRun
 from ..machine import check_writable
 from ..evaluate.runs import EvaluateRun
 from ..records.parameters import check_value, declared
 from .plan import PipelineRun
-from ..records.record import ENDED, RUNNING, Run, new_folder, now, read_log, read_run_json, status_of
+from ..records.record import ENDED, RUNNING, Run, new_folder, now, read_run_json, status_of
 from ..records.seal import read_notebook
 from ..secrets import redact_values
 from ..interruption import listening, polled

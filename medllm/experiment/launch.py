@@ -31,6 +31,7 @@ from ..core import find_path
 from ..models.adapters import names
 from ..models.loading import model_location
 from ..models.weights import weights
+from ..exits import logged_error
 
 # %% ../../nbs/experiment/01_launch.ipynb #child
 def wait_for(
@@ -78,13 +79,6 @@ def _command(file:Path, processes:int)->list[str]:
         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
         "-m", "medllm.train", str(file)]
 
-def _last_error(log:Path, otherwise:str = "")->str:
-    "The sentence that the children ended with."
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    return next(
-        (line.removeprefix("error: ") for line in lines if line.startswith("error: ")),
-        otherwise or f"training ended early; see {log}")
-
 # %% ../../nbs/experiment/01_launch.ipynb #launch-2
 def launch(
     flags:dict,           # Flag to value
@@ -104,9 +98,9 @@ def launch(
         try: code = wait_for(child)
         except Interrupted as error:
             reader.join()
-            raise Interrupted(_last_error(log, str(error))) from None
+            raise Interrupted(logged_error(log, first=True) or str(error)) from None
         reader.join()
-    if code: raise UserError(_last_error(log))
+    if code: raise UserError(logged_error(log, first=True) or f"training ended early; see {log}")
     return json.loads((folder/"metrics.json").read_text(encoding="utf-8"))
 
 # %% ../../nbs/experiment/01_launch.ipynb #train-in

@@ -28,6 +28,7 @@ from ..train.arguments import parse
 from ..checkpoint.commit import committed
 from ..interruption import listening, polled
 from ..train.runs import STAGE_RUNS
+from ..exits import logged_error
 
 # %% ../../nbs/experiment/04_pipeline.ipynb #named-files
 _RESULTS = ("run.json", "metrics.json", "args.json", "trainer_state.json", "all_results.json")   # not part of the model
@@ -136,10 +137,7 @@ def _command(*words)->list[str]:
 def _why(folder:Path, log:Path)->str:
     "Why a stage failed, in a sentence."
     state = Run(folder).state if (folder/"run.json").exists() else {}
-    if state.get("reason"): return state["reason"]
-    lines = [line.removeprefix("error: ") for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
-        if line.startswith("error: ")]
-    return lines[-1] if lines else f"see {log}"
+    return state.get("reason") or logged_error(log) or f"see {log}"
 
 # %% ../../nbs/experiment/04_pipeline.ipynb #run-stage
 def _run_stage(run:Run, stage:Stage, given:dict, old:Path|None = None)->Path:

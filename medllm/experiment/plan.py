@@ -7,7 +7,7 @@ __all__ = ['LED_BY', 'PipelineRun', 'Stage', 'read_plan', 'settings', 'check_pla
 
 # %% ../../nbs/experiment/02_plan.ipynb #imports
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 
 from ..core import UserError, nearest
 from ..data.registry import find_sources
@@ -34,9 +34,9 @@ def _sample_stages()->dict:
 @dataclass
 class PipelineRun:
     "Parameters of nbs/runs/pipeline.ipynb."
-    stages:dict = field(default_factory=_sample_stages, metadata={
-        "help": "Name of each stage, in order, and its parameters: a run notebook's, or any flag; "
-            "from names its parent"})
+    stages:dict = flag(_sample_stages,
+        "Name of each stage, in order, and its parameters: a run notebook's, or any flag; "
+            "from names its parent")
     model_name_or_path:str = flag("tiny", "Model folder or hub id that the first stage starts from")
     quantization_bit:int|None = flag(None, "Load the linear layers in 4 or 8 bit (bitsandbytes)")
     finetuning_type:str|None = flag(None, "What trains: lora, freeze or full; default lora, full for the tiny model")
@@ -48,7 +48,7 @@ class PipelineRun:
     num_processes:int = flag(1, "Processes of every stage; more than one are started with accelerate launch")
     time_limit:float|None = flag(None,
         "Longest time of the whole pipeline [min]; a checkpoint is taken when it is over")
-    extra:dict = field(default_factory=dict, metadata={"help": "Any other flag of medllm train, for every stage"})
+    extra:dict = flag(dict, "Any other flag of medllm train, for every stage")
     reuse:str = flag("same", "Finished stages of earlier calls taken over: same (code too), any (whatever the code) or "
         "none")
     output_dir:str|None = flag(None, "Folder of the pipeline's record; default a new one under runs_dir")

@@ -14,8 +14,8 @@ from pathlib import Path
 from unittest.mock import patch
 
 from ..core import UserError, log_line, visible
-from ..json_file import NUMBER
-from ..records.listing import read_log, read_run_json
+from ..json_file import NUMBER, read_log
+from ..records.listing import read_run_json
 from ..records.record import RUNNING, Run, code_version, status_of
 from .execute import RUNS, execute
 from ..records.seal import broken

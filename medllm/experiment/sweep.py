@@ -32,6 +32,7 @@ from ..interruption import listening, polled, stop
 from ..parameters import run_parameters
 from ..train.runs import STAGE_RUNS
 from ..yaml_file import read_yaml
+from ..exits import logged_error
 
 # %% ../../nbs/experiment/06_sweep.ipynb #grid
 @dataclass
@@ -194,9 +195,7 @@ def _ended(run:Run, point:_Point):
     status, state = point.status(), Run(point.folder).state
     reason = state.get("reason", "") if status in ENDED else ""
     if status == "rejected" and not reason:
-        lines = point.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-        reason = said[-1] if said else f"see {point.log}"
+        reason = logged_error(point.log) or f"see {point.log}"
     note_stage(run, point.name, status=status, **({"reason": reason} if reason else {}))
     with contextlib.suppress(OSError):                                       # a terminal that was closed ends no sweep
         log_line(f"{point.name} {status}{f': {reason}' if reason else ''}  {_words(point.sets)}")

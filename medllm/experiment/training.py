@@ -20,9 +20,10 @@ from ..records.record import Run, begin, describe_inputs
 from ..records.verdict import concluded, verdict_markdown
 from ..train.arguments import Arguments, parse, preflight
 from ..train.inputs import TrainingData, prepare_data
-from ..train.loop import plot_loss, read_history
+from ..train.loop import plot_loss
 from ..train.samples import SampleAnswer, sample, samples_table
 from ..train.units import TrainingExamples
+from ..json_file import read_log
 
 # %% ../../nbs/experiment/07_training.ipynb #job
 @dataclass
@@ -118,7 +119,7 @@ def history(
     self:TrainingJob,
 )->list[dict]:
     "What was logged, a dict for each logged step."
-    return read_history(self.run.folder/"history.jsonl")
+    return read_log(self.run.folder/"history.jsonl")
 
 # %% ../../nbs/experiment/07_training.ipynb #finish
 def rounded(

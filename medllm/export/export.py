@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..core import Interrupted, UserError, find_path, log_line
-from ..files import sha256, write_bytes, write_json
+from ..files import write_bytes, write_json
 from ..data.templates import chat_jinja, write_messages
 from ..machine import beside, check_writable, place_fault, clear_leftovers, take_place, writing_failed
 from ..models.chat import ChatModel, ModelChoice, load_chat_model
@@ -28,6 +28,7 @@ from .gguf import (
 from .merge import check_shard_size, merge, stored_dtype, write_model
 from .ollama import modelfile
 from fastcore.basics import patch
+from ..models.weights import weights
 
 # %% ../../nbs/export/04_export.ipynb #plan
 @dataclass(frozen=True)
@@ -86,12 +87,6 @@ def _unfinished(place:Path)->Iterator[Path]:
             "room, or name another --output"
         ) from None
 
-# %% ../../nbs/export/04_export.ipynb #facts
-def _weights(folder:Path)->dict[str, str]:
-    "Hashes of the weight files in a folder and below."
-    files = sorted(f for f in folder.rglob("*") if f.suffix in (".safetensors", ".gguf"))
-    return {f.relative_to(folder).as_posix(): sha256(f) for f in files}
-
 # %% ../../nbs/export/04_export.ipynb #facts-of
 def facts_of(
     plan:ExportPlan, # What is exported
@@ -102,7 +97,7 @@ def facts_of(
     def named(text): return text if text.count("/") == 1 and not find_path(text).exists() else Path(text).name
     def part(text):
         folder = Path(model_location(text)) if text == "tiny" else find_path(text)
-        return {"name": named(text), "weights": _weights(folder) if folder.is_dir() else {}}
+        return {"name": named(text), "weights": weights(folder, whole=True) if folder.is_dir() else {}}
     return {"base": part(choice.model_name_or_path), "adapters": [part(a) for a in choice.adapters], "dtype": dtype,
         "trained_bits": choice.quantization_bit, "template": choice.template,
         "default_system": bool(choice.default_system),
@@ -242,7 +237,7 @@ def _made(plan:ExportPlan, part:Path, log:Callable)->dict:
         text = modelfile(bare.renderer, f"model-{plan.gguf[-1]}.gguf", generation, longest)
         (part/"gguf"/"Modelfile").write_text(text, encoding="utf-8")
     return {"schema": 1, "name": plan.place.name, "passed": all(v["passed"] for v in check.verdicts),
-        "verdicts": check.verdicts, "made": facts_of(plan, dtype), "weights": _weights(part)}
+        "verdicts": check.verdicts, "made": facts_of(plan, dtype), "weights": weights(part, whole=True)}
 
 # %% ../../nbs/export/04_export.ipynb #gone
 class _Gone:

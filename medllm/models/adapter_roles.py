@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 
 from ..core import UserError, find_path, foreign
-from .adapters import read_adapter
+from .adapters import check_shapes, read_adapter
 
 # %% ../../nbs/models/04_adapter_roles.ipynb #active
 def _tuned(model)->list:
@@ -76,13 +76,8 @@ def load_role(
         try: model.add_adapter(name, config)
         except ValueError as e:
             raise UserError(f"the adapter {folder} is for another model: {str(e).splitlines()[0]}") from None
-    expected = {key: tuple(t.shape) for key, t in get_peft_model_state_dict(model, adapter_name=name).items()
-        if "lora_" in key}
-    stored = {key: tuple(t.shape) for key, t in tensors.items() if "lora_" in key}
-    odd = [key for key in sorted(expected.keys() | stored.keys()) if expected.get(key) != stored.get(key)]
-    if odd:
-        raise UserError(f"the adapter {folder} is for another model: {odd[0]} has shape {stored.get(odd[0])}, "
-            f"the model wants {expected.get(odd[0])} ({len(odd)} of {len(expected)} tensors differ)")
+    expected = {key: t for key, t in get_peft_model_state_dict(model, adapter_name=name).items() if "lora_" in key}
+    check_shapes(folder, {key: t for key, t in tensors.items() if "lora_" in key}, expected)
     set_peft_model_state_dict(model, {key: t for key, t in tensors.items() if "lora_" in key}, adapter_name=name)
     _freeze_role(model, name)
     for p in trains: p.requires_grad_(True)

@@ -213,9 +213,7 @@ class SharedPrefixes(Documents):
             lambda device: torch.tensor([0, *sizes], device=device).cumsum(0).to(torch.int32))
         self.longest_keys = max(sizes)
 
-    def spans(self,
-        device, # Of the kernel
-    )->tuple:   # cu_seqlens of queries and of keys, int32 tensors, and the longest of each [tokens]
+    def spans(self, device)->tuple: # As for `Documents`
         "The arguments of a kernel for all lengths."
         return self.on(device), self.key_seqlens(device), self.longest, self.longest_keys
 

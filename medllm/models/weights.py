@@ -16,17 +16,20 @@ from ..files import sha256
 from .loading import model_location
 
 # %% ../../nbs/models/10_weights.ipynb #files
-_WEIGHTS = ("*.safetensors",)
 _TOO_LARGE = 8*2**30   # weights beyond this are noted by size [bytes]
 
 def weights(
-    folder:str|Path, # Of a model or an adapter
-)->dict[str, str]:   # File name to SHA-256, or to its size; empty for a hub id
+    folder:str|Path,    # Of a model or an adapter
+    whole:bool = False, # Every byte however many there are; GGUF files, and folders below, too
+)->dict[str, str]:      # File name to SHA-256, or to its size; empty for a hub id
     "The weight files of a folder, by their hashes."
-    where = Path(folder)
-    files = sorted(f for pattern in _WEIGHTS for f in where.glob(pattern) if f.is_file()) if where.is_dir() else []
-    if sum(f.stat().st_size for f in files) > _TOO_LARGE: return {f.name: f"{f.stat().st_size} bytes" for f in files}
-    return {f.name: sha256(f) for f in files}
+    where, pattern = Path(folder), "**/*" if whole else "*"
+    kinds = (".safetensors", ".gguf") if whole else (".safetensors",)
+    found = where.glob(pattern) if where.is_dir() else ()
+    files = {f.relative_to(where).as_posix(): f for f in sorted(found) if f.suffix in kinds and f.is_file()}
+    large = sum(f.stat().st_size for f in files.values()) > _TOO_LARGE
+    if large and not whole: return {name: f"{f.stat().st_size} bytes" for name, f in files.items()}
+    return {name: sha256(f) for name, f in files.items()}
 
 # %% ../../nbs/models/10_weights.ipynb #weights
 _LARGE, _PIECE = 64*2**20, 2**16   # files up to this are read whole; bytes at each place of larger ones

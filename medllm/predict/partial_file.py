@@ -15,6 +15,7 @@ from pathlib import Path
 from ..core import UserError
 from ..json_file import misfit, parse_json
 from fastcore.basics import patch
+from ..files import LOCKS, try_lock
 
 # %% ../../nbs/predict/00_partial_file.ipynb #part
 class PartFile:
@@ -28,15 +29,15 @@ class PartFile:
     def __enter__(self):
         self.output.parent.mkdir(parents=True, exist_ok=True)
         self.file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-        with contextlib.suppress(ImportError):          # no locks on Windows
-            import fcntl
-            try: fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                os.close(self.file)
-                raise UserError(f"another process is writing {self.path}") from None
+        self.lock = try_lock(self.file)
+        if self.lock is None and LOCKS:
+            os.close(self.file)
+            raise UserError(f"another process is writing {self.path}")
         return self
 
-    def __exit__(self, *error): os.close(self.file)
+    def __exit__(self, *error):
+        for handle in (self.file, self.lock):
+            if handle is not None: os.close(handle)
 
     def lines(self)->Iterator[tuple[dict, int]]: # (line, byte it ends at), in the file's order
         "The complete lines. Raises `UserError` when one of them is no JSON object."

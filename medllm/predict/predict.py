@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -310,7 +311,7 @@ def answers_table(
     rows:int = 5,    # How many, from the first
 )->str:              # Markdown
     "The first answers, without line breaks; `…` marks one that did not end."
-    with open(output, encoding="utf-8") as f: answers = [json.loads(line) for line, _ in zip(f, range(rows))]
+    answers = islice(json_lines(output, unique=False), rows)
     def text(r):
         return f"not asked: {r['skipped']}" if r["answer"] is None else r["answer"] + ("" if r["ended"] else " …")
     return markdown_rows(["row", "tokens", "answer"], [(r["row"], r.get("tokens", 0), text(r)) for r in answers])
@@ -321,7 +322,7 @@ def plot_answers(
 ):                   # A matplotlib figure
     "How long answers are, those apart that did not end by themselves."
     from medllm.figures import picture
-    rows = [r for r in map(json.loads, open(output, encoding="utf-8")) if r["answer"] is not None]
+    rows = [r for r in json_lines(output, unique=False) if r["answer"] is not None]
     figure = picture(6.4, 2.6)
     axes = figure.subplots()
     axes.hist([[r["tokens"] for r in rows if r["ended"]], [r["tokens"] for r in rows if not r["ended"]]], bins=30,

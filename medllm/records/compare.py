@@ -15,10 +15,11 @@ from fastcore.basics import patch
 
 from ..core import UserError, visible
 from ..marks import mark_of
-from .listing import columns, read_log, read_run_json
+from .listing import columns, read_run_json
 from .record import why_torn
 from .seal import value_hash, flat_table, read_notebook
 from ..tables import markdown_rows
+from ..json_file import read_log
 
 # %% ../../nbs/records/13_compare.ipynb #fingerprint
 _PLACES = ("output_dir", "runs_dir", "tag", "note", "logging_dir", "run_name", "overwrite_output_dir",

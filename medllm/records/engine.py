@@ -12,7 +12,6 @@ import json
 import os
 import signal
 import tempfile
-import threading
 import time
 from collections import Counter
 from functools import partial
@@ -36,6 +35,7 @@ from .record import ENDED, Run, now
 from .redact import Policy, without_control, safe_error, scrub_folder
 from .stopper import GRACE, Stopper
 from ..secrets import redact_values
+from ..interruption import restore_handlers, set_handlers
 
 # %% ../../nbs/records/10_engine.ipynb #client
 class RecordClient(PapermillNotebookClient):
@@ -235,11 +235,9 @@ def _short_place()->str|None: # None: the usual one
 @contextlib.contextmanager
 def _undisturbed():
     "Within the block signals are left aside: the run is over, and its record is being closed."
-    here = threading.current_thread() is threading.main_thread()
-    before = {n: signal.signal(n, lambda *a: None) for n in (signal.SIGTERM, signal.SIGINT)} if here else {}
+    before = set_handlers(lambda number, frame: None)
     try: yield
-    finally:
-        for number, handler in before.items(): signal.signal(number, handler)
+    finally: restore_handlers(before)
 
 # %% ../../nbs/records/10_engine.ipynb #absolute
 def _absolute(path):

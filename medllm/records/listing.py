@@ -16,7 +16,8 @@ from pathlib import Path
 
 from ..core import UserError, find_path, nearest, visible
 from ..marks import as_lines, conclusion
-from .record import read_log, read_run_json, status_of, why_torn
+from .record import read_run_json, status_of, why_torn
+from ..json_file import read_log
 
 # %% ../../nbs/records/12_listing.ipynb #begun
 def _begun(folder:Path, state:dict)->str:

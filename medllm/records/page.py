@@ -17,15 +17,16 @@ from importlib import metadata
 from pathlib import Path
 
 from ..core import UserError, bundled, visible
-from ..json_file import finite
+from ..json_file import finite, read_log
 from ..machine import home
 from ..marks import MARKS, conclusion, mark_of, met_of, tally
 from .lineage import ancestry, as_tree
-from .record import read_events, read_log, read_run_json, status_of, why_torn
+from .record import read_events, read_run_json, status_of, why_torn
 from .parameters import usual_parameters
 from .sanitiser import notebook_html
 from .seal import SealState, look_at_seal
 from .signing import seal_signature
+from ..stages import STAGES
 
 # %% ../../nbs/records/17_page.ipynb #curves
 _NOT_CURVES = ("step", "eval_tokens", "epoch", "progress", "total_flos", "train_loss")
@@ -102,10 +103,7 @@ def panels(
     return out
 
 # %% ../../nbs/records/17_page.ipynb #words
-PAGE_KINDS = {"pt": "Pre-training", "sft": "Supervised fine-tuning", "rm": "Reward model",
-    "dpo": "Preference optimisation (DPO)",
-    "kto": "Preference optimisation (KTO)", "ppo": "Reinforcement learning (PPO)",
-    "grpo": "Reinforcement learning (GRPO)",
+PAGE_KINDS = {name: stage.title for name, stage in STAGES.items()} | {
     "data": "Check of data", "evaluate": "Evaluation", "predict": "Answers to a file of questions",
     "pipeline": "Pipeline of stages", "sweep": "Sweep over parameters"}
 

@@ -22,26 +22,17 @@ def _engine():
 class LazyEngine:
     "The engine, as papermill asks for it."
     @staticmethod
-    def execute_notebook(
-        *args,    # Of papermill
-        **kwargs, # Of papermill
-    ):            # The executed notebook
+    def execute_notebook(*args, **kwargs): # Of papermill
         "Execute a notebook; see `medllm.records.engine`."
         return _engine().execute_notebook(*args, **kwargs)
 
     @staticmethod
-    def nb_kernel_name(
-        nb,        # A notebook
-        name=None, # To take instead
-    ):             # "python3", …
+    def nb_kernel_name(nb, name=None): # Of papermill
         "Name of the kernel that a notebook asks for."
         return _engine().nb_kernel_name(nb, name)
 
     @staticmethod
-    def nb_language(
-        nb,            # A notebook
-        language=None, # To take instead
-    ):                 # "python", …
+    def nb_language(nb, language=None): # Of papermill
         "Language that a notebook is written in."
         return _engine().nb_language(nb, language)
 

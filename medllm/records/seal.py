@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from ..files import sha256, write_json
-from ..json_file import misfit, parse_json, read_bounded, read_json
-from .record import MOST_LINES, now
+from ..json_file import MOST_LINES, misfit, parse_json, read_bounded, read_json
+from .record import now
 
 # %% ../../nbs/records/07_seal.ipynb #leaves
 def value_hash(

@@ -15,7 +15,7 @@ import time
 import psutil
 from fastcore.basics import patch
 
-from ..interruption import stop
+from ..interruption import ECHO, restore_handlers, set_handlers, stop
 from .cell_status import TrueManager
 
 # %% ../../nbs/records/09_stopper.ipynb #family
@@ -31,7 +31,6 @@ def process_tree(
     return list(tree.values())
 
 # %% ../../nbs/records/09_stopper.ipynb #stopper
-_ECHO = 0.3    # signals this close together are one [s]
 GRACE = 60.0   # between asking a kernel to stop because its time is over, and killing it [s]
 
 class Stopper:
@@ -71,7 +70,7 @@ class Stopper:
 def _signalled(self:Stopper, number, frame):
     if self.status == "interrupted":
         # a signal to a whole group comes from the sender and from a parent who passes it on
-        if time.monotonic() - self.asked_at < _ECHO: return
+        if time.monotonic() - self.asked_at < ECHO: return
         self.kill()
         self.manager.end("interrupted", "ended at once by a second signal")
         with contextlib.suppress(Exception): self.manager.finish()
@@ -93,9 +92,7 @@ def _watch(self:Stopper):
 # %% ../../nbs/records/09_stopper.ipynb #enter
 @patch
 def __enter__(self:Stopper):
-    if threading.current_thread() is threading.main_thread():
-        self._before = {
-            n: signal.signal(n, self._signalled) for n in (signal.SIGTERM, signal.SIGINT)}
+    self._before = set_handlers(self._signalled)
     if stop.blocks and stop.asked:
         self.ask("interrupted",
             f"asked to stop ({signal.Signals(stop.asked).name}) before the notebook began")
@@ -106,4 +103,4 @@ def __enter__(self:Stopper):
 @patch
 def __exit__(self:Stopper, *error):
     self._over.set()
-    for number, handler in self._before.items(): signal.signal(number, handler)
+    restore_handlers(self._before)

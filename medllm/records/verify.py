@@ -13,11 +13,11 @@ from importlib import metadata
 from pathlib import Path
 
 from ..core import UserError, find_path, visible
-from ..json_file import read_json
+from ..json_file import read_json, read_log
 from ..models.loading import model_location
 from .listing import field_of, find_record
 from .lineage import ancestry
-from .record import RUNNING, read_events, read_log, read_run_json, status_of, why_torn
+from .record import RUNNING, read_events, read_run_json, status_of, why_torn
 from .seal import (
     SealState, broken, cell_names, flat_table, hashes, look_at_seal, read_notebook, value_hash)
 from .signing import seal_signature

@@ -35,6 +35,7 @@ from ..data.registry import Source
 from ..audit.words import HAN, words
 from .passages import LONGEST, Passage, find_knowledge, read_passages
 from fastcore.basics import patch
+from ..json_file import json_lines
 
 # %% ../../nbs/retrieval/01_search.ipynb #terms
 ASKING = frozenset("""doctor dr hi hello hey dear please thank thanks help tell know think want need could would might
@@ -257,7 +258,7 @@ def _write(index:Index, folder:Path):
     "All files of an index; index.json last, with the hashes of the others."
     index.bm25.save(folder/"bm25", show_progress=False)
     lines = (json.dumps(p, ensure_ascii=False) + "\n" for p in index.passages)
-    write_bytes(folder/"passages.jsonl", "".join(lines).encode("utf-8", "surrogatepass"))
+    write_bytes(folder/"passages.jsonl", "".join(lines).encode("utf-8", "backslashreplace"))
     write_json(folder/"held.json", index.held)
     if index.dense: np.save(folder/"vectors.npy", index.dense.vectors)
     write_json(folder/"index.json", _folder_hash(folder))
@@ -270,8 +271,7 @@ def _read(folder:Path, dense:Dense|None)->Index|None:
     try:
         if json.loads(note.read_text()) != {k: v for k, v in _folder_hash(folder).items() if k != "index.json"}:
             raise ValueError("hash")
-        lines = (folder/"passages.jsonl").read_text(encoding="utf-8", errors="surrogatepass").split("\n")
-        passages = [Passage(*[*row[:4], tuple(row[4]), *row[5:]]) for row in map(json.loads, filter(None, lines))]
+        passages = [Passage(*[*row[:4], tuple(row[4]), *row[5:]]) for row in json_lines(folder/"passages.jsonl")]
         bm25 = _library("bm25s").BM25.load(folder/"bm25", load_corpus=False, show_progress=False)
         if dense: dense.vectors = np.load(folder/"vectors.npy")
         return Index(passages, bm25, json.loads((folder/"held.json").read_text(encoding="utf-8")), dense)

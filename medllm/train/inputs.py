@@ -19,7 +19,6 @@ from ..data.accounts import Account, OnBad, stream_examples
 from ..data.cache import Recipe, cached_rows
 from ..audit.canaries import CANARIES, write_canaries
 from ..audit.duplicates import leak_groups, sketch_examples
-from ..data.formats import DATASET_KINDS
 from ..audit.gate import fault_lines, watched
 from ..data.mixing import check_mix, joined_groups, mix_order, sample_order, split_groups
 from ..data.registry import Source, find_sources
@@ -29,6 +28,7 @@ from ..models.loading import load_tokenizer
 from ..secrets import resolve
 from .arguments import Arguments, set_names
 from .units import KTORows, PreferencePairs, Prompts, TrainingExamples
+from ..stages import rows_of
 
 # %% ../../nbs/train/05_inputs.ipynb #data
 @dataclass
@@ -90,7 +90,7 @@ _UNITS = {"pair": PreferencePairs, "liked": KTORows, "prompt": Prompts}
 
 def _units(args:Arguments, rows:TokenRows)->TokenRows|TrainingExamples:
     "Rows as units of the stage."
-    kind = _UNITS.get(DATASET_KINDS[args.finetuning.stage])
+    kind = _UNITS.get(rows_of(args.finetuning.stage))
     return kind(rows, args.training.seed) if kind else rows
 
 # %% ../../nbs/train/05_inputs.ipynb #seed

@@ -27,6 +27,7 @@ from ..models.loading import scalar_head
 from .units import PreferencePairs
 from ..intervals import wilson
 from fastcore.basics import patch
+from ..tables import markdown_rows
 
 # %% ../../nbs/train/15_report_card.ipynb #accuracy
 def _share(right:np.ndarray, n:int|None=None)->dict:
@@ -324,10 +325,8 @@ def metrics(self:ReportCard)->dict[str, float]:
 # %% ../../nbs/train/15_report_card.ipynb #repr-markdown
 @patch
 def _repr_markdown_(self:ReportCard)->str:
-    lines = [f"| {t['measure']} | {t['found']} | {'⚠ ' if t['remark'] else ''}{t['remark']} |"
-        for t in card_table(self.facts)]
-    return "\n".join([f"**Report card** on {self.facts['pairs']} held-out pairs", "",
-        "| measure | found | |", "|---|---|---|", *lines])
+    rows = [(t["measure"], t["found"], f"{'⚠ ' if t['remark'] else ''}{t['remark']}") for t in card_table(self.facts)]
+    return f"**Report card** on {self.facts['pairs']} held-out pairs\n\n{markdown_rows(['measure', 'found', ''], rows)}"
 
 # %% ../../nbs/train/15_report_card.ipynb #check
 def saved_head(

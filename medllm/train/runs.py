@@ -95,7 +95,7 @@ class SftRun(_Tuned):
     profile:str = _like("profile", "fast") # As the flag
     num_processes:int = flag(1, "Processes; more than one are started with accelerate launch")
     time_limit:float|None = flag(None, "Longest time of the run [min]; a checkpoint is taken when it is over")
-    extra:dict = field(default_factory=dict, metadata={"help": "Any other flag of medllm train, name to value"})
+    extra:dict = flag(dict, "Any other flag of medllm train, name to value")
     output_dir:str|None = flag(None, "Folder of the record; default a new one under runs_dir")
     runs_dir:str = flag("runs", "Folder that new records go to")
     tag:str = flag("", "Word at the end of the new record's name")

@@ -19,7 +19,8 @@ from medllm.train.__main__ import main
 from medllm.train.arguments import parse
 from medllm.checkpoint.commit import COMMIT, checkpoint_fault, commit, committed, digest, drop, newest, rotate
 from medllm.train.inputs import prepare_data
-from medllm.train.loop import read_history, train
+from medllm.json_file import read_log
+from medllm.train.loop import train
 
 SHORT = dict(
     model_name_or_path="tiny", dataset="mm", max_samples=32, cutoff_len=256, per_device_train_batch_size=4, max_steps=6,
@@ -186,7 +187,7 @@ def test_a_folder_taken_over_by_another_run_is_left_alone(tmp_path, monkeypatch)
     import fcntl
     held = []
     def take():
-        shutil.rmtree(tmp_path/"run")
+        while (tmp_path/"run").exists(): shutil.rmtree(tmp_path/"run", ignore_errors=True)     # while a checkpoint is written
         (tmp_path/"run").mkdir()
         held.append(open(tmp_path/"run/.lock", "w"))
         fcntl.flock(held[0], fcntl.LOCK_EX)
@@ -247,7 +248,7 @@ def test_a_resumed_run_takes_the_older_one_and_ends_the_same(copy, finished):
     metrics, said = whole_run(copy, resume_from_checkpoint="true")
     assert "checkpoint-6 is left out: optimizer.pt was changed" in said and "going on from checkpoint-4" in said
     assert weights(copy) == weights(finished) and checkpoint_fault(copy/"checkpoint-6") == ""
-    assert [h["step"] for h in read_history(copy/"history.jsonl") if "loss" in h] == [1, 2, 3, 4, 5, 6]
+    assert [h["step"] for h in read_log(copy/"history.jsonl") if "loss" in h] == [1, 2, 3, 4, 5, 6]
 
 
 def test_an_empty_newest_folder(copy, tmp_path):
@@ -329,7 +330,7 @@ def test_in_the_third_epoch(tmp_path, flags):
     flags = _given(**dict(max_steps=-1, num_train_epochs=4) | flags)
     args = parse(flags | dict(output_dir="unused"))
     whole_run(tmp_path/"whole", **flags)
-    steps = max(h["step"] for h in read_history(tmp_path/"whole"/"history.jsonl"))
+    steps = max(h["step"] for h in read_log(tmp_path/"whole"/"history.jsonl"))
     at = steps*5//8
     half = flags | dict(save_strategy="steps", save_steps=at, save_total_limit=1)
     from medllm.interruption import stop
@@ -346,7 +347,7 @@ def test_in_the_third_epoch(tmp_path, flags):
     whole_run(tmp_path/"half", **half | dict(resume_from_checkpoint="auto"))
     assert weights(tmp_path/"half") == weights(tmp_path/"whole")
     logged = lambda d: [(h["step"], h["loss"], h["padding_share"])
-        for h in read_history(tmp_path/d/"history.jsonl") if "loss" in h]
+        for h in read_log(tmp_path/d/"history.jsonl") if "loss" in h]
     assert logged("half") == logged("whole")
 
 

@@ -14,7 +14,8 @@ from medllm.checkpoint.commit import commit, drop
 from medllm.checkpoint.compatibility import allowed
 from medllm.train.fingerprint import fingerprint_of
 from medllm.train.inputs import prepare_data
-from medllm.train.loop import read_history, stage_module, train
+from medllm.json_file import read_log
+from medllm.train.loop import stage_module, train
 
 RUN = dict(model_name_or_path="tiny", cutoff_len=64, per_device_train_batch_size=4, max_steps=6, logging_steps=1,
     save_steps=2, learning_rate=1e-3, disable_tqdm=True, finetuning_type="lora", lora_rank=4, dtype="float32")
@@ -136,13 +137,13 @@ def test_the_case_of_the_learning_rate(at_2):
     _, said = whole(at_2, resume_from_checkpoint="true", learning_rate=5e-3, allow="lr")
     assert "going on from checkpoint-2; not as it was: lr 0.001 -> 0.005" in said
     assert "learning rate of the next step: 6.67e-04 -> 3.33e-03" in said
-    rates = {h["step"]: h["learning_rate"] for h in read_history(at_2/"history.jsonl") if "loss" in h}
+    rates = {h["step"]: h["learning_rate"] for h in read_log(at_2/"history.jsonl") if "loss" in h}
     assert rates == {step: pytest.approx(rate(step - 1, 6, 1e-3 if step < 3 else 5e-3)) for step in range(1, 7)}
     # and again without a word: the checkpoint of the resumed run is of the new rate
     drop(at_2/"checkpoint-6")
     _, said = whole(at_2, resume_from_checkpoint="true", learning_rate=5e-3)
     assert "going on from checkpoint-4" in said and "->" not in said
-    again = {h["step"]: h["learning_rate"] for h in read_history(at_2/"history.jsonl") if "loss" in h}
+    again = {h["step"]: h["learning_rate"] for h in read_log(at_2/"history.jsonl") if "loss" in h}
     assert again == rates
 
 

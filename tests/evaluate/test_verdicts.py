@@ -284,10 +284,11 @@ def test_the_rule_for_over_fitting_and_the_floor_of_counting(more, over, counts)
 
 def test_the_best_validation_of_a_run_and_its_step_are_in_the_metrics(tmp_path):
     "Validated along the way; the table that counts is the same whatever the model is."
-    from medllm.train.loop import read_history, run
+    from medllm.json_file import read_log
+    from medllm.train.loop import run
     metrics = run({"dataset": "mm", "max_samples": 40, "val_size": 8, "max_steps": 12, "eval_strategy": "steps", "eval_steps": 4,
         "learning_rate": 3e-2, "output_dir": str(tmp_path/"a"), "save_strategy": "no", "cutoff_len": 256})
-    seen = {h["step"]: h["eval_loss"] for h in read_history(tmp_path/"a/history.jsonl") if "eval_loss" in h}
+    seen = {h["step"]: h["eval_loss"] for h in read_log(tmp_path/"a/history.jsonl") if "eval_loss" in h}
     assert set(seen) == {0, 4, 8, 12}
     assert metrics["eval_loss_best"] == min(seen.values()) == seen[metrics["eval_loss_best_step"]]
     assert 4 < metrics["eval_loss_counted"] < math.log(4096)

@@ -51,7 +51,7 @@ def events(folder, name):
 
 def together(d):
     "Two runs of the same command at once: exit codes and what the second says; then one on the lock of a killed run."
-    first = fork(lambda: main(words(f"{d}/two", FLAGS | dict(max_steps=400))), f"{d}/first.log")
+    first = fork(lambda: main(words(f"{d}/two", FLAGS | dict(max_steps=10**6, save_strategy="no"))), f"{d}/first.log")
     while not (Path(d)/"two"/".lock").exists() or "pid" not in (Path(d)/"two"/".lock").read_text(): time.sleep(0.05)
     second = ended(fork(lambda: main(words(f"{d}/two", FLAGS)), f"{d}/second.log"))
     os.kill(first, 9)

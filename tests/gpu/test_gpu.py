@@ -6,7 +6,8 @@ import torch
 
 from medllm.train.arguments import parse
 from medllm.train.inputs import prepare_data
-from medllm.train.loop import read_history, train
+from medllm.json_file import read_log
+from medllm.train.loop import train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -18,7 +19,7 @@ FLAGS = dict(
 def curve(folder, **flags):
     args = parse(FLAGS | flags | {"output_dir": str(folder)})
     train(args, prepare_data(args))
-    return [h["loss"] for h in read_history(folder/"history.jsonl") if "loss" in h]
+    return [h["loss"] for h in read_log(folder/"history.jsonl") if "loss" in h]
 
 
 @pytest.mark.parametrize("flags", [
@@ -52,24 +53,31 @@ def test_head_loss_equals_full_logits():
     assert (a - b).norm() < 0.02*b.norm()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("window", [None, 40])
-def test_packed_attention_kernels_agree(dtype, window):
-    "The kernel for all lengths (half precision) or a call for each length (float32), against float64."
-    from medllm.models.packed_attention import Documents, attend_each, pick_kernel
-    documents, (q, k, v) = Documents((0, 200, 264, 328, 400, 401)), (
-        torch.randn(1, heads, 401, 64, device="cuda", dtype=dtype, requires_grad=True) for heads in (8, 2, 2))
+def agrees_with_float64(documents, attend, window, dtype):
+    "Whether a kernel is there for all lengths; it, or a call for each piece, is held against `attend` in float64, gradients too."
+    from medllm.models.packed_attention import pick_kernel
+    q, k, v = (torch.randn(1, heads, 401, 64, device="cuda", dtype=dtype, requires_grad=True) for heads in (8, 2, 2))
     kernel = pick_kernel(q, v, 0.0)
-    assert (kernel is not None) == (dtype != torch.float32)
-    got = attend_each(q, k, v, documents, window) if kernel is None else kernel(
+    got = attend(q, k, v) if kernel is None else kernel(
         *(x[0].transpose(0, 1) for x in (q, k, v)), documents, window, None, 0.0)[None]
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    want, up = attend_each(*exact, documents, window), torch.randn_like(got)
+    want, up = attend(*exact), torch.randn_like(got)
     far = lambda a, b: ((a.double() - b).norm()/b.norm()).item()
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2
     assert far(got, want) < tolerance
     for a, b in zip(torch.autograd.grad(got, (q, k, v), up), torch.autograd.grad(want, exact, up.double())):
         assert far(a, b) < tolerance
+    return kernel is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("window", [None, 40])
+def test_packed_attention_kernels_agree(dtype, window):
+    "The kernel for all lengths (half precision) or a call for each length (float32), against float64."
+    from medllm.models.packed_attention import Documents, attend_each
+    documents = Documents((0, 200, 264, 328, 400, 401))
+    fused = agrees_with_float64(documents, lambda *qkv: attend_each(*qkv, documents, window), window, dtype)
+    assert fused == (dtype != torch.float32)
 
 
 @pytest.mark.parametrize("flags", [

@@ -3,10 +3,12 @@ import math
 
 import pytest
 import torch
+from test_gpu import agrees_with_float64
 
 from medllm.train.arguments import parse
 from medllm.train.inputs import prepare_data
-from medllm.train.loop import read_history, train
+from medllm.json_file import read_log
+from medllm.train.loop import train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -15,19 +17,9 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 @pytest.mark.parametrize("window", [None, 40])
 def test_branched_attention_kernels_agree(dtype, window):
     "Keys longer than queries, aligned at the end: one kernel (half precision) or a call for each piece, against float64."
-    from medllm.models.packed_attention import SharedPrefixes, pick_kernel
-    shared_prefixes, (q, k, v) = SharedPrefixes(((0, 150, 200, 264), (264, 300, 301, 390), (390, 390, 401, 401))), (
-        torch.randn(1, heads, 401, 64, device="cuda", dtype=dtype, requires_grad=True) for heads in (8, 2, 2))
-    kernel = pick_kernel(q, v, 0.0)
-    got = shared_prefixes.attend(q, k, v, window) if kernel is None else kernel(
-        *(x[0].transpose(0, 1) for x in (q, k, v)), shared_prefixes, window, None, 0.0)[None]
-    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    want, up = shared_prefixes.attend(*exact, window), torch.randn_like(got)
-    far = lambda a, b: ((a.double() - b).norm()/b.norm()).item()
-    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
-    assert far(got, want) < tolerance
-    for a, b in zip(torch.autograd.grad(got, (q, k, v), up), torch.autograd.grad(want, exact, up.double())):
-        assert far(a, b) < tolerance
+    from medllm.models.packed_attention import SharedPrefixes
+    prefixes = SharedPrefixes(((0, 150, 200, 264), (264, 300, 301, 390), (390, 390, 401, 401)))
+    agrees_with_float64(prefixes, lambda *qkv: prefixes.attend(*qkv, window), window, dtype)
 
 
 @pytest.mark.parametrize("flags", [
@@ -40,7 +32,7 @@ def test_it_learns(stage, flags, tmp_path):
         learning_rate=1e-3, save_strategy="no", per_device_train_batch_size=8, disable_tqdm=True, output_dir=str(tmp_path),
         tokenized_path=str(tmp_path)) | flags)
     metrics = train(args, prepare_data(args))
-    losses = [h["loss"] for h in read_history(tmp_path/"history.jsonl") if "loss" in h]
+    losses = [h["loss"] for h in read_log(tmp_path/"history.jsonl") if "loss" in h]
     start = math.log(2) if stage == "dpo" else 0.5
     assert abs(losses[0] - start) < (1e-4 if not flags.get("bf16") else 2e-2)       # policy and reference begin as one
     assert metrics["eval_margin"] > 0 and min(losses[-5:]) < start

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
+from medllm.json_file import read_log
 from medllm.core import UserError
 from medllm.data.rows import TokenRows
 from medllm.data.tokens import Renderer
@@ -257,7 +258,7 @@ def learn(guesser, folder, **more):
         output_dir=str(folder), max_new_tokens=4, per_device_train_batch_size=64, num_generations=8, learning_rate=5e-4,
         lr_scheduler_type="constant", warmup_steps=10, max_steps=110, logging_steps=1, kl_limit=8.0) | more)
     metrics = loop.train(args, prepare_data(args))
-    history = [h for h in loop.read_history(folder/"history.jsonl") if "reward" in h]
+    history = [h for h in read_log(folder/"history.jsonl") if "reward" in h]
     mean = lambda name: float(np.mean([h[name] for h in history[-10:]]))
     return metrics, mean("reward"), mean("kl")
 
@@ -285,7 +286,7 @@ def test_does_not_learn_from_chance(guesser, tmp_path, monkeypatch):
         return parts
     monkeypatch.setattr(grpo, "reward_parts", shuffled)
     learn(guesser, tmp_path, max_steps=60)
-    history = [h for h in loop.read_history(tmp_path/"history.jsonl") if "reward" in h]
+    history = [h for h in read_log(tmp_path/"history.jsonl") if "reward" in h]
     assert np.mean([h["reward_right"] for h in history[-10:]]) < 0.5
 
 

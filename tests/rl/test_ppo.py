@@ -140,27 +140,26 @@ def rollouts(trainer):
     return [h for h in map(json.loads, open(trainer.history)) if "reward" in h]
 
 
-def rise(trainer):
-    "By how much the mean reward rose, from the first rollout to the last four, and the highest KL on the way."
+def trained(trainer):
+    "The first mean reward of a run, by how much it rose to the last four rollouts, and the highest KL on the way."
+    trainer.train()
     drawn = rollouts(trainer)
-    return np.mean([h["reward"] for h in drawn[-4:]]) - drawn[0]["reward"], max(h["kl"] for h in drawn)
+    first, last = drawn[0]["reward"], np.mean([h["reward"] for h in drawn[-4:]])
+    return first, last - first, max(h["kl"] for h in drawn)
 
 
 def test_learns_to_cite(warm, tmp_path):
     "The mean reward, which can be 0 to 1, rises by more than half of that; the KL stays under its bound."
-    trainer = make(
-        warm, tmp_path, finetuning_type="full", per_device_train_batch_size=48, max_steps=44, ppo_epochs=2, kl_limit=8)
-    trainer.train()
-    gained, kl = rise(trainer)
-    assert rollouts(trainer)[0]["reward"] < 0.3 and gained >= 0.5 and 0 < kl < 8, (gained, kl)
+    first, gained, kl = trained(make(
+        warm, tmp_path, finetuning_type="full", per_device_train_batch_size=48, max_steps=44, ppo_epochs=2, kl_limit=8))
+    assert first < 0.3 and gained >= 0.5 and 0 < kl < 8, (gained, kl)
 
 
 def test_without_learning_nothing_rises(warm, tmp_path):
     "The measure above can fail: with a learning rate of 0 the reward stays where it is, and the KL at 0."
-    trainer = make(
-        warm, tmp_path, finetuning_type="full", per_device_train_batch_size=32, max_steps=12, learning_rate=0.0, ppo_epochs=1)
-    trainer.train()
-    gained, kl = rise(trainer)
+    idle = make(warm, tmp_path, finetuning_type="full", per_device_train_batch_size=32, max_steps=12, learning_rate=0.0,
+        ppo_epochs=1)
+    _, gained, kl = trained(idle)
     assert abs(gained) < 0.25 and kl < 1e-5
 
 
@@ -170,8 +169,7 @@ def test_learns_with_every_role_on_one_base(warm, tmp_path):
     trainer = make(
         warm, tmp_path, per_device_train_batch_size=64, max_steps=64, learning_rate=2e-3, kl_coef=0.05, ppo_epochs=2, kl_limit=15)
     base = {name: p.clone() for name, p in trainer.model.named_parameters() if "lora_" not in name and "critic" not in name}
-    trainer.train()
-    gained, kl = rise(trainer)
+    _, gained, kl = trained(trainer)
     assert gained >= 0.5 and 0 < kl < 15, (gained, kl)
     for name, p in trainer.model.named_parameters():
         if name in base: assert torch.equal(p, base[name])

@@ -8,7 +8,8 @@ import pytest
 from medllm.core import UserError
 from medllm.train.arguments import parse
 from medllm.train.inputs import prepare_data
-from medllm.train.loop import read_history, run, train
+from medllm.json_file import read_log
+from medllm.train.loop import run, train
 
 ASKED = ("Gout?", "Scurvy?", "Fever?", "Cough?", "Cold?", "Burn?")
 
@@ -51,13 +52,13 @@ def test_the_best_by_what_was_asked(rows, tmp_path, metric, more, best):
     said = whole(flags(rows, tmp_path/"o", metric_for_best_model=metric, **more))
     name = f"eval_{(metric or 'loss').removeprefix('eval_')}"
     seen = {}
-    for line in read_history(tmp_path/"o/history.jsonl"):
+    for line in read_log(tmp_path/"o/history.jsonl"):
         if name in line and line["step"]: seen.setdefault(line["step"], line[name])      # the last line is of the best
     step = best(seen, key=seen.get)
     assert len(seen) == 4 and f"the model is that of checkpoint-{step}, the best by {name}" in said, (seen, said)
     for file in (tmp_path/"o").glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path/f"o/checkpoint-{step}"/file.name).read_bytes()
-    assert read_history(tmp_path/"o/history.jsonl")[-1][name] == pytest.approx(seen[step], rel=1e-4)
+    assert read_log(tmp_path/"o/history.jsonl")[-1][name] == pytest.approx(seen[step], rel=1e-4)
 
 
 @pytest.mark.parametrize("more, says", [

@@ -7,7 +7,8 @@ from stages import quiet
 
 from medllm.train.arguments import parse
 from medllm.train.inputs import prepare_data
-from medllm.train.loop import read_history, run
+from medllm.json_file import read_log
+from medllm.train.loop import run
 
 FLAGS = dict(stage="pt", cutoff_len=128, per_device_train_batch_size=4, learning_rate=2e-3, logging_steps=1, save_strategy="no",
     disable_tqdm=True)
@@ -57,7 +58,7 @@ def test_packed_or_not_and_in_micro_batches(tmp_path):
     one = dict(dataset="mm_pt", max_samples=24, max_steps=1, cutoff_len=2048)
     def first(name, **flags):
         pretrain(tmp_path/name, **one, **flags)
-        return next(h["loss"] for h in read_history(tmp_path/name/"history.jsonl") if "loss" in h)
+        return next(h["loss"] for h in read_log(tmp_path/name/"history.jsonl") if "loss" in h)
     whole = first("rows", packing=False, per_device_train_batch_size=24)
     assert first("micro", packing=False, per_device_train_batch_size=6, gradient_accumulation_steps=4) == pytest.approx(
         whole, abs=1e-4)
