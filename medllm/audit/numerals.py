@@ -51,7 +51,8 @@ def replaced(
 )->Plain:                # The same object when nothing matches
     "The text with other characters, each of which knows where it stood."
     if not pattern.search(plain.text): return plain
-    old, text, places, at = plain.places or [(i, i + 1) for i in range(len(plain.text))], [], [], 0
+    old = plain.places or [(i, i + 1) for i in range(len(plain.text))]
+    text, places, at = [], [], 0
     for match in pattern.finditer(plain.text):
         text.append(plain.text[at:match.start()])
         places += old[at:match.start()]

@@ -84,9 +84,10 @@ class GroupedBatches(Sampler):
         drop_last:bool = False,  # Leave out a last round that is not full
         cell:int|None = None,    # Rows that stay together; None: `cell_of` a round
     ):
-        self.lengths, self.batch, self.seed, self.rank, self.world, self.order = (
-            lengths, batch, seed, rank, world, order)
-        self.batch_size, self.drop_last, self.epoch, self.cell = batch, drop_last, 0, cell or cell_of(batch*world)
+        self.lengths, self.batch, self.order = lengths, batch, order
+        self.seed, self.rank, self.world = seed, rank, world
+        self.batch_size, self.drop_last = batch, drop_last
+        self.epoch, self.cell = 0, cell or cell_of(batch*world)
 
     def set_epoch(self,
         epoch:int, # From 0
@@ -109,7 +110,7 @@ class Batch(TypedDict):
     targets:torch.Tensor                # (M,) int64, the labels
     tokens:NotRequired[torch.Tensor]    # () int64, tokens that are no padding [tokens]
     position_ids:NotRequired[torch.Tensor] # Packed: (1, T) int64, counting from 0 in each document
-    cu_seqlens:NotRequired[tuple]          # Packed: where documents begin, and the end; or (begin, fork, end, ...) of each
+    cu_seqlens:NotRequired[tuple]          # Packed: documents' bounds, or (begin, fork, end, ...) of each
     units:NotRequired[int|torch.Tensor] # B [pairs, answers, ...]; without it, tokens are counted
     row_of:NotRequired[torch.Tensor]    # (M,) int64, the row of each label
     last:NotRequired[torch.Tensor]      # Reward model: (R,) int64, place of each row's last token, flattened

@@ -324,7 +324,9 @@ class Total:
         name:str, # Of the file
         size:int, # Its length [bytes]
         factor:int = _FACTOR_OF_ROWS,# Bytes of rows for each byte of it
-    ): self.name, self.most, self.factor, self.length = name, _ROOM_OF_ROWS + factor*size, factor, 0
+    ):
+        self.name, self.factor, self.length = name, factor, 0
+        self.most = _ROOM_OF_ROWS + factor*size
 
     def add(self,
         length:int, # Of more rows [bytes]

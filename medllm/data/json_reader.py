@@ -54,14 +54,13 @@ class Bad(NamedTuple):
     byte:int   # Byte, from 0
     why:str    # What is wrong and what to do
     number:int = 0 # As of `Row`
-    def row(self)->Row: return Row({}, self.file, self.line, self.byte, self.number)
-    @property
-    def at(self)->str: return self.row().at
-    @property
-    def where(self)->str: return self.row().where
-    @property
-    def place(self)->str: return self.row().place
-    def error(self)->UserError: return UserError(f"{self.where}, byte {self.byte}: {self.why}")
+    def row(self)->Row:
+        "A row without data at the same place."
+        return Row({}, self.file, self.line, self.byte, self.number)
+    def error(self)->UserError:
+        "The sentence that stops a reader here."
+        return UserError(f"{self.where}, byte {self.byte}: {self.why}")
+    def __getattr__(self, name): return getattr(self.row(), name)   # at, where, place
 
 # %% ../../nbs/data/02_json_reader.ipynb #place
 _place = re.compile(r"(.*), ((?:line|row) \d+)", re.DOTALL).fullmatch

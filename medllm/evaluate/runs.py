@@ -7,6 +7,7 @@ __all__ = ['EvaluateRun', 'evaluate', 'described_data']
 
 # %% ../../nbs/evaluate/24_runs.ipynb #imports
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..core import UserError
 from ..data.templates import check_template_name

@@ -165,5 +165,6 @@ def first_and_last(
     last:dict,  # The same of the last
 )->str:         # Markdown
     "Both side by side, a figure a line."
-    rows = [{"what": name, "first rollout": round(first[name], 4), "last rollout": round(last[name], 4)} for name in first]
+    rows = [{"what": name, "first rollout": round(value, 4), "last rollout": round(last[name], 4)}
+            for name, value in first.items()]
     return verdict_markdown(rows)

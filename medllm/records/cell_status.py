@@ -49,8 +49,10 @@ class RecordManager(NotebookExecutionManager):
         **options,                # Of papermill: output_path, progress_bar, …
     ):
         super().__init__(nb, **options)
-        self.policy, self.folder, self.status, self.reason, self.effective = policy, folder, "created", "", {}
-        self._kept, self._unsaved, self._told, self._counts = {}, 0, 0, {}
+        self.policy, self.folder = policy, folder
+        self.status, self.reason, self.effective = "created", "", {}
+        self._kept, self._counts = {}, {}
+        self._unsaved, self._told = 0, 0
 
     def cell_text(self,
         index:int, # Of the cell

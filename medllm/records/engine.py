@@ -48,7 +48,8 @@ class RecordClient(PapermillNotebookClient):
     ):
         "Execute the notebook."
         self.reset_execution_trackers()
-        self.stopper, self.names, self.values, self.left = stopper, names, values, False
+        self.stopper, self.names, self.values = stopper, names, values
+        self.left = False
         self.on_cell_executed = self._replied
         try:
             with self.setup_kernel(**kernel):

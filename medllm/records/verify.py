@@ -322,7 +322,8 @@ def check_tables(
     runs:str|Path = "runs", # Where records are looked for by name
 )->Verified:                # Its folder is the file
     "Compare the marked numbers of a text with their records. Raises `UserError` when there is no mark in it."
-    file, defects, changed, count = Path(file), [], {}, 0
+    file, count = Path(file), 0
+    defects, changed = [], {}
     if not file.is_file(): raise UserError(f"--tables {file}: there is no such file")
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         start = 0

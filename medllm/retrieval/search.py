@@ -38,15 +38,15 @@ from fastcore.basics import patch
 from ..json_file import json_lines
 
 # %% ../../nbs/retrieval/01_search.ipynb #terms
-ASKING = frozenset("""doctor dr hi hello hey dear please thank thanks help tell know think want need could would might
-    may must also get got getting go going come make makes made use used using take taking give suggest recommend explain
-    describe write list mention name experience experiencing experienced feel feeling felt notice noticed noticing
-    seem seems like really lot lately recently currently day days week weeks month months year years time while
-    ago since today always sometimes often keep keeps kept keeping wrong problem problems issue issues matter
-    thing things something anything happen happening happened cause causes causing caused reason reasons possible
-    possibly best good well many much bothering suffer suffering suffered worried worrying concerned concern case
-    people person someone trouble able way ways kind type question answer mean means one patient diagnosed advice
-    sure shall let say said else another still yet okay yes""".split())
+ASKING = frozenset("""doctor dr hi hello hey dear please thank thanks help tell know think want need could would might may
+    must also     get got getting go going come make makes made use used using take taking give suggest recommend explain
+    describe write list mention name experience experiencing experienced feel feeling felt notice noticed
+    noticing seem seems like really lot lately recently currently day days week weeks month months year years
+    time while ago since today always sometimes often keep keeps kept keeping wrong problem problems issue
+    issues matter thing things something anything happen happening happened cause causes causing caused reason
+    reasons possible possibly best good well many much bothering suffer suffering suffered worried worrying
+    concerned concern case people person someone trouble able way ways kind type question answer mean means one
+    patient diagnosed advice sure shall let say said else another still yet okay yes""".split())
 _function = re.compile("为什么|怎么回事|怎么办|是不是|有没有|想知道|什么|怎么|怎样|如何|哪些|哪个|哪里|多少|是否|可以|"
     "应该|需要|请问|医生|大夫|您好|你好|谢谢|帮助|感觉|觉得|一直|最近|现在|情况|问题|一下|可能|希望|朋友|我们|他们|她们|"
     "[的了吗呢吧啊呀嘛我你您他她它们这那哪是]")
@@ -122,7 +122,9 @@ class Index:
         bm25,                   # Index of bm25s over their terms
         held:dict[str, int],    # Term -> passages that hold it
         dense = None,           # `Dense`, or None
-    ): self.passages, self.bm25, self.held, self.dense = passages, bm25, held, dense
+    ):
+        self.passages, self.dense = passages, dense
+        self.bm25, self.held = bm25, held
 
     def weight(self,
         term:str, # From `terms`
@@ -147,7 +149,8 @@ def share(self:Index,
     passage:Passage, # Where its words are looked for
 )->tuple[float, float]: # Part by weight, 0 to 1, 0 for a question without terms; number of words
     "How much of a question's words a passage holds."
-    there, total, held, words = _held(passage.whole), 0.0, 0.0, 0.0
+    there = _held(passage.whole)
+    total, held, words = 0.0, 0.0, 0.0
     for place, of in places(placed_terms(unicodedata.normalize("NFKC", question), asking=True)).items():
         weight = min(map(self.weight, of))
         total += weight

@@ -84,4 +84,5 @@ def remember_adapter(
     model.activation_checkpointing_enable = enable_remembering                                    # Trainer calls this
     # and others its old name
     model.gradient_checkpointing_enable = (
-        lambda gradient_checkpointing_kwargs=None, **kwargs: enable_remembering(gradient_checkpointing_kwargs, **kwargs))
+        lambda gradient_checkpointing_kwargs=None, **kwargs:
+                enable_remembering(gradient_checkpointing_kwargs, **kwargs))

@@ -114,7 +114,8 @@ def _stage(stage:str, special:str, **defaults)->type:
         return flag(defaults[f.name], f.metadata["help"]) if f.name in defaults else field(
             default=f.default, default_factory=f.default_factory, metadata=f.metadata)
     others = [f for f in fields(SftRun) if stage in _OF_SOME.get(f.name, (stage,))]
-    run:Any = make_dataclass(f"{stage.title()}Run", [*first, *((f.name, f.type, same(f)) for f in others)], bases=(_Run,))
+    every = [*first, *((f.name, f.type, same(f)) for f in others)]
+    run:Any = make_dataclass(f"{stage.title()}Run", every, bases=(_Run,))
     run.stage, run.__doc__, run.__module__ = stage, f"Parameters of nbs/runs/{stage}.ipynb.", __name__
     return run
 

@@ -70,10 +70,17 @@ class _LogProgress(ProgressCallback):
 # %% ../../nbs/train/10_trainer.ipynb #others
 _OTHERS = ("PrinterCallback", "ProgressCallback", "NotebookProgressCallback")   # that print, too
 
+# %% ../../nbs/train/10_trainer.ipynb #use-one-gpu
+def _use_one_gpu(args:TrainingArguments):
+    "Without a launcher `Trainer` would split each batch over threads of one process."
+    if args.n_gpu <= 1: return
+    log_line(f"using one of {args.n_gpu} GPUs; accelerate launch --num_processes {args.n_gpu} uses all")
+    args._n_gpu = 1
+
 # %% ../../nbs/train/10_trainer.ipynb #trainer
 class StageTrainer(ChangedTrainer):
     "Minimises an objective over units; writes `history.jsonl` into the output folder."
-    train_dataset:Any              # `TokenRows` or `Units`
+    train_dataset:Any              # `TokenRows` or `TrainingExamples`
     eval_dataset:Any               # The same, or several by name
     loss_is_scaled_for_ga = True   # the loss is divided by the units of the whole step here
     tried:int|None = None          # Rows of a batch, once the rows were asked for
@@ -90,9 +97,7 @@ class StageTrainer(ChangedTrainer):
     ):
         pad = getattr(tokenizer, "pad_token_id", None)
         args.logging_nan_inf_filter = False   # it would log the mean of earlier losses in the place of a NaN
-        if args.n_gpu > 1:
-            log_line(f"using one of {args.n_gpu} GPUs; accelerate launch --num_processes {args.n_gpu} uses all")
-            args._n_gpu = 1                   # Trainer would split each batch over threads of one process
+        _use_one_gpu(args)
         self.caches = getattr(getattr(model, "config", None), "use_cache", None)      # Trainer turns it off for good
         super().__init__(
             model=model, args=args, train_dataset=train_units, eval_dataset=eval_units, processing_class=tokenizer,
