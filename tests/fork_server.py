@@ -116,7 +116,9 @@ def fork(args, stdin, stdout, stderr, cwd=None, env=None, session=False):
     "A child that runs these words, given descriptors of its streams; None where it has to be a true process."
     env = os.environ if env is None else env
     place = address(env) if env.get(FOLDER) and program(args) else None
-    return place and Forked(place, [str(a) for a in args], stdin, stdout, stderr, cwd, env, session)
+    if place is None: return None
+    with contextlib.suppress(ConnectionRefusedError):                            # it has ended
+        return Forked(place, [str(a) for a in args], stdin, stdout, stderr, cwd, env, session)
 
 
 # ---- what is asked for by programs that are themselves children
@@ -200,10 +202,12 @@ def _ended(words):
     return (code or 0) & 255
 
 
-def become(asked, streams):
-    "Be the program that was asked for; never returns."
+def become(asked, streams, line):
+    "Be the program that was asked for; never returns. Who asked is told when it has a session of its own: he will signal it."
     try:
         if asked["session"]: os.setsid()
+        with contextlib.suppress(OSError): line.sendall(json.dumps({"pid": os.getpid()}).encode() + b"\n")
+        line.close()
         for number, stream in enumerate(streams): os.dup2(stream, number)
         for stream in streams: os.close(stream)
         os.chdir(asked["cwd"])
@@ -258,14 +262,13 @@ class Server:
         pid = os.fork()
         if not pid:
             self.ready.close()
-            for held in (self.alive, self.door.fileno(), line.fileno(), *self.children,
+            for held in (self.alive, self.door.fileno(), *self.children,
                     *(other.fileno() for _, other in self.children.values())): os.close(held)
-            become(json.loads(asked), streams)
+            become(json.loads(asked), streams, line)
         for stream in streams: os.close(stream)
         child = os.pidfd_open(pid)
         self.children[child] = pid, line
         self.ready.register(child, selectors.EVENT_READ, self.ended)
-        with contextlib.suppress(OSError): line.sendall(json.dumps({"pid": pid}).encode() + b"\n")
 
     def ended(self, child):
         "Tell how a child ended."
@@ -278,5 +281,6 @@ class Server:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)       # of a terminal; a child handles it as a program does
     prepare()
     with forked_kernels(): Server(Path(sys.argv[1])).serve()

@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from test_gpu import agrees_with_float64
+from packed_kernels import agrees_with_float64
 
 from medllm.train.arguments import parse
 from medllm.train.inputs import prepare_data
