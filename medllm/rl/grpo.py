@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 
 from ..core import UserError, log_line
-from ..models.sampling import Sampling
 from .rollout import add_rewards
 from ..train.arguments import Arguments
 from ..train.inputs import TrainingData
