@@ -240,7 +240,7 @@ def _account_rows(name:str, s:dict)->list[dict]:
     reasons = ", ".join(f"{n} {reason}" for reason, n in lost.items()) or "none"
     rows = [asked(f"{name}: items left out", "none", reasons, not lost)]
     if s.get("cut"): rows.append(asked(f"{name}: prompts cut to the model's length", "none", s["cut"], False))
-    if "accuracy" in s:
+    if "accuracy" in s and "majority_baseline" in s:
         f, guess = s["accuracy"], s["majority_baseline"]
         met = True if f["low"] > guess["value"] else False if f["high"] < guess["value"] else None
         needed = f"; {would_tell(items_to_tell(f['value'], guess['value']))}" if met is None else ""

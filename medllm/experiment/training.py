@@ -22,7 +22,7 @@ from ..train.arguments import Arguments, parse, preflight
 from ..train.inputs import TrainingData, prepare_data
 from ..train.loop import plot_loss
 from ..train.samples import SampleAnswer, sample, samples_table
-from ..train.units import TrainingExamples
+from ..train.examples import TrainingExamples
 from ..json_file import read_log
 
 # %% ../../nbs/experiment/07_training.ipynb #job

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 
 from ..core import UserError, log_line
-from ..models.sampling import Sampling
 from .rollout import add_rewards
 from ..train.arguments import Arguments
 from ..train.inputs import TrainingData
@@ -19,7 +18,7 @@ from .monitor import kl_estimate
 from ..train.objectives import row_sums
 from ..train.reference import make_reference
 from .reward_parts import reward_parts
-from .sampling_trainer import RolloutObjective, RolloutPlan, RolloutTrainer, keeps_texts
+from .sampling_trainer import RolloutObjective, RolloutTrainer, plan_rollouts
 from ..train.start import start_model
 
 # %% ../../nbs/rl/05_grpo.ipynb #advantage
@@ -119,9 +118,8 @@ def make_trainer(
     reference = make_reference(args, model, data.renderer.tokenizer) if loss.kl_coef or free else None
     if reference is None: log_line("--kl_coef 0: no reference is kept, and the KL is not measured")
     parts = reward_parts(args, data, model)
-    sampling = Sampling(n.max_new_tokens, n.temperature, n.top_p, n.top_k)
     objective = GrpoObjective(loss, parts.rewards, n.num_generations, n.num_iterations)
-    plan = RolloutPlan(data.renderer, sampling, reference, n.kl_limit, keeps_texts(n.log_completions, data.private))
+    plan = plan_rollouts(args, data, reference)
     trainer = RolloutTrainer(model, args.training, objective, data.train, plan, data.eval)
     trainer.made = {"reference": reference.record() if reference else None, "rewards": parts.record}
     return trainer

@@ -17,7 +17,6 @@ from ..core import UserError, log_line
 from ..data.batches import Batch
 from ..models.adapters import adapt
 from ..models.adapter_roles import copy_adapter
-from ..models.sampling import Sampling
 from ..models.reward_model import load_scorer
 from .value_head import ModelCritic, RoleCritic, is_critic, remember_adapter
 from .rollout import Rollout, add_rewards
@@ -26,7 +25,7 @@ from ..train.inputs import TrainingData
 from ..train.reference import make_reference
 from ..train.report_card import saved_head
 from .reward_parts import RewardParts, reward_parts
-from .sampling_trainer import RolloutObjective, RolloutPlan, RolloutTrainer, keeps_texts
+from .sampling_trainer import RolloutObjective, RolloutTrainer, plan_rollouts
 from ..train.start import start_model
 
 # %% ../../nbs/rl/06_ppo.ipynb #tokens
@@ -328,8 +327,7 @@ def make_trainer(
     parts = reward_parts(args, data, model)
     _attach_critic(args, model, parts)
     objective = PpoObjective(parts.rewards, loss, settings, weight)
-    sampling = Sampling(n.max_new_tokens, n.temperature, n.top_p, n.top_k)
-    plan = RolloutPlan(data.renderer, sampling, reference, n.kl_limit, keeps_texts(n.log_completions, data.private))
+    plan = plan_rollouts(args, data, reference)
     trainer = PpoTrainer(model, args.training, objective, data.train, plan, data.eval)
     trainer.made = {"reference": reference.record(), "rewards": parts.record}
     return trainer

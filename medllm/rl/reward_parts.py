@@ -23,7 +23,7 @@ from ..train.inputs import TrainingData
 from ..medical.rewards import check_golds, reward_functions
 from ..train.objectives import SelectedHead
 from ..train.report_card import check_reward_model
-from ..train.units import UnitCollate
+from ..train.examples import UnitCollate
 
 # %% ../../nbs/rl/02_reward_parts.ipynb #plan
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch.utils.data import Sampler
 
 from ..core import UserError
 from ..data.batches import Batch
-from ..train.units import UnitCollate
+from ..train.examples import UnitCollate
 
 # %% ../../nbs/rl/00_rollout.ipynb #layout
 class AnswerLayout:

@@ -27,7 +27,7 @@ from .flags import (OURS, DataArguments, FinetuningArguments, ModelArguments, Pr
     ReinforcementArguments, RewardArguments, known_flags)
 from .supported import (as_word, check_accelerator, check_compile, check_metric, check_optimiser,
     check_packages, check_refused, more_is_better, reporters_of)
-from .together import check_together, drop_unused
+from .conflicts import check_together, drop_unused
 from ..yaml_file import read_yaml
 
 if TYPE_CHECKING: from transformers import TrainingArguments     # asked for when flags are read

@@ -21,7 +21,7 @@ from ..models.weights import weights_hash
 from ..data.rows import TokenRows
 from .arguments import Arguments
 from .inputs import TrainingData
-from .units import TrainingExamples
+from .examples import TrainingExamples
 from ..checkpoint.compatibility import ALLOW, changed
 
 # %% ../../nbs/train/06_fingerprint.ipynb #rows

@@ -27,7 +27,7 @@ from ..data.tokens import Renderer
 from ..models.loading import load_tokenizer
 from ..secrets import resolve
 from .arguments import Arguments, set_names
-from .units import KTORows, PreferencePairs, Prompts, TrainingExamples
+from .examples import KTORows, PreferencePairs, Prompts, TrainingExamples
 from ..stages import rows_of
 
 # %% ../../nbs/train/05_inputs.ipynb #data

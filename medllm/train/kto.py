@@ -22,7 +22,7 @@ from .preference import won
 from .reference import Reference, ReferredCollate, computes_once, make_reference, precompute
 from .start import start_model
 from .trainer import StageTrainer
-from .units import UnitCollate
+from .examples import UnitCollate
 from fastcore.basics import patch
 
 # %% ../../nbs/train/19_kto.ipynb #loss

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 
 from ..data.batches import Batch, Collate
 from ..data.packing import PackedCollate
-from .units import UnitCollate
+from .examples import UnitCollate
 
 # %% ../../nbs/train/09_objectives.ipynb #select
 class SelectedHead:

@@ -26,7 +26,7 @@ from .objectives import Objective, row_sums
 from .reference import ReferredCollate, computes_once, make_reference, precompute
 from .start import start_model
 from .trainer import StageTrainer
-from .units import UnitCollate
+from .examples import UnitCollate
 from fastcore.basics import patch
 
 # %% ../../nbs/train/18_preference.ipynb #dpo

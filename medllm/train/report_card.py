@@ -24,7 +24,7 @@ from ..data.tokens import Renderer
 from ..json_file import NUMBER, misfit, read_json
 from ..models.reward_model import score_rows, scores
 from ..models.loading import scalar_head
-from .units import PreferencePairs
+from .examples import PreferencePairs
 from ..intervals import wilson
 from fastcore.basics import patch
 from ..tables import markdown_rows

@@ -18,7 +18,7 @@ from .report_card import ReportCard, card_table, make_report_card
 from .start import check_memory, finish_start
 from .objectives import Objective
 from .trainer import StageTrainer
-from .units import PreferencePairs, UnitCollate
+from .examples import PreferencePairs, UnitCollate
 
 # %% ../../nbs/train/16_reward.ipynb #loss
 def pair_loss(

@@ -49,7 +49,7 @@ def ours(o):
     from medllm.rl.rollout import Reward
     from medllm.rl.grpo import GrpoLoss, GrpoObjective
     from medllm.rl.sampling_trainer import RolloutPlan, RolloutTrainer
-    from medllm.train.units import Prompts
+    from medllm.train.examples import Prompts
     tokenizer = load_tokenizer(o["model"])
     ids = [np.array(tokenizer(t).input_ids[:o["prompt"]], np.int32) for t in texts(o, o["prompts"]*o["steps"])]
     args = TrainingArguments(

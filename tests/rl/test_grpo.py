@@ -24,7 +24,7 @@ from medllm.train.inputs import prepare_data
 from medllm.rl.monitor import Halted, kl_estimate
 from medllm.train.objectives import SelectedHead
 from medllm.rl.sampling_trainer import RolloutPlan, RolloutTrainer
-from medllm.train.units import Prompts
+from medllm.train.examples import Prompts
 
 LONGEST, EACH = 9, 4
 

@@ -25,7 +25,7 @@ from medllm.train.preference import (
     LOSSES, Preference, answer_weights, dpo_loss, hinge_loss, ipo_loss, log_odds, orpo_loss, saved_share, simpo_loss)
 from medllm.train.reference import Reference, ReferencePlan
 from medllm.train.trainer import StageTrainer
-from medllm.train.units import KTORows, PreferencePairs
+from medllm.train.examples import KTORows, PreferencePairs
 
 VARIANTS = {
     "sigmoid": dict(pref_beta=0.3), "hinge": dict(pref_beta=0.05), "ipo": dict(pref_beta=0.2), "orpo": dict(pref_beta=0.4),

@@ -24,7 +24,7 @@ from medllm.train.loop import train
 from medllm.train.report_card import ReportCard, check_reward_model, ended, saved_head
 from medllm.train.reward import RewardLoss, make_trainer, pair_loss
 from medllm.train.trainer import StageTrainer
-from medllm.train.units import PreferencePairs, UnitCollate
+from medllm.train.examples import PreferencePairs, UnitCollate
 
 
 def toy_pairs(number=12, seed=0):
