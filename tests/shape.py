@@ -10,6 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 WORD = re.compile(r"[A-Za-z_]\w*")
+QUESTION = re.compile(r"(What|Which|Whether|How|Who|Does|Do|Is|Are|Where|When|Why)\b")
 # What each stage, and each way to start, has under the same name: found in its module by that name
 SHARED = {
     "make_trainer": "each stage's, which `medllm.train.loop` finds in the stage's module",
@@ -112,6 +113,19 @@ def wide_assignments():
                     yield f"{path.relative_to(ROOT)}:{node.lineno}"
 
 
+def folded_bodies():
+    "Bodies that begin behind a colon and go on in the next line."
+    for path, tree in modules().items():
+        lines = path.read_text(encoding="utf-8").split("\n")
+        for node in ast.walk(tree):
+            for part in ("body", "orelse", "finalbody"):
+                body = getattr(node, part, None)
+                if not isinstance(body, list) or not body or not isinstance(node, ast.stmt | ast.ExceptHandler): continue
+                at, end = body[0].lineno, body[0].end_lineno
+                if end > at and lines[at - 1][:body[0].col_offset].rstrip().endswith(":"):
+                    yield f"{path.relative_to(ROOT)}:{at}"
+
+
 def long_lines(most=120):
     "Lines of exported and shown code above a length, by notebook and id."
     return [f"{p.relative_to(ROOT)}#{c['id']}" for p in notebooks() for c in cells(p) if c["cell_type"] == "code"
@@ -123,23 +137,27 @@ def purposes():
     return {p: re.match(r"# .*\n\n> (.*)", source(cells(p)[0]))[1] for p in notebooks()}
 
 
+def shares_shown():
+    "Share of the public functions and classes of each package that are shown before the next exported cell."
+    by = collections.defaultdict(list)
+    for path in notebooks(): by[package(path) or "ground floor"] += shown(path).values()
+    return {name: sum(values)/len(values) for name, values in by.items()}
+
+
 def figures():
     "All of it, to be read."
-    lines, by = sorted(cell_lines().values()), collections.defaultdict(list)
-    for p in notebooks(): by[package(p) or "ground floor"] += shown(p).values()
-    every = [s for values in by.values() for s in values]
+    lines, every = sorted(cell_lines().values()), [s for p in notebooks() for s in shown(p).values()]
     return {
         "notebooks that export": len(notebooks()), "exported cells": len(lines), "median lines": statistics.median(lines),
         "over 15 lines": sum(n > 15 for n in lines), "over 40 lines": sum(n > 40 for n in lines),
         "public names": len(every), "shown before the next export": f"{sum(every)/len(every):.1%}",
-        "least shown package": min((sum(v)/len(v), k) for k, v in by.items())[::-1],
+        "least shown package": min(shares_shown().items(), key=lambda one: one[1]),
         "without a comment": sum(1 for p, t in modules().items() for _ in uncommented(p, t)),
         "names in two modules": len(names_in_two().keys() - SHARED.keys()),
+        "bodies folded into a line": sum(1 for _ in folded_bodies()),
         "assignments of four names": sum(1 for _ in wide_assignments()), "lines over 120": len(long_lines()),
         "purposes that are questions": sum(bool(QUESTION.match(t)) for t in purposes().values())}
 
-
-QUESTION = re.compile(r"(What|Which|Whether|How|Who|Does|Do|Is|Are|Where|When|Why)\b")
 
 if __name__ == "__main__":
     for name, value in figures().items(): print(f"{name:32} {value}")

@@ -139,6 +139,23 @@ def test_half_of_the_exported_cells_have_at_most_twelve_lines():
     assert statistics.median(shape.cell_lines().values()) <= 12
 
 
+def test_what_is_public_is_shown_before_the_next_export():
+    assert {name: share for name, share in shape.shares_shown().items() if share < 0.9} == {}
+
+
+def test_every_public_parameter_has_a_comment():
+    assert [what for path, tree in shape.modules().items() for what in shape.uncommented(path, tree)] == []
+
+
+def test_a_purpose_names_the_thing():
+    assert [str(p) for p, text in shape.purposes().items() if shape.QUESTION.match(text)] == []
+
+
+def test_nothing_is_folded_into_a_line():
+    "No long lines, no four names at once, no body that begins behind a colon and goes on below."
+    assert [*shape.long_lines(), *shape.wide_assignments(), *shape.folded_bodies()] == []
+
+
 def test_run_notebooks_define_nothing():
     for path in (ROOT/"nbs/runs").glob("*.ipynb"):
         code = [c for c in cells(path) if c["cell_type"] == "code"]

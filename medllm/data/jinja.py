@@ -305,8 +305,13 @@ def _writer()->_Writer:
 
 # %% ../../nbs/data/08_jinja.ipynb #others-write
 _lock = threading.Lock()
-if hasattr(os, "register_at_fork"): os.register_at_fork(
-    after_in_child=lambda: globals().update(_lock=threading.Lock()))
+
+def _unlock():
+    "A child of a fork begins with a lock that nobody holds."
+    global _lock
+    _lock = threading.Lock()
+
+if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=_unlock)
 
 def write_bounded(
     template:str, # Jinja text of anybody

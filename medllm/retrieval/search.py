@@ -38,8 +38,9 @@ from fastcore.basics import patch
 from ..json_file import json_lines
 
 # %% ../../nbs/retrieval/01_search.ipynb #terms
-ASKING = frozenset("""doctor dr hi hello hey dear please thank thanks help tell know think want need could would might may
-    must also     get got getting go going come make makes made use used using take taking give suggest recommend explain
+ASKING = frozenset("""
+    doctor dr hi hello hey dear please thank thanks help tell know think want need could would might may must
+    also get got getting go going come make makes made use used using take taking give suggest recommend explain
     describe write list mention name experience experiencing experienced feel feeling felt notice noticed
     noticing seem seems like really lot lately recently currently day days week weeks month months year years
     time while ago since today always sometimes often keep keeps kept keeping wrong problem problems issue

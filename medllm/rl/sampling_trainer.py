@@ -141,10 +141,8 @@ class RolloutTrainer(StageTrainer):
             [branched(m, self.longest) for m in (self.model, *others)])
         per_step = args.per_device_train_batch_size*args.gradient_accumulation_steps
         if per_step*objective.steps % objective.num_generations:
-            raise UserError(
-                "--per_device_train_batch_size x --gradient_accumulation_steps is "
-                f"{per_step}: it must be a multiple of "
-                f"the {objective.num_generations} answers to a prompt (--num_generations)")
+            raise UserError(f"--per_device_train_batch_size x --gradient_accumulation_steps is {per_step}: it must be "
+                f"a multiple of the {objective.num_generations} answers to a prompt (--num_generations)")
         self.size = per_step*objective.steps//objective.num_generations
         self.drawn, self.queue, self.kept = None, [], None
         self.rollouts, self.spent = Path(args.output_dir)/"rollouts.jsonl", 0.0
@@ -305,14 +303,11 @@ def watch(self:RolloutTrainer,
         self.monitor.check_kl(k1, noted["kl"])
     self.monitor(lengths, noted["entropy"], rewards, flat == 1)
     if flat == 1 and self.monitor.streaks["flat"] in (1, 5, 10):
-        log_line(
-            f"step {self.state.global_step}: no group of answers has different rewards "
-            f"({rewards.mean():.3f} on average): "
-            "nothing is learnt from this batch")
+        log_line(f"step {self.state.global_step}: no group of answers has different rewards "
+            f"({rewards.mean():.3f} on average): nothing is learnt from this batch")
     if self.monitor.finished and not self.control.should_training_stop:
-        log_line(
-            f"step {self.state.global_step}: for {self.monitor.patience} batches all answers have had the best reward "
-            "there is; training ends here")
+        log_line(f"step {self.state.global_step}: for {self.monitor.patience} batches all answers have had the best "
+            "reward there is; training ends here")
         self.control.should_training_stop = True
 
 # %% ../../nbs/rl/04_sampling_trainer.ipynb #record
