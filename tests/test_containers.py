@@ -72,11 +72,11 @@ def test_a_home_that_leads_nowhere(kept, tmp_path, monkeypatch, capsys):
         monkeypatch.delenv("HOME")
         def nobody(uid): raise KeyError(uid)
         monkeypatch.setattr("pwd.getpwuid", nobody)
-    for made in (machine.substitute, machine._told_of): made.cache_clear()
+    for made in (machine.substitute, machine._log_once): made.cache_clear()
     assert machine.home() is None and machine.cache_home().is_relative_to(tmp_path)
     machine.settle_home()
     assert os.environ["HOME"].startswith(str(tmp_path)) and capsys.readouterr().err.count("no home folder") == 1
-    for made in (machine.substitute, machine._told_of): made.cache_clear()
+    for made in (machine.substitute, machine._log_once): made.cache_clear()
 
 
 @pytest.mark.parametrize("words", [("train", "--help"), ("data", "preview", "mm", "--reveal")], ids="help preview".split())

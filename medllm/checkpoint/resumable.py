@@ -23,8 +23,8 @@ from transformers.trainer_callback import ExportableState, TrainerState
 from ..core import Interrupted, UserError, log_line
 from ..files import append_event, write_json
 from ..machine import writing_failed
-from medllm.checkpoint.commit import (Unwritable, begin_behind, checkpoint_fault, commit, committed, drop, room_for,
-    rotate, still_ours)
+from .commit import (
+    Unwritable, begin_behind, checkpoint_fault, commit, committed, drop, room_for, rotate, still_ours)
 from ..interruption import Agreement, Left, goes_on, leaving, listening, polled, stop
 from .state import check_weights, random_state, read_state, readable, set_random_state, write_state
 

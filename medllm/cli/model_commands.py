@@ -195,8 +195,8 @@ def _chat(args)->int:
     from medllm.models.sampling import Sampling
     from medllm.serve.chat import Conversation, chat_in_terminal
     from medllm.serve.disclaimer import disclaimer
-    line, grounding = disclaimer(args.disclaimer), _grounding(args.knowledge)
-    chat, sampling = load_chat_model(_fields_of(ModelChoice, args)), _fields_of(Sampling, args)
+    line, sampling, grounding = disclaimer(args.disclaimer), _fields_of(Sampling, args), _grounding(args.knowledge)
+    chat = load_chat_model(_fields_of(ModelChoice, args))
     return chat_in_terminal(Conversation(chat, sampling, "", args.seed, grounding), line)
 
 def _serve(args)->int:

@@ -65,10 +65,11 @@ def source_files(
 
 # %% ../../nbs/data/13_cache.ipynb #code-hash
 def _code_hash()->str:
-    "SHA-256 of the code that makes rows: every module of `medllm.data`."
+    "SHA-256 of the code that makes rows: every module of `medllm.data`, and the table of stages."
     folder = Path(importlib.util.find_spec("medllm.data").submodule_search_locations[0])
     whole = hashlib.sha256()
-    for file in sorted(folder.glob("*.py")): whole.update(file.name.encode() + file.read_bytes())
+    for file in (*sorted(folder.glob("*.py")), folder.parent/"stages.py"):
+        whole.update(file.name.encode() + file.read_bytes())
     return whole.hexdigest()
 
 # %% ../../nbs/data/13_cache.ipynb #cache-key

@@ -60,7 +60,7 @@ class Bad(NamedTuple):
     def error(self)->UserError:
         "The sentence that stops a reader here."
         return UserError(f"{self.where}, byte {self.byte}: {self.why}")
-    def __getattr__(self, name): return getattr(self.row(), name)   # at, where, place
+    def __getattr__(self, name): return getattr(self.row() if name in ("at", "where", "place") else None, name)
 
 # %% ../../nbs/data/02_json_reader.ipynb #place
 _place = re.compile(r"(.*), ((?:line|row) \d+)", re.DOTALL).fullmatch

@@ -49,7 +49,7 @@ def _without_prefix(spec:dict)->tuple[dict, bool]:
 
 # %% ../../nbs/data/11_tokens.ipynb #numbers
 def _numbers(copy:Tokenizer, spec:dict, words:dict)->np.ndarray|None:
-    "The tokenizer's ids ids of a copy's ids; None where they are the same."
+    "The tokenizer's own ids for a copy's ids; None where they are the same."
     ids = {copy.token_to_id(t["content"]): i for t, i in zip(spec["added_tokens"], words.values())}
     if all(theirs == i for theirs, i in ids.items()): return None
     table = np.arange(max(copy.get_vocab().values()) + 1, dtype=np.int32)

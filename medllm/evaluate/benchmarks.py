@@ -18,8 +18,8 @@ from ..files import write_json
 from ..data.registry import find_sources
 from .choice import asking
 from .compare import corrected
-from medllm.evaluate.result import (Result, Task, compare_results, figures_of, kind_function, shown, summary,
-    write_result)
+from .result import (
+    Result, Task, compare_results, figures_of, kind_function, shown, summary, write_result)
 from .targets import judge_comparisons, read_targets, verdict_rows
 from ..models.chat import ChatModel, ModelChoice, load_chat_model
 

@@ -21,8 +21,8 @@ from .items import load_items
 from .options import MCQItem
 from .order import order_figures, order_picks
 from .result import Result, Task, figure, measures, plots, summarises
-from .likelihood import (LAYOUTS, NORMS, SCORERS, LogProbs, ModelScores, option_scores, picked,
-    probabilities, prompt_hash)
+from .likelihood import (
+    LAYOUTS, NORMS, SCORERS, LogProbs, ModelScores, option_scores, picked, probabilities, prompt_hash)
 from .statistics import mean, share
 from ..models.chat import ChatModel, Completion
 from ..models.loading import model_location
@@ -191,7 +191,8 @@ def model_facts(
     folders = [find_path(name) for name in (model_location(chat.choice.model_name_or_path), *chat.choice.adapters)]
     return {"revision": getattr(chat.model.config, "_commit_hash", None) or "",
         "model": chat.choice.model_name_or_path, "adapter": chat.choice.adapter_name_or_path or "",
-        "weights": {f"{folder.name}/{name}": value for folder in folders for name, value in weights(folder).items()},
+        "weights": {f"{folder.name}/{name}": value for folder in folders
+            for name, value in weights(folder, whole=True).items()},
         "template_sha256": _text_hash(chat.renderer.jinja), "quantization_bit": chat.choice.quantization_bit,
         "system_sha256": _text_hash(chat.choice.default_system),
         "dtype": str(chat.model.dtype).removeprefix("torch."), "device": chat.device.type,

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from ..figures import picture
 from .result import Result, compares, measure_words, shown
-from medllm.evaluate.statistics import (holm, least_gain, mcnemar, mean, paired, paired_share, share, sign_p,
-    verdict_words)
+from .statistics import (
+    holm, least_gain, mcnemar, mean, paired, paired_share, share, sign_p, verdict_words)
 
 # %% ../../nbs/evaluate/09_compare.ipynb #choice
 GROUPS = 10 # least number of groups for an interval over groups

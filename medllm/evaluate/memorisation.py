@@ -17,8 +17,8 @@ import numpy as np
 from ..audit.personal import find_personal
 from .exposure import canary_figures, rank_of
 from .result import Result, compares, figure, summarises
-from medllm.evaluate.spelling import (TokenStretch, Stretch, chosen, continued, decoded, holds, likelihoods, place_of,
-    run_of, spells)
+from .spelling import (
+    TokenStretch, Stretch, chosen, continued, decoded, holds, likelihoods, place_of, run_of, spells)
 from .statistics import holm, mcnemar, mean, paired, paired_share, share, sign_p, verdict_words
 from ..models.chat import ChatModel
 

@@ -197,7 +197,7 @@ def resume(
     given:dict = {},    # Parameters to change: what the fingerprint allows
     trust:bool = False, # Run its notebook though it is not medllm's own
 )->Run:                 # The same record, ended again
-    "Go on with a run that stopped, in its folder. Raises `UserError` when it is running or over, or not ours to run."
+    "Go on with a run that stopped. Raises `UserError` when it is running or completed, or not ours to run."
     folder, state = Path(folder).resolve(), _state(Path(folder))
     status = status_of(folder, state)
     if status in RUNNING: raise UserError(f"{folder} is still running")

@@ -263,7 +263,7 @@ def _table_of(
 
 # %% ../../nbs/experiment/06_sweep.ipynb #as-text
 def _sweep_text(
-    table:list[dict], # From `table_of`
+    table:list[dict], # From `_table_of`
 )->str:
     "The table as Markdown, its columns in line."
     names = list(dict.fromkeys(name for row in table for name in row))
@@ -274,7 +274,7 @@ def _sweep_text(
 
 # %% ../../nbs/experiment/06_sweep.ipynb #picture
 def _plot_sweep(
-    table:list[dict],   # From `table_of`
+    table:list[dict],   # From `_table_of`
     swept:list[str],    # Parameters that have several values
     metric:str,         # Column that is drawn
     file:str|Path,      # PNG

@@ -97,7 +97,7 @@ def facts_of(
     def named(text): return text if text.count("/") == 1 and not find_path(text).exists() else Path(text).name
     def part(text):
         folder = Path(model_location(text)) if text == "tiny" else find_path(text)
-        return {"name": named(text), "weights": weights(folder, whole=True) if folder.is_dir() else {}}
+        return {"name": named(text), "weights": weights(folder, whole=True, below=True) if folder.is_dir() else {}}
     return {"base": part(choice.model_name_or_path), "adapters": [part(a) for a in choice.adapters], "dtype": dtype,
         "trained_bits": choice.quantization_bit, "template": choice.template,
         "default_system": bool(choice.default_system),
@@ -237,7 +237,7 @@ def _made(plan:ExportPlan, part:Path, log:Callable)->dict:
         text = modelfile(bare.renderer, f"model-{plan.gguf[-1]}.gguf", generation, longest)
         (part/"gguf"/"Modelfile").write_text(text, encoding="utf-8")
     return {"schema": 1, "name": plan.place.name, "passed": all(v["passed"] for v in check.verdicts),
-        "verdicts": check.verdicts, "made": facts_of(plan, dtype), "weights": weights(part, whole=True)}
+        "verdicts": check.verdicts, "made": facts_of(plan, dtype), "weights": weights(part, whole=True, below=True)}
 
 # %% ../../nbs/export/04_export.ipynb #gone
 class _Gone:

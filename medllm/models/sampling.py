@@ -137,7 +137,7 @@ class _Answers:
 
 # %% ../../nbs/models/08_sampling.ipynb #answer
 def _answer(model, prompts:list, uniforms:torch.Tensor, sampling:Sampling, stop_ids:list, pad_id:int)->_Answers:
-    "Answers to P prompts, as many to group as there are rows of `uniforms` for it."
+    "Answers to P prompts, as many to each as there are rows of `uniforms` for it."
     device, group = model.device, len(uniforms)//len(prompts)
     ids, seen = _left_padded(prompts, pad_id, sampling.max_new_tokens, device)
     width, stops, padded = ids.shape[1], torch.tensor(stop_ids, device=device), not bool(seen.all())

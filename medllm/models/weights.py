@@ -20,11 +20,12 @@ _TOO_LARGE = 8*2**30   # weights beyond this are noted by size [bytes]
 
 def weights(
     folder:str|Path,    # Of a model or an adapter
-    whole:bool = False, # Every byte however many there are; GGUF files, and folders below, too
+    whole:bool = False, # Every byte, however many there are
+    below:bool = False, # GGUF files, and folders below, too
 )->dict[str, str]:      # File name to SHA-256, or to its size; empty for a hub id
     "The weight files of a folder, by their hashes."
-    where, pattern = Path(folder), "**/*" if whole else "*"
-    kinds = (".safetensors", ".gguf") if whole else (".safetensors",)
+    where, pattern = Path(folder), "**/*" if below else "*"
+    kinds = (".safetensors", ".gguf") if below else (".safetensors",)
     found = where.glob(pattern) if where.is_dir() else ()
     files = {f.relative_to(where).as_posix(): f for f in sorted(found) if f.suffix in kinds and f.is_file()}
     large = sum(f.stat().st_size for f in files.values()) > _TOO_LARGE

@@ -69,7 +69,7 @@ class PredictRequest:
 
     @property
     def renderer(self):
-        "The renderer of the prompts, `medllm.data.rendering.Renderer`."
+        "The renderer of the prompts, `medllm.data.tokens.Renderer`."
         return self.chat.renderer
 
     @property

@@ -24,8 +24,8 @@ from ..data.formats import Example
 from ..models.chat import ChatModel
 from .disclaimer import disclaimer
 from .guard import Guard, Keys, refusal, write_log
-from medllm.serve.protocol import (CompletionRequest, Limits, Refused, Reply, event, not_served, read_body,
-    read_request)
+from .protocol import (
+    CompletionRequest, Limits, Refused, Reply, event, not_served, read_body, read_request)
 from .queue import AnswerQueue, Chunk, Full, QueuedRequest
 
 # %% ../../nbs/serve/06_server.ipynb #page

@@ -23,10 +23,12 @@ from ..data.templates import check_template_name
 from ..machine import check_writable
 from ..models.adapters import AdaptPlan, names
 from ..models.loading import LoadPlan, model_location
-from .flags import (OURS, DataArguments, FinetuningArguments, ModelArguments, PreferenceArguments,
-    ReinforcementArguments, RewardArguments, known_flags)
-from .supported import (as_word, check_accelerator, check_compile, check_metric, check_optimiser,
-    check_packages, check_refused, more_is_better, reporters_of)
+from .flags import (
+    OURS, DataArguments, FinetuningArguments, ModelArguments, PreferenceArguments, ReinforcementArguments,
+    RewardArguments, known_flags)
+from .supported import (
+    as_word, check_accelerator, check_compile, check_metric, check_optimiser, check_packages, check_refused,
+    more_is_better, reporters_of)
 from .conflicts import check_together, drop_unused
 from ..yaml_file import read_yaml
 

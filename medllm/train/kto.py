@@ -132,7 +132,7 @@ def begin(self:Kto,
     trainer,             # A `StageTrainer`
     batches:list[Batch], # Micro-batches of an optimiser step, or batches of a validation set
 ):
-    "Estimate the reference point, arXiv:2402.01306 eq. 8, from the mismatched answers of all batches and processes."
+    "Estimate the reference point of arXiv:2402.01306 from the mismatched answers of all batches and processes."
     total = torch.zeros(2, dtype=torch.float64, device=trainer.args.device)
     model = trainer.model_wrapped if trainer.is_in_train else trainer.model
     for batch in batches:

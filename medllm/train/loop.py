@@ -111,7 +111,7 @@ def _agreed(args:Arguments, fingerprint:dict, checkpoint:Path):
 def _validated(trainer, checkpoint:Path|None)->dict:
     "Metrics before the first step; of a resumed run those that it had then."
     if checkpoint and trainer.history.exists():
-        for line in read_log(trainer.history):
+        for line in read_log(trainer.history, strict=True):
             if line["step"] == 0 and "eval_loss" in line:
                 return {k: v for k, v in line.items() if k.startswith("eval_")}
     return trainer.evaluate()
@@ -169,7 +169,8 @@ def _train(args:Arguments, data:TrainingData, fingerprint:dict, checkpoint:Path|
             raise Interrupted(
                 f"asked to stop after the last step; the model is in {folder}, its metrics "
                 f"are missing: {goes_on(folder)}")
-        metrics |= _training_metrics(trainer, result, read_log(trainer.history) if is_first_process() else [])
+        history = read_log(trainer.history, strict=True) if is_first_process() else []
+        metrics |= _training_metrics(trainer, result, history)
     if args.data.packing and result and trainer.objective.unit == "tokens":
         metrics |= _packing_metrics(trainer, metrics["padding_share"])
     if data.eval: metrics |= trainer.evaluate() if result else before
@@ -189,7 +190,7 @@ def _write_results(args:Arguments, data:TrainingData, trainer, metrics:dict):
     write_rejects(data.accounts, folder/"rejects.jsonl")
     write_json(folder/"metrics.json", metrics)
     if args.finetuning.plot_loss and args.training.do_train:
-        plot_loss(read_log(trainer.history), folder/"loss.png", trainer.objective.watched)
+        plot_loss(read_log(trainer.history, strict=True), folder/"loss.png", trainer.objective.watched)
 
 # %% ../../nbs/train/20_loop.ipynb #totals
 def _packing_metrics(trainer, packed:float)->dict:
@@ -207,7 +208,7 @@ def _packing_metrics(trainer, packed:float)->dict:
 # %% ../../nbs/train/20_loop.ipynb #validation-metrics
 def _validation_metrics(trainer, data:TrainingData)->dict:
     "The best validation loss and its step; for tokens also the loss of a table that only counts."
-    best = min((h["eval_loss"], h["step"]) for h in read_log(trainer.history) if "eval_loss" in h)
+    best = min((h["eval_loss"], h["step"]) for h in read_log(trainer.history, strict=True) if "eval_loss" in h)
     metrics = {"eval_loss_best": best[0], "eval_loss_best_step": best[1]}
     if trainer.objective.unit != "tokens" or not all(isinstance(r, TokenRows) for r in data.eval.values()):
         return metrics                               # prompts hold no answers

@@ -162,7 +162,7 @@ def release(self:Reference,
 
 # %% ../../nbs/train/17_reference.ipynb #make
 def _other_model(args:Arguments, plan:ReferencePlan, tokenizer):
-    "The reference's plan_of_run model, frozen, on the device."
+    "The reference's own model, frozen, on the device."
     plan_of_run = args.load_plan()
     load = replace(plan_of_run, bits=plan.bits, frozen=True,
         revision=plan_of_run.revision if plan.model == args.model.model_name_or_path else "main")

@@ -160,8 +160,9 @@ def _exported(folder):
 def _export_is_whole(folder):
     "A folder that is there holds all that its report names."
     if not (folder/"model").exists(): return set()
-    from medllm.export.export import _weights
-    assert table(folder/"model/equivalence.json")["weights"] == _weights(folder/"model"), "half of a model"
+    from medllm.models.weights import weights
+    held = weights(folder/"model", whole=True, below=True)
+    assert table(folder/"model/equivalence.json")["weights"] == held, "half of a model"
     assert (folder/"model/README.md").exists()
     return {"model"}
 
