@@ -16,7 +16,11 @@ sys.exit(not passed)
 """
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: str(path.relative_to(ROOT/"nbs")))
+LONG = {"runs/pipeline.ipynb"}       # four trainings of their own, which the tests of pipelines have on fewer rows
+
+
+@pytest.mark.parametrize("path", [pytest.param(p, id=name, marks=[pytest.mark.slow] if name in LONG else [])
+    for p in NOTEBOOKS for name in [str(p.relative_to(ROOT/"nbs"))]])
 def test_a_notebook_runs(path):
     done = run(sys.executable, "-c", EXECUTE, path, cwd=ROOT/"nbs")
     assert done.returncode == 0, done.stderr[-5000:]

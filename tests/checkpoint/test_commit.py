@@ -75,10 +75,11 @@ def plain(folder, resume=None, steps=4, **more):
     return trainer
 
 
-def test_killed_again_and_again():
+@pytest.mark.parametrize("kills", [5, pytest.param(int(os.environ.get("MEDLLM_KILLS", 20)), marks=pytest.mark.slow)])
+def test_killed_again_and_again(kills):
     "kill -9 at random moments: the same weights and the same curve as without, and never a step by hand."
-    found = fault("kill.py", os.environ.get("MEDLLM_KILLS", 20))
-    assert found["kills"] >= int(os.environ.get("MEDLLM_KILLS", 20)) and found["steps_lost_at_most"] <= 1, found
+    found = fault("kill.py", kills)
+    assert found["kills"] >= kills and found["steps_lost_at_most"] <= 1, found
 
 
 def _steps_of_a_save(monkeypatch, fail):
@@ -101,8 +102,9 @@ def _steps_of_a_save(monkeypatch, fail):
     return count
 
 
-def test_every_write_may_fail(copy, monkeypatch):
-    "Each write, fsync and rename of a save fails once: the commit before stays, and what is found is whole."
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_every_write_may_fail(copy, monkeypatch, every):
+    "Each write, fsync and rename of a save fails once, or every fifth: the commit before stays, and what is found is whole."
     args = parse(SHORT | dict(output_dir=str(copy), resume_from_checkpoint="true"))
     with contextlib.redirect_stderr(io.StringIO()):
         from medllm.train.loop import stage_module
@@ -110,7 +112,7 @@ def test_every_write_may_fail(copy, monkeypatch):
         trainer.train(str(copy/"checkpoint-6"))
         fail, results = [0], []
         count = _steps_of_a_save(monkeypatch, fail)
-        for number in range(1, 200):
+        for number in range(1, 200, every):
             trainer.state.global_step, trainer.failures, count[0], fail[0] = 6 + number, 0, 0, number
             before = newest(copy)
             trainer._save_checkpoint(trainer.model, None)
@@ -120,7 +122,7 @@ def test_every_write_may_fail(copy, monkeypatch):
             results.append(good.name == f"checkpoint-{6 + number}")
             assert results[-1] or good == before
             if done < number: break
-    assert results.count(False) > 20 and results[-1], results      # what may fail without harm: tidying up
+    assert results.count(False) > 20//every and results[-1], results      # what may fail without harm: tidying up
     skipped = [json.loads(line) for line in (copy/"events.jsonl").read_text().splitlines() if "save_skipped" in line]
     assert skipped and {e["reason"] for e in skipped} == {"Input/output error"}
 
