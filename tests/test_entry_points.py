@@ -79,6 +79,7 @@ def use_wheel(python, folder):
     assert {"record.ipynb", "run.json", "model.safetensors", "loss.png"} <= {f.name for f in record.iterdir()}
 
 
+@pytest.mark.slow
 def test_from_a_wheel(tmp_path):
     "An environment of its own with the wheel; the libraries are lent from this one, since they are large."
     process("python", "-m", "venv", "--without-pip", tmp_path/"env")

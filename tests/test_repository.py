@@ -156,6 +156,11 @@ def test_nothing_is_folded_into_a_line():
     assert [*shape.long_lines(), *shape.wide_assignments(), *shape.folded_bodies()] == []
 
 
+def test_a_file_of_tests_stays_with_one_worker(request):
+    "pytest-xdist 3.8 forgets the groups under pytest 9.2, and each worker makes all fixtures of a file."
+    if hasattr(request.config, "workerinput"): assert "@" in request.node.nodeid
+
+
 def test_run_notebooks_define_nothing():
     for path in (ROOT/"nbs/runs").glob("*.ipynb"):
         code = [c for c in cells(path) if c["cell_type"] == "code"]

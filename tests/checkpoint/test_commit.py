@@ -268,6 +268,7 @@ def test_a_file_too_many(copy):
     assert checkpoint_fault(copy/"checkpoint-6") == "optimizer_1.pt does not belong to it"
 
 
+@pytest.mark.slow
 def test_signals_at_any_moment():
     "SIGTERM in each part of a run: 75 within 30 s, nothing done behind the training, and the same run afterwards."
     found = fault("signalled.py")

@@ -82,6 +82,7 @@ def test_a_pipeline_is_compared_stage_by_stage_and_nothing_is_taken_over(tmp_pat
 
 # resume
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(plain, tmp_path):
     "The kernel is killed behind a checkpoint; `resume` comes to the losses of a run that nobody killed."
     words = ["sft", "-p", "max_steps", 40, "-p", "save_steps", 5, "-p", "logging_steps", 1, "-p", "max_samples", 40]

@@ -597,6 +597,7 @@ def test_another_attempt_in_the_same_folder(tmp_path):
     with pytest.raises(UserError, match="completed"): execute(str(tmp_path/"data.ipynb"), given, resume=tmp_path/"r")
 
 
+@pytest.mark.slow
 def test_a_training_that_is_asked_to_stop_takes_its_checkpoint(tmp_path):
     "SIGTERM to the command: the loop ends its step, the checkpoint is whole, what comes after does not run."
     words = [str(Path(sys.executable).parent/"medllm"), "run", "sft", "-p", "max_steps", "400", "-p", "max_samples", "40",
