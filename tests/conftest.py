@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 from commands import ROOT, SHARED, made, run
 import fork_server
-from fork_server import FOLDER
+from fork_server import FOLDER, IMPORTED
 from schedule import (  # noqa: F401  (pytest looks for them here)
     pytest_addoption, pytest_collection_finish, pytest_collection_modifyitems, pytest_ignore_collect, pytest_runtest_logreport,
     pytest_sessionfinish)
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 SMALL = ["-p", "max_steps", 4, "-p", "max_samples", 40, "-p", "logging_steps", 1]
+TRL = """torch datasets transformers trl.trainer.dpo_trainer trl.trainer.grpo_trainer trl.trainer.kto_trainer
+    trl.trainer.reward_trainer trl.trainer.rloo_trainer trl.experimental.cpo trl.experimental.orpo"""
 FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
     --disable-component-update --disable-sync --window-size=1200,900""".split()
 
@@ -58,8 +60,9 @@ def trl(tmp_path_factory):
     def call(script, arrays):
         folder = tmp_path_factory.mktemp("trl")
         np.savez(folder/"in.npz", **arrays)
+        held = {} if script == "trl_ppo.py" else {IMPORTED: " ".join(TRL.split())}         # PPO is of another release
         done = run(sys.executable, ROOT/"tests/peers"/script, folder/"in.npz", folder/"out.npz", cwd=folder,
-            PYTHONPATH=f"{place}{os.pathsep}{ROOT}")
+            PYTHONPATH=f"{place}{os.pathsep}{ROOT}", HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", **held)
         assert done.returncode == 0, done.stderr[-2000:]
         with np.load(folder/"out.npz", allow_pickle=False) as out: return dict(out)
     return call

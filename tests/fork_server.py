@@ -29,9 +29,10 @@ from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = "MEDLLM_FORK_SERVERS"     # variable that names the folder of the servers; without it all processes are true ones
-AT_START = ("PYTHON", "OMP_", "MKL_", "OPENBLAS_", "HF_", "HUGGINGFACE", "TRANSFORMERS_", "TORCH", "PYTORCH", "CUBLAS_", "CUDA",
+IMPORTED = "MEDLLM_FORK_IMPORTS"   # variable that names what a server imports instead of `MODULES`, from another path
+AT_START = (IMPORTED, "PYTHON", "OMP_", "MKL_", "OPENBLAS_", "HF_", "HUGGINGFACE", "TRANSFORMERS_", "TORCH", "PYTORCH", "CUBLAS_", "CUDA",
     "TQDM_", "MPLCONFIGDIR", "LD_", "LC_", "LANG", "XDG_", "JUPYTER", "HOME")
-LATER = ("HF_HUB_DISABLE_TELEMETRY", "TORCHELASTIC_", "TORCH_NCCL")     # set by what is imported, or read when it is used
+LATER = ("PYTHONSAFEPATH", "HF_TOKEN", "HF_HUB_DISABLE_TELEMETRY", "TORCHELASTIC_", "TORCH_NCCL")     # set by what is imported, or read when it is used
 PROGRAMS = ("medllm", "papermill", "nbdev_clean", "nbdev_export", "nbdev_test")     # of this environment, beside `python …`
 MODULES = """torch torch.utils.data torch.distributed transformers transformers.trainer transformers.models.llama.modeling_llama
     transformers.models.auto.modeling_auto transformers.models.auto.tokenization_auto peft accelerate datasets safetensors.torch
@@ -54,15 +55,21 @@ def program(words):
     return words[1:] if plain and place.name.startswith("python") and place.samefile(sys.executable) else None
 
 
-def address(environment):
-    "Where the server for such an environment listens: started when it is asked for the second time; None the first time."
+def address(environment, words):
+    """Where the server for such an environment listens, or None where a true process is cheaper.
+
+    It takes as long to start as two true processes: for a program in an environment of its own it starts when it is asked
+    for the third time; for kernels, and where the environment is this process's, at once."""
     folder, kept = Path(environment[FOLDER]), read_at_start(environment)
-    if "PYTHONPATH" in kept: return None                                         # other modules than those imported here
+    if "PYTHONPATH" in kept and IMPORTED not in kept: return None                # other modules than those imported here
     place = folder/f"{hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]}.sock"
     if place.exists(): return place
-    try: os.close(os.open(place.with_suffix(".asked"), os.O_CREAT | os.O_EXCL))
-    except FileExistsError: return _start(place, environment)
-    return None
+    if IMPORTED in kept or "ipykernel_launcher" in words or kept == read_at_start(os.environ): return _start(place, environment)
+    for time in ("first", "second"):
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(place.with_suffix(f".{time}"), os.O_CREAT | os.O_EXCL))
+            return None
+    return _start(place, environment)
 
 
 def _start(place, environment):
@@ -115,7 +122,8 @@ class Forked:
 def fork(args, stdin, stdout, stderr, cwd=None, env=None, session=False):
     "A child that runs these words, given descriptors of its streams; None where it has to be a true process."
     env = os.environ if env is None else env
-    place = address(env) if env.get(FOLDER) and program(args) else None
+    words = program(args) if env.get(FOLDER) else None
+    place = address(env, words) if words else None
     if place is None: return None
     with contextlib.suppress(ConnectionRefusedError):                            # it has ended
         return Forked(place, [str(a) for a in args], stdin, stdout, stderr, cwd, env, session)
@@ -153,7 +161,8 @@ def forked_kernels():
 
 def prepare():
     "Import what commands and kernels import, and have them ask for children too."
-    for name in MODULES: importlib.import_module(name)
+    for name in os.environ.get(IMPORTED, "").split() or MODULES: importlib.import_module(name)
+    if IMPORTED in os.environ: return
     import medllm
     for found in pkgutil.walk_packages(medllm.__path__, "medllm."):
         if not found.name.endswith("__main__"):
@@ -172,14 +181,16 @@ def _interpret(words):
     sys.orig_argv[:] = [sys.executable, *words]
     main = sys.modules["__main__"] = type(sys)("__main__")
     main.__builtins__ = __builtins__
+    first = {"-c": "", "-m": os.getcwd()}.get(words[0], str(Path(words[0]).resolve().parent))
+    sys.path[:1] = [] if os.environ.get("PYTHONSAFEPATH") else [first]
     if words[0] == "-c":
-        sys.argv, sys.path[0] = ["-c", *words[2:]], ""
+        sys.argv = ["-c", *words[2:]]
         exec(compile(words[1], "<string>", "exec"), main.__dict__)
     elif words[0] == "-m":
-        sys.argv, sys.path[0] = words[1:], os.getcwd()
+        sys.argv = words[1:]
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     else:
-        sys.argv, sys.path[0] = list(words), str(Path(words[0]).resolve().parent)
+        sys.argv = list(words)
         runpy.run_path(words[0], run_name="__main__")
 
 

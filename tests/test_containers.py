@@ -7,7 +7,7 @@ import stat
 
 import nbformat
 import pytest
-from commands import BIN, ROOT, run
+from commands import BIN, ROOT, process, run
 
 from medllm.cli.main import main
 from medllm.core import UserError
@@ -81,7 +81,7 @@ def test_a_home_that_leads_nowhere(kept, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("words", [("train", "--help"), ("data", "preview", "mm", "--reveal")], ids="help preview".split())
 def test_a_console_of_ascii_letters(words):
-    done = run("medllm", *words, PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", LC_ALL="C")
+    done = process("medllm", *words, PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", LC_ALL="C")
     assert done.returncode == 0 and not done.stderr.count("Traceback"), done.stderr
     assert done.stdout.isascii() and len(done.stdout) > 500
 

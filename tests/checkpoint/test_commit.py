@@ -75,7 +75,7 @@ def plain(folder, resume=None, steps=4, **more):
     return trainer
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(int(os.environ.get("MEDLLM_KILLS", 20)), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(int(os.environ.get("MEDLLM_KILLS", 20)), marks=pytest.mark.slow)])
 def test_killed_again_and_again(kills):
     "kill -9 at random moments: the same weights and the same curve as without, and never a step by hand."
     found = fault("kill.py", kills)
@@ -444,7 +444,8 @@ def test_clocks_do_not_count(copy):
     assert [step for step, _ in committed(copy)] == [6]
 
 
-def test_no_pickled_arguments_and_no_token(tmp_path):
+def test_no_pickled_arguments_and_no_token(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "")                 # what a run puts there is taken away again
     whole_run(tmp_path, hub_token="hf_" + "x"*34, save_total_limit=1)
     assert not list(tmp_path.rglob("training_args.bin"))
     for file in tmp_path.rglob("*"):

@@ -164,8 +164,10 @@ from medllm.data.registry import find_sources
 from medllm.data.tokens import Renderer
 from medllm.models.loading import LoadPlan, load_tokenizer
 import sys
-source, = find_sources([sys.argv[1]], "data")
-print(cache_key(source, Renderer(load_tokenizer("tiny", LoadPlan()), "auto"), Recipe(), source_files(source)))
+def key(file):
+    source, = find_sources([file], "data")
+    return cache_key(source, Renderer(load_tokenizer("tiny", LoadPlan()), "auto"), Recipe(), source_files(source))
+if __name__ == "__main__": print(key(sys.argv[1]))
 """
 
 
@@ -174,14 +176,15 @@ def test_changed_code_and_data_find_no_stale_rows(tmp_path):
     write(rows, [{"instruction": "a?", "output": "b"}])
     shutil.copytree(ROOT/"medllm", tmp_path/"code/medllm", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("settings.ini", "nbs", "data"): (tmp_path/"code"/name).symlink_to(ROOT/name)
-    def key():
+    def key_by_copy():
         done = run(sys.executable, "-c", KEY, rows, cwd=tmp_path, PYTHONPATH=tmp_path/"code")
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
-    first, times = key(), (rows.stat().st_atime_ns, rows.stat().st_mtime_ns)
-    assert key() == first
+    exec(KEY, here := {"__name__": "here"})
+    first, times = here["key"](str(rows)), (rows.stat().st_atime_ns, rows.stat().st_mtime_ns)
+    assert key_by_copy() == first
     write(rows, [{"instruction": "a?", "output": "c"}])
     os.utime(rows, ns=times)
-    second = key()
+    second = here["key"](str(rows))
     with open(tmp_path/"code/medllm/data/formats.py", "a") as f: f.write("# changed\n")
-    assert len({first, second, key()}) == 3
+    assert len({first, second, key_by_copy()}) == 3

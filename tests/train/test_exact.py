@@ -62,8 +62,8 @@ def train(folder, runs, profile="exact", **env):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    ("Each run whole; stopped at step 3 of 6, inside a rollout and between two logs; gone on with in another process; and "
-        "done again in a third.")
+    ("Each run whole; stopped at step 3 of 6, inside a rollout and between two logs; gone on with in another process, which "
+        "also does it again.")
     d = tmp_path_factory.mktemp("exact")
     runs = lambda kind, at=0, names=RUNS, **more: [
         (RUNS[name] | dict(output_dir=str(d/kind/name)) | more, at) for name in names]
@@ -71,8 +71,8 @@ def trained(tmp_path_factory):
     said = {name: (d/"part"/name/"said").read_text() for name in RUNS}
     assert all("checkpoint-3 holds it" in words for words in said.values()), said
     for name in RUNS: (d/"part"/name/"said").unlink()
-    train(d, runs("part", resume_from_checkpoint="true"))
-    train(d, runs("again", names=reversed(STAGES)) + runs("seed", names=SEEDED, seed=4))
+    train(d, runs("part", resume_from_checkpoint="true") + runs("again", names=reversed(STAGES))
+        + runs("seed", names=SEEDED, seed=4))
     return d
 
 

@@ -5,6 +5,7 @@ import pytest
 from commands import ROOT
 from stages import KINDS, RESULTS, SHORT, STAGES, STARTS, cell, first_adapter, quiet, table
 
+from medllm.core import UserError
 from medllm.train.arguments import parse
 from medllm.train.loop import run
 
@@ -40,6 +41,13 @@ def test_two_processes(stage, tmp_path):
     from medllm.experiment.launch import launch
     metrics = launch(SHORT | STAGES[stage] | dict(stage=stage, finetuning_type="lora", output_dir=str(tmp_path)), tmp_path, 2)
     assert metrics["steps"] == 2 and (tmp_path/"adapter_model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_what_stops_several_processes_is_said(tmp_path):
+    from medllm.experiment.launch import launch
+    with pytest.raises(UserError, match="unknown dataset 'mn'"):
+        launch(SHORT | dict(dataset="mn", stage="sft", output_dir=str(tmp_path)), tmp_path, 2)
 
 
 @pytest.mark.parametrize("given, stage, want", [
