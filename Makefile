@@ -88,8 +88,8 @@ coverage: $(STAMP) $(TRL) $(S3) ## which lines of the package the notebooks and 
 	-$(subst python -m pytest,coverage run -m pytest,$(PYTEST)) tests
 	$(BIN)/coverage combine --quiet && $(BIN)/coverage report
 
-test-slow: $(STAMP) $(LM_EVAL) ## tests that take minutes each
-	$(BIN)/python -m pytest tests -m slow
+test-slow: $(STAMP) $(LM_EVAL) ## tests that take minutes each, and those of made-up rows on many more of them
+	MEDLLM_EXAMPLES=3000 $(BIN)/python -m pytest tests -m "slow or hypothesis"
 
 export: $(STAMP) ## the package anew from the notebooks
 	rm -rf medllm && $(BIN)/nbdev_export && $(BIN)/nbdev_clean

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from commands import ROOT, SHARED, made, run
 import fork_server
 from fork_server import FOLDER, IMPORTED
@@ -19,6 +20,8 @@ CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 SMALL = ["-p", "max_steps", 4, "-p", "max_samples", 40, "-p", "logging_steps", 1]
 TRL = """torch datasets transformers trl.trainer.dpo_trainer trl.trainer.grpo_trainer trl.trainer.kto_trainer
     trl.trainer.reward_trainer trl.trainer.rloo_trainer trl.experimental.cpo trl.experimental.orpo"""
+settings.register_profile("medllm", max_examples=int(os.environ.get("MEDLLM_EXAMPLES", 300)), deadline=None)
+settings.load_profile("medllm")
 FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
     --disable-component-update --disable-sync --window-size=1200,900""".split()
 

@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from commands import SHARED, run
@@ -327,7 +327,6 @@ def test_parquet_of_any_row_groups_is_read(tmp_path, rows, group):
         assert [row.data["messages"] for row in read] == said and [row.number for row in read] == list(range(1, rows + 1))
 
 
-@settings(max_examples=1000, deadline=None)
 @given(st.one_of(st.binary(max_size=400), st.text(max_size=200).map(str.encode), st.lists(st.sampled_from(
     [b'{"instruction": "a", "output": "b"}', b"\n", b"\r", b"[", b"]", b",", b'"', b"{", b"}", b"\xff", b"\x00", b'"a": 1',
      "高".encode(), b"1e999", b"\\ud800", b"\xef\xbb\xbf", b"\xff\xfe"]), max_size=14).map(b"".join)),
@@ -352,7 +351,6 @@ rows = st.one_of(
     talks.map(lambda t: {"conversations": [{"from": r, "value": v} for r, v in t]}))
 
 
-@settings(max_examples=1000, deadline=None)
 @given(st.lists(rows, min_size=1, max_size=8))
 def test_every_row_has_one_fate(tmp_path_factory, chatml, some):
     "Rows read = kept + truncated + rejected, each reason from the closed list."
@@ -367,7 +365,6 @@ def test_every_row_has_one_fate(tmp_path_factory, chatml, some):
     assert account.kept >= 0 and set(account.rejected) <= set(REASONS) and len(account.rejects) == account.rejected.total()
 
 
-@settings(max_examples=1000, deadline=None)
 @given(st.lists(st.tuples(st.text("ab 高。", min_size=1, max_size=300), st.text("cd 血?", min_size=1, max_size=40)),
     min_size=1, max_size=4), st.integers(24, 160))
 def test_truncation_keeps_the_answer(tiny, chatml, talk, cutoff):

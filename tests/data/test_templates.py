@@ -251,7 +251,7 @@ texts = st.lists(st.one_of(st.sampled_from(NASTY), st.text(max_size=12)), max_si
 said = texts.map(str.strip).filter(bool)
 
 
-@settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(suppress_health_check=list(HealthCheck))
 @given(st.sampled_from(["chatml", "llama3", "sentencepiece"]), texts)
 def test_user_text_yields_no_control_token_and_decodes_to_itself(name, text):
     "For any text, no id of an added token, and the text comes back."
@@ -282,7 +282,7 @@ def conversations(draw, tools=True):
     return Example(tuple(turns), draw(st.one_of(st.just(""), said)))
 
 
-@settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(suppress_health_check=list(HealthCheck))
 @given(st.data(), st.sampled_from(list(RENDERERS)))
 def test_only_the_template_writes_control_tokens(data, name):
     "As many trained ends as trained answers, labels inside answers, and the pieces together are what is rendered."

@@ -215,7 +215,8 @@ from medllm.cli.main import main
 sys.exit(main(sys.argv[2:]))"""
 
 
-@pytest.mark.parametrize("module", ["zmq.backend.cython", "papermill.engines", "nbclient.client"])
+@pytest.mark.parametrize("module", [
+    "papermill.engines", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zmq.backend.cython", "nbclient.client"))])
 def test_a_signal_while_a_library_is_imported(tmp_path, module):
     "zmq makes an ImportError of whatever is raised meanwhile; others swallow it."
     done = subprocess.run([sys.executable, "-c", DISTURBED, module, "run", "data", "-p", "max_samples", "10", "-p", "output_dir",

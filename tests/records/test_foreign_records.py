@@ -70,7 +70,7 @@ def walk(runs, name, n, seed):
 @pytest.mark.parametrize("name", KINDS)
 def test_some_mutated_files_of_a_record(runs, name):
     "No traceback, no hang, no flood, and nothing that steers a terminal."
-    walk(runs, name, 24, "some")
+    walk(runs, name, 12, "some")
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from commands import losses, run
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
 
@@ -189,7 +189,6 @@ LENGTHS = st.integers(3, 200).flatmap(
     lambda capacity: st.tuples(st.lists(st.integers(1, capacity), max_size=80), st.just(capacity)))
 
 
-@settings(max_examples=1000, deadline=None)
 @given(LENGTHS, st.integers(0, 3), st.integers(1, 4), st.integers(1, 3))
 def test_packs_hold_every_row_once_and_whole(drawn, epoch, world, batch):
     lengths, capacity = np.array(drawn[0], int), drawn[1]
@@ -212,7 +211,6 @@ def test_packs_hold_every_row_once_and_whole(drawn, epoch, world, batch):
         assert not divided or all(lengths[rows].sum() <= batch*capacity for rows in chain(*ranks))
 
 
-@settings(max_examples=1000, deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=20), st.sampled_from([1, 8]))
 def test_no_label_crosses_a_border_and_positions_restart(lengths, multiple):
     rows = some_rows(lengths)
@@ -234,7 +232,6 @@ def test_no_label_crosses_a_border_and_positions_restart(lengths, multiple):
     assert sorted(pairs) == sorted(wanted)
 
 
-@settings(max_examples=1000, deadline=None)
 @given(st.lists(st.integers(1, 300), max_size=10), st.integers(3, 50))
 def test_cut_documents_lose_nothing(lengths, cutoff_len):
     "Every token but a document's first is predicted exactly once, in pieces that fit."

@@ -2,22 +2,27 @@
 import getpass
 import importlib.util
 import json
-import os
 import socket
 import sqlite3
+import sys
 from pathlib import Path
 
 import pytest
 from commands import losses, run
 
-TRAIN = ("medllm", "train", "--stage", "sft", "--dataset", "mm", "--model_name_or_path", "tiny", "--max_steps", 3,
+TRAIN = ("train", "--stage", "sft", "--dataset", "mm", "--model_name_or_path", "tiny", "--max_steps", 3,
     "--max_samples", 24, "--logging_steps", 1, "--seed", 1)
 
 
-def train(tmp_path, name, **env):
-    "A short training that reports; everything it wrote, but the weights."
+def medllm_after(code, *words):
+    "What `medllm` does in a process that has run some code."
+    return run(sys.executable, "-c", f"{code}\nimport sys\nfrom medllm.cli.main import main\nsys.exit(main(sys.argv[1:]))", *words)
+
+
+def train(tmp_path, name, before=""):
+    "A short training that reports, after some code; everything it wrote, but the weights."
     if importlib.util.find_spec(name) is None: pytest.skip(f"{name} is an extra: pip install 'medllm[{name}]'")
-    done = run(*TRAIN, "--output_dir", tmp_path/"out", "--report_to", name, PYTHONHASHSEED="0", **env)
+    done = medllm_after(before, *TRAIN, "--output_dir", tmp_path/"out", "--report_to", name)
     assert done.returncode == 0, done.stderr
     assert [f.name for f in tmp_path.iterdir()] == ["out"]
     for file in (tmp_path/"out").rglob("*"):
@@ -40,9 +45,8 @@ def test_tensorboard(tmp_path):
 @pytest.mark.smoke
 def test_mlflow(tmp_path):
     "The network is taken away: nothing may be asked."
-    wall = tmp_path.parent/f"{tmp_path.name}-wall"
-    wall.mkdir()
-    (wall/"sitecustomize.py").write_text("""
+    asked = tmp_path.parent/f"{tmp_path.name}-asked"
+    folder = train(tmp_path, "mlflow", """
 import socket
 real = socket.socket.connect
 def connect(self, address):
@@ -51,9 +55,8 @@ def connect(self, address):
         raise OSError("no network here")
     return real(self, address)
 socket.socket.connect = connect
-""" % str(wall/"asked"))
-    folder = train(tmp_path, "mlflow", PYTHONPATH=f"{wall}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    assert not (wall/"asked").exists(), (wall/"asked").read_text()
+""" % str(asked))
+    assert not asked.exists(), asked.read_text()
     with sqlite3.connect(folder/"mlflow.db") as db:
         shown = dict(db.execute("select step, value from metrics where key = 'loss'"))
         tags = dict(db.execute("select key, value from tags"))
@@ -79,8 +82,6 @@ def test_several_programs_and_an_unknown_one(monkeypatch, tmp_path):
 def test_a_missing_package_is_named(tmp_path):
     hidden = "import sys; sys.modules['mlflow'] = None\nimport importlib.util as u\nreal = u.find_spec\n" \
         "u.find_spec = lambda name, *a: None if name == 'mlflow' else real(name, *a)\n"
-    (tmp_path/"sitecustomize.py").write_text(hidden)
-    done = run(*TRAIN, "--output_dir", tmp_path/"out", "--report_to", "mlflow",
-        PYTHONPATH=f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    done = medllm_after(hidden, *TRAIN, "--output_dir", tmp_path/"out", "--report_to", "mlflow")
     assert done.returncode == 2 and 'pip install "medllm[mlflow]"' in done.stderr, done.stderr
     assert not Path(tmp_path/"out/model.safetensors").exists()

@@ -47,7 +47,7 @@ def plain_loop(data, steps, batch, learning_rate):
 def test_twenty_steps_equal_a_plain_loop(real, tmp_path):
     args = parse(dict(
         dataset=real, max_samples=512, finetuning_type="full", learning_rate=1e-4, lr_scheduler_type="constant",
-        max_steps=20, logging_steps=1, per_device_train_batch_size=8, cutoff_len=512, output_dir=str(tmp_path),
+        max_steps=20, logging_steps=1, per_device_train_batch_size=8, cutoff_len=256, output_dir=str(tmp_path),
         save_strategy="no", disable_tqdm=True))
     data = prepare_data(args)
     train(args, data)
