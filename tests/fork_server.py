@@ -30,9 +30,10 @@ from types import SimpleNamespace
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = "MEDLLM_FORK_SERVERS"     # variable that names the folder of the servers; without it all processes are true ones
 IMPORTED = "MEDLLM_FORK_IMPORTS"   # variable that names what a server imports instead of `MODULES`, from another path
-AT_START = (IMPORTED, "PYTHON", "OMP_", "MKL_", "OPENBLAS_", "HF_", "HUGGINGFACE", "TRANSFORMERS_", "TORCH", "PYTORCH", "CUBLAS_", "CUDA",
-    "TQDM_", "MPLCONFIGDIR", "LD_", "LC_", "LANG", "XDG_", "JUPYTER", "HOME")
-LATER = ("PYTHONSAFEPATH", "HF_TOKEN", "HF_HUB_DISABLE_TELEMETRY", "TORCHELASTIC_", "TORCH_NCCL")     # set by what is imported, or read when it is used
+AT_START = (IMPORTED, "PYTHON", "OMP_", "MKL_", "OPENBLAS_", "HF_", "HUGGINGFACE", "TRANSFORMERS_", "TORCH", "PYTORCH",
+    "CUBLAS_", "CUDA", "TQDM_", "MPLCONFIGDIR", "LD_", "LC_", "LANG", "XDG_", "JUPYTER", "HOME")
+# set by what is imported, or read when it is used
+LATER = ("PYTHONSAFEPATH", "HF_TOKEN", "HF_HUB_DISABLE_TELEMETRY", "TORCHELASTIC_", "TORCH_NCCL")
 PROGRAMS = ("medllm", "papermill", "nbdev_clean", "nbdev_export", "nbdev_test")     # of this environment, beside `python …`
 MODULES = """torch torch.utils.data torch.distributed transformers transformers.trainer transformers.models.llama.modeling_llama
     transformers.models.auto.modeling_auto transformers.models.auto.tokenization_auto peft accelerate datasets safetensors.torch

@@ -324,7 +324,8 @@ def test_other_flags_need_a_word(copy, changed, name):
 
 
 @pytest.mark.parametrize("flags", [
-    dict(packing=True, quantization_bit=4, lora_dropout=0.1, dataloader_num_workers=1, per_device_train_batch_size=1, max_samples=16),
+    dict(packing=True, quantization_bit=4, lora_dropout=0.1, dataloader_num_workers=1, per_device_train_batch_size=1,
+        max_samples=16),
     dict(lora_dropout=0.1, dataloader_num_workers=2, gradient_accumulation_steps=2, lr_scheduler_type="cosine"),
     dict(finetuning_type="full", group_by_length=False, neftune_noise_alpha=5.0, optim="adafactor")],
     ids=["packed-4bit", "grouped", "random-neftune"])

@@ -16,7 +16,8 @@ TRAIN = ("train", "--stage", "sft", "--dataset", "mm", "--model_name_or_path", "
 
 def medllm_after(code, *words):
     "What `medllm` does in a process that has run some code."
-    return run(sys.executable, "-c", f"{code}\nimport sys\nfrom medllm.cli.main import main\nsys.exit(main(sys.argv[1:]))", *words)
+    return run(
+        sys.executable, "-c", f"{code}\nimport sys\nfrom medllm.cli.main import main\nsys.exit(main(sys.argv[1:]))", *words)
 
 
 def train(tmp_path, name, before=""):
