@@ -81,8 +81,7 @@ lint: $(STAMP) types ## ruff and types
 
 # lowest and newest versions that settings.ini allows, an environment each in .ends; one alone: tests/ends.py lowest
 ends: $(STAMP) ## the smoke tests with the lowest and with the newest versions that settings.ini allows
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target .ends/uv --upgrade 'uv>=0.11,<1'
-	PATH=$(CURDIR)/.ends/uv/bin:$$PATH $(BIN)/python tests/ends.py
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python tests/ends.py
 
 # a quarter of a minute, half a minute without its cache
 types: $(STAMP) ## types of the exported package, by mypy
