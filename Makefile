@@ -13,7 +13,7 @@ LM_EVAL := .lm_eval/.lm-eval-0.4.13
 .PHONY: help demo test check test-slow trl s3 lm_eval browser lint types ends coverage notebooks export requirements clean
 
 # uv takes a fifth of pip's time; where it is not to be had, or does not find what pip is configured to find, pip does it
-UV := UV_FIND_LINKS="$$PIP_FIND_LINKS" $(BIN)/uv pip install --quiet --python $(BIN)/python
+UV := UV_FIND_LINKS="$$PIP_FIND_LINKS" $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 install = $(UV) $(1) || $(PIP) $(1)
 
