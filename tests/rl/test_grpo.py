@@ -274,6 +274,7 @@ def test_learns_the_right_letters(guesser, tmp_path):
     assert len(lines) == 110 and set(lines[0]) == {"step", "prompts", "rewards", "lengths", "ended"}
 
 
+@pytest.mark.slow
 def test_does_not_learn_from_chance(guesser, tmp_path, monkeypatch):
     "The same run with rewards that have nothing to do with the answers does not pass."
     rng = np.random.default_rng(0)

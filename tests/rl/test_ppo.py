@@ -155,6 +155,7 @@ def test_learns_to_cite(warm, tmp_path):
     assert first < 0.3 and gained >= 0.5 and 0 < kl < 8, (gained, kl)
 
 
+@pytest.mark.slow
 def test_without_learning_nothing_rises(warm, tmp_path):
     "The measure above can fail: with a learning rate of 0 the reward stays where it is, and the KL at 0."
     idle = make(warm, tmp_path, finetuning_type="full", per_device_train_batch_size=32, max_steps=12, learning_rate=0.0,
