@@ -9,7 +9,7 @@ from commands import ROOT
 
 DURATIONS = ROOT/"tests/durations.json"    # measured seconds of each file of tests, and of each notebook
 NOTEBOOKS, ALWAYS = "tests/test_notebooks.py", ("tests/test_repository.py",)
-BUDGET = 60                                # of all that `--quick` runs beside the changed notebooks [s]
+BUDGET = 45                                # of all that `--quick` runs beside the changed notebooks [s]
 _spent = Counter()
 
 
