@@ -55,24 +55,53 @@ def names(
 
 # %% ../../nbs/models/03_adapters.ipynb #target
 def _linear_names(model)->list[str]:
-    "Short names of the linear layers LoRA can sit on (not the head), for example q_proj, v_proj, up_proj."
+    "Full names of the linear layers LoRA can sit on: not the head, and of several parts the language model's."
     import torch
+    from transformers.pytorch_utils import Conv1D
     heads = model.get_output_embeddings(), scalar_head(model)
-    linear = (name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m not in heads)
-    return sorted({name.rsplit(".", 1)[-1] for name in linear})
+    linear = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m not in heads]
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    part = next((name for name, m in model.named_modules() if m is decoder), "")
+    return [name for name in linear if part and name.startswith(f"{part}.")] or linear
 
+def _end(name:str)->str:
+    "The last part of a module's name."
+    return name.rsplit(".", 1)[-1]
+
+# %% ../../nbs/models/03_adapters.ipynb #not-taken
+_ROUTERS = ("router", "wg", "shared_expert_gate")     # weigh the experts
+_MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+_READ_PAST = {"dt_proj", "out_proj"}                  # their weights are read there, not called: LoRA would be passed by
+
+def _not_taken(model, short:Sequence[str])->set[str]:
+    "Which of these linear layers LoRA would have no part in, or peft takes for experts."
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    config = LoraConfig(target_modules=list(short))
+    convert_peft_config_for_transformers(config, model, None)
+    experts = set(short) - set(config.target_modules or ())
+    return experts | (_READ_PAST & set(short) if getattr(model.config, "model_type", "") in _MAMBA else set())
+
+# %% ../../nbs/models/03_adapters.ipynb #lora-modules
 def lora_modules(
     model,      # A causal language model
     target:str, # Names separated by commas, or "all"
-)->list[str]:
+)->list[str]:   # Short names; full ones where another part of the model has layers of the same names
     "The `target_modules` of LoRA. Raises `UserError` for a name that no linear layer of the model has."
-    known = _linear_names(model)
-    if target.strip() == "all": return known
-    for name in names(target):
+    linear = _linear_names(model)
+    known = sorted({_end(name) for name in linear})
+    refused = _not_taken(model, known)
+    chosen = [n for n in known if n not in _ROUTERS] if target.strip() == "all" else names(target)
+    for name in chosen:
         if name not in known:
             raise UserError(
                 f"--lora_target {name}: no such linear layer{nearest(name, known)}; this model has {', '.join(known)}")
-    return names(target)
+    if target.strip() == "all": chosen = [name for name in chosen if name not in refused]
+    elif taken := sorted(refused & set(chosen)):
+        raise UserError(f"--lora_target {taken[0]}: LoRA cannot sit on this layer of a {model.config.model_type} model; "
+            f"it can on {', '.join(name for name in known if name not in refused)}")
+    others = {_end(name) for name, _ in model.named_modules() if name not in set(linear)}
+    return [name for name in linear if _end(name) in chosen] if others & set(chosen) else chosen
 
 # %% ../../nbs/models/03_adapters.ipynb #wrap
 def _wrap(model, config):
@@ -271,14 +300,25 @@ def merged(
     return model
 
 # %% ../../nbs/models/03_adapters.ipynb #lora
+def _say_experts(model):
+    "Say what share of a model are experts that no adapter is on."
+    total, inside, on = 0, 0, False
+    for name, p in model.named_parameters():
+        if "lora_" in name: on = on or ".experts." in name
+        else: total, inside = total + p.numel(), inside + p.numel()*(".experts." in name)
+    if inside and not on:
+        log_line(f"LoRA leaves the experts as they are, {inside/total:.0%} of the parameters: full and freeze train them")
+
 def _new_lora(model, plan:AdaptPlan):
     "A fresh adapter on the model."
     from peft import LoraConfig
     alpha:Any = plan.alpha or 2*plan.rank          # parts of one, too, whatever peft's annotation says
-    return _wrap(model, LoraConfig(
+    model = _wrap(model, LoraConfig(
         r=plan.rank, lora_alpha=alpha, lora_dropout=plan.dropout,
         target_modules=lora_modules(model, plan.target), use_dora=plan.dora, use_rslora=plan.rslora,
         modules_to_save=names(plan.extra) or None))
+    _say_experts(model)
+    return model
 
 def _lora(model, plan:AdaptPlan):
     "The model with the adapters of the plan: earlier ones merged, the last one trained, or a fresh one."

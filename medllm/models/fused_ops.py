@@ -6,10 +6,16 @@
 __all__ = ['rms_norm', 'rotary', 'fewer_passes']
 
 # %% ../../nbs/models/06_fused_ops.ipynb #imports
+import inspect
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
 
 import torch
+
+from ..core import log_line
 
 # %% ../../nbs/models/06_fused_ops.ipynb #norm
 class _RMSNorm(torch.autograd.Function):
@@ -41,11 +47,12 @@ def rms_norm(
 
 # %% ../../nbs/models/06_fused_ops.ipynb #rotary
 def _turn(x, cos, sin, sign:int):
-    "Rotate the halves of the last dimension."
-    half = x.shape[-1]//2
-    y = x*cos
-    y[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-sign)
-    y[..., half:].addcmul_(x[..., :half], sin[..., half:], value=sign)
+    "Rotate the halves of the first numbers of the last dimension, as many as there are angles."
+    width = cos.shape[-1]
+    half = width//2
+    y = x*cos if width == x.shape[-1] else torch.cat([x[..., :width]*cos, x[..., width:]], -1)
+    y[..., :half].addcmul_(x[..., half:width], sin[..., :half], value=-sign)
+    y[..., half:width].addcmul_(x[..., :half], sin[..., half:], value=sign)
     return y
 
 # %% ../../nbs/models/06_fused_ops.ipynb #rotary-2
@@ -63,8 +70,8 @@ class _Rotary(torch.autograd.Function):
 def rotary(
     q:torch.Tensor,   # Queries, (B, heads, T, D)
     k:torch.Tensor,   # Keys, (B, heads, T, D)
-    cos:torch.Tensor, # (B, T, D)
-    sin:torch.Tensor, # (B, T, D)
+    cos:torch.Tensor, # (B, T, R)
+    sin:torch.Tensor, # (B, T, R)
     unsqueeze_dim:int = 1, # Where the dimension of heads goes
 )->tuple[torch.Tensor, torch.Tensor]:
     ("Queries and keys turned by their positions, arXiv:2104.09864 eq. 34; "
@@ -73,11 +80,16 @@ def rotary(
     return _Rotary.apply(q, cos, sin), _Rotary.apply(k, cos, sin)
 
 # %% ../../nbs/models/06_fused_ops.ipynb #use
+def _outcome(function):
+    "What a function returns, or None where it fails."
+    try:
+        with torch.no_grad(): return function()
+    except Exception: return None   # another signature, or sizes that it does not take
+
 def _same(ours, theirs)->bool:
     "Whether two ways of computing agree; a way that fails does not."
-    try:
-        with torch.no_grad(): a, b = ours(), theirs()
-    except Exception: return False   # another signature: leave the model's own in place
+    a, b = _outcome(ours), _outcome(theirs)
+    if a is None or b is None: return False
     pairs = zip(a, b) if isinstance(b, tuple) else [(a, b)]
     return all(x.shape == y.shape and torch.allclose(x, y, atol=1e-5, rtol=1e-4) for x, y in pairs)
 
@@ -88,21 +100,50 @@ def _norms(model)->list:
     for module in model.modules():
         eps, weight = (
             getattr(module, "variance_epsilon", getattr(module, "eps", None)), getattr(module, "weight", None))
-        if not type(module).__name__.endswith("RMSNorm") or not isinstance(eps, float) or weight is None: continue
+        if not type(module).__name__.endswith("RMSNorm") or not isinstance(eps, float): continue
+        if not isinstance(weight, torch.nn.Parameter): continue                 # constant ones, for any width
+        if len(inspect.signature(module.forward).parameters) != 1: continue     # a gate, say, which may come
         x = torch.randn(2, 3, len(weight), device=weight.device, dtype=weight.dtype)
         if _same(lambda: rms_norm(x, weight, eps), lambda: module(x)): replaced.append((module, eps))
     return replaced
 
 # %% ../../nbs/models/06_fused_ops.ipynb #rotary-modules
-def _rotary_modules(model)->list:
-    "Python modules of the model whose rotary function is the one above."
+def _angles(model, home:ModuleType)->Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    "Cosines and sines, (1, 3, R) each, of the rotary embeddings that the model has from a Python module."
+    for module in model.modules():
+        if type(module).__module__ != home.__name__ or not type(module).__name__.endswith("RotaryEmbedding"): continue
+        x, places = torch.zeros(1), torch.arange(3)[None]
+        kinds = getattr(module, "layer_types", None) if "layer_type" in inspect.signature(module.forward).parameters else None
+        for kind in kinds or [None]:
+            cos, sin = module(x, places, kind) if kind else module(x, places)
+            yield cos.cpu(), sin.cpu()
+
+# %% ../../nbs/models/06_fused_ops.ipynb #turned-alike
+def _turned_alike(model, home:ModuleType)->bool:
+    "Whether a Python module's rotary function is the one above, for the angles and the heads that the model has."
+    inside = [m for m in model.modules() if type(m).__module__ == home.__name__]
+    heads = {m.head_dim for m in inside if isinstance(getattr(m, "head_dim", None), int)}
+    def same(cos, sin, width):
+        q = torch.randn(1, 2, 3, width)
+        def theirs(): return home.apply_rotary_pos_emb(q, q, cos, sin)
+        whole = width > cos.shape[-1] and _outcome(theirs) is None    # it is given the part to turn, never a whole head
+        return whole or _same(lambda: rotary(q, q, cos, sin), theirs)
+    angles = _outcome(lambda: list(_angles(model, home))) or []
+    return bool(angles) and all(same(cos, sin, max(cos.shape[-1], width)) for cos, sin in angles for width in {0} | heads)
+
+# %% ../../nbs/models/06_fused_ops.ipynb #rotary-homes
+@cache
+def _say_left(name:str):
+    log_line(f"the rotary embedding of {name} is computed by the model's own function, which ours does not equal")
+
+def _rotary_homes(model)->list[ModuleType]:
+    "The Python modules of a model whose rotary function is the one above; the others are named in the log, once."
     homes = {sys.modules[type(m).__module__] for m in model.modules()}
-    config = model.config
-    width = getattr(config, "head_dim", None) or config.hidden_size//config.num_attention_heads
-    q, angle = torch.randn(1, 2, 3, width), torch.randn(1, 3, width//2).repeat(1, 1, 2)
-    def same(theirs):
-        return _same(lambda: rotary(q, q, angle.cos(), angle.sin()), lambda: theirs(q, q, angle.cos(), angle.sin()))
-    return [home for home in homes if hasattr(home, "apply_rotary_pos_emb") and same(home.apply_rotary_pos_emb)]
+    having = sorted((home for home in homes if hasattr(home, "apply_rotary_pos_emb")), key=lambda home: home.__name__)
+    found = [home for home in having if _turned_alike(model, home)]
+    for home in having:
+        if home not in found: _say_left(home.__name__.rsplit(".modeling_", 1)[-1])
+    return found
 
 # %% ../../nbs/models/06_fused_ops.ipynb #fewer-passes
 @contextmanager
@@ -110,7 +151,7 @@ def fewer_passes(
     model, # A causal language model, bare or with an adapter
 ):
     "Within the block, RMS norms and rotary embeddings that agree with the functions above are computed by them."
-    norms, homes = _norms(model), _rotary_modules(model)
+    norms, homes = _norms(model), _rotary_homes(model)
     before = [(home, home.apply_rotary_pos_emb) for home in homes]
     for module, eps in norms: module.forward = lambda x, module=module, eps=eps: rms_norm(x, module.weight, eps)
     for home in homes: home.apply_rotary_pos_emb = rotary

@@ -1,0 +1,83 @@
+"""Model families as tiny random models: real architectures, their sizes cut down, so that each is made in a moment."""
+import inspect
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+SMALL = dict(vocab_size=4096, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=16, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=4)
+EXPERTS = dict(moe_intermediate_size=48, num_experts=4, num_local_experts=4, n_routed_experts=4, num_experts_per_tok=2,
+    n_shared_experts=1, n_group=1, topk_group=1, first_k_dense_replace=1, shared_expert_intermediate_size=48)
+LATENT = dict(q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16, head_dim=8)
+VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14,
+    depth=1, num_heads=2, out_hidden_size=64)
+STATE = dict(mamba_n_heads=8, mamba_d_head=16, mamba_d_state=16)
+DELTA = dict(num_hidden_layers=4, linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=16,
+    linear_value_head_dim=16)
+WINDOW = dict(sliding_window=16)
+SIX = WINDOW | dict(num_hidden_layers=6)                                  # a whole round of windows and one layer without
+LAYERED = dict(vocab_size_per_layer_input=4096, hidden_size_per_layer_input=8, global_head_dim=32)
+ROPE3 = dict(rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    original_max_position_embeddings=64)
+
+
+def seeing(**text):
+    "The settings of a model with a vision tower."
+    return dict(text_config=SMALL | text, vision_config=VISION)
+
+
+# name -> transformers' model type, and what differs from SMALL; None takes a setting out
+FAMILIES = {
+    "Llama 3": ("llama", dict(rope_parameters=ROPE3)), "SmolLM2": ("llama", dict(tie_word_embeddings=True)),
+    "Llama 4": ("llama4", seeing(**EXPERTS, intermediate_size_mlp=96)),
+    "Mistral": ("mistral", WINDOW), "Ministral 3": ("ministral3", {}), "Mixtral": ("mixtral", EXPERTS),
+    "Qwen2": ("qwen2", {}), "Qwen2-MoE": ("qwen2_moe", EXPERTS), "Qwen3": ("qwen3", {}), "Qwen3-MoE": ("qwen3_moe", EXPERTS),
+    "Qwen3-Next": ("qwen3_next", EXPERTS | DELTA), "Qwen3.5": ("qwen3_5", seeing(**DELTA)),
+    "Qwen3.5-MoE": ("qwen3_5_moe", seeing(**EXPERTS, **DELTA)),
+    "Gemma": ("gemma", {}), "Gemma 2": ("gemma2", WINDOW), "Gemma 3 text": ("gemma3_text", SIX),
+    "MedGemma": ("gemma3", seeing(**SIX) | dict(mm_tokens_per_image=4)),
+    "Gemma 4": ("gemma4", seeing(**SIX, **LAYERED)), "Gemma 4 text": ("gemma4_text", SIX | LAYERED),
+    "Phi-2": ("phi", dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5))),
+    "Phi-3": ("phi3", {}), "Phi-3.5-MoE": ("phimoe", EXPERTS),
+    "Phi-4-mini": ("phi3", dict(tie_word_embeddings=True,
+        rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.75))),
+    "GLM-4": ("glm", {}), "GLM-4-0414": ("glm4", {}), "GLM-4.5": ("glm4_moe", EXPERTS),
+    "GLM-4.7-Flash": ("glm4_moe_lite", EXPERTS | LATENT | dict(num_key_value_heads=4)),
+    "DeepSeek-V2": ("deepseek_v2", EXPERTS | LATENT), "DeepSeek-V3": ("deepseek_v3", EXPERTS | LATENT),
+    "GPT-OSS": ("gpt_oss", EXPERTS | WINDOW), "Pythia": ("gpt_neox", {}),
+    "GPT-2": ("gpt2", dict(n_embd=64, n_layer=2, n_head=4, n_positions=512)), "BioGPT": ("biogpt", {}),
+    "OPT": ("opt", dict(ffn_dim=96, word_embed_proj_dim=64)), "GPT-J": ("gptj", dict(n_embd=64, n_layer=2, n_head=4, rotary_dim=8)),
+    "BLOOM": ("bloom", dict(n_layer=2, n_head=4)), "Falcon": ("falcon", dict(head_dim=None)),
+    "Falcon-H1": ("falcon_h1", STATE | dict(mamba_d_ssm=64, mamba_n_heads=4)), "Falcon Mamba": ("falcon_mamba", dict(state_size=8)),
+    "MPT": ("mpt", dict(d_model=64, n_heads=4, n_layers=2)), "StableLM": ("stablelm", {}), "StarCoder2": ("starcoder2", {}),
+    "Granite": ("granite", {}), "Granite-MoE": ("granitemoe", EXPERTS),
+    "Granite 4": ("granitemoehybrid", EXPERTS | STATE | dict(layer_types=["mamba", "attention"], shared_intermediate_size=96)),
+    "Cohere": ("cohere", {}), "Cohere 2": ("cohere2", WINDOW), "OLMo": ("olmo", {}), "OLMo 2": ("olmo2", {}),
+    "OLMo 3": ("olmo3", WINDOW), "OLMoE": ("olmoe", EXPERTS), "SmolLM3": ("smollm3", {}), "Nemotron": ("nemotron", {}),
+    "EXAONE 4": ("exaone4", WINDOW), "Seed-OSS": ("seed_oss", {}), "ERNIE 4.5": ("ernie4_5", {}),
+    "ERNIE 4.5-MoE": ("ernie4_5_moe", EXPERTS | dict(moe_num_experts=4, moe_k=2)), "Hunyuan": ("hunyuan_v1_dense", {}),
+    "Hunyuan-MoE": ("hunyuan_v1_moe", EXPERTS), "MiniMax-M2": ("minimax_m2", EXPERTS | dict(rotary_dim=8)),
+    "MiniCPM3": ("minicpm3", LATENT), "InternLM3": ("internlm3", {}), "Apertus": ("apertus", {}),
+    "LFM2": ("lfm2", dict(layer_types=["conv", "full_attention"])), "Mamba": ("mamba", dict(state_size=8)),
+    "Mamba 2": ("mamba2", dict(num_heads=8, head_dim=16, state_size=16, n_groups=1)),
+    "Jamba": ("jamba", EXPERTS | dict(num_hidden_layers=4, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=8)),
+    "Bamba": ("bamba", STATE | dict(attn_layer_indices=[1])), "Arcee": ("arcee", {}), "Helium": ("helium", {}),
+    "dots.llm1": ("dots1", EXPERTS)}
+
+
+def config_of(name):
+    "The configuration of a family, small."
+    kind, more = FAMILIES[name]
+    make = CONFIG_MAPPING[kind]
+    if "text_config" in more: return make(**more)
+    known, usual = set(inspect.signature(make.__init__).parameters), make()
+    small = {key: value for key, value in SMALL.items() if key in known or hasattr(usual, key)}
+    return make(**{key: value for key, value in (small | more).items() if value is not None})
+
+
+def model_of(name):
+    "A random model of a family, of some hundred thousand parameters; the same on each call."
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config_of(name)).eval()
