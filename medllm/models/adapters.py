@@ -71,7 +71,7 @@ def _end(name:str)->str:
 # %% ../../nbs/models/03_adapters.ipynb #not-taken
 _ROUTERS = ("router", "wg", "shared_expert_gate")     # weigh the experts
 _MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
-_READ_PAST = {"dt_proj", "out_proj"}                  # their weights are read there, not called: LoRA would be passed by
+_READ_PAST = {"dt_proj", "out_proj"}      # whose weights are read there without a call: LoRA would be passed by
 
 def _not_taken(model, short:Sequence[str])->set[str]:
     "Which of these linear layers LoRA would have no part in, or peft takes for experts."
@@ -98,8 +98,9 @@ def lora_modules(
                 f"--lora_target {name}: no such linear layer{nearest(name, known)}; this model has {', '.join(known)}")
     if target.strip() == "all": chosen = [name for name in chosen if name not in refused]
     elif taken := sorted(refused & set(chosen)):
-        raise UserError(f"--lora_target {taken[0]}: LoRA cannot sit on this layer of a {model.config.model_type} model; "
-            f"it can on {', '.join(name for name in known if name not in refused)}")
+        raise UserError(
+            f"--lora_target {taken[0]}: LoRA cannot sit on this layer of a {model.config.model_type} model; it can on "
+            f"{', '.join(name for name in known if name not in refused)}")
     others = {_end(name) for name, _ in model.named_modules() if name not in set(linear)}
     return [name for name in linear if _end(name) in chosen] if others & set(chosen) else chosen
 
@@ -307,7 +308,8 @@ def _say_experts(model):
         if "lora_" in name: on = on or ".experts." in name
         else: total, inside = total + p.numel(), inside + p.numel()*(".experts." in name)
     if inside and not on:
-        log_line(f"LoRA leaves the experts as they are, {inside/total:.0%} of the parameters: full and freeze train them")
+        log_line(
+            f"LoRA leaves the experts as they are, {inside/total:.0%} of the parameters: full and freeze train them")
 
 def _new_lora(model, plan:AdaptPlan):
     "A fresh adapter on the model."

@@ -112,10 +112,11 @@ def _angles(model, home:ModuleType)->Iterator[tuple[torch.Tensor, torch.Tensor]]
     "Cosines and sines, (1, 3, R) each, of the rotary embeddings that the model has from a Python module."
     for module in model.modules():
         if type(module).__module__ != home.__name__ or not type(module).__name__.endswith("RotaryEmbedding"): continue
-        x, places = torch.zeros(1), torch.arange(3)[None]
-        kinds = getattr(module, "layer_types", None) if "layer_type" in inspect.signature(module.forward).parameters else None
-        for kind in kinds or [None]:
-            cos, sin = module(x, places, kind) if kind else module(x, places)
+        device = next(module.buffers(), torch.zeros(1)).device
+        x, places = torch.zeros(1, device=device), torch.arange(3, device=device)[None]
+        by_layer = "layer_type" in inspect.signature(module.forward).parameters
+        for kind in module.layer_types if by_layer else [None]:
+            cos, sin = module(x, places, kind) if by_layer else module(x, places)
             yield cos.cpu(), sin.cpu()
 
 # %% ../../nbs/models/06_fused_ops.ipynb #turned-alike
@@ -129,7 +130,8 @@ def _turned_alike(model, home:ModuleType)->bool:
         whole = width > cos.shape[-1] and _outcome(theirs) is None    # it is given the part to turn, never a whole head
         return whole or _same(lambda: rotary(q, q, cos, sin), theirs)
     angles = _outcome(lambda: list(_angles(model, home))) or []
-    return bool(angles) and all(same(cos, sin, max(cos.shape[-1], width)) for cos, sin in angles for width in {0} | heads)
+    widths = {0} | heads
+    return bool(angles) and all(same(c, s, max(c.shape[-1], width)) for c, s in angles for width in widths)
 
 # %% ../../nbs/models/06_fused_ops.ipynb #rotary-homes
 @cache
