@@ -66,9 +66,9 @@ def address(environment, words):
     place = folder/f"{hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]}.sock"
     if place.exists(): return place
     if IMPORTED in kept or "ipykernel_launcher" in words or kept == read_at_start(os.environ): return _start(place, environment)
-    for time in ("first", "second"):
+    for turn in ("first", "second"):
         with contextlib.suppress(FileExistsError):
-            os.close(os.open(place.with_suffix(f".{time}"), os.O_CREAT | os.O_EXCL))
+            os.close(os.open(place.with_suffix(f".{turn}"), os.O_CREAT | os.O_EXCL))
             return None
     return _start(place, environment)
 

@@ -54,15 +54,18 @@ def names(
     return [n.strip() for n in text.split(",") if n.strip()]
 
 # %% ../../nbs/models/03_adapters.ipynb #target
+def _language_part(model)->str:
+    "Name of the language model within one of several parts, with a dot behind it; empty where it is all there is."
+    if model.config.get_text_config() is model.config: return ""
+    return next((f"{name}." for name, m in model.named_modules() if m is model.get_decoder()), "")
+
 def _linear_names(model)->list[str]:
     "Full names of the linear layers LoRA can sit on: not the head, and of several parts the language model's."
     import torch
     from transformers.pytorch_utils import Conv1D
-    heads = model.get_output_embeddings(), scalar_head(model)
-    linear = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m not in heads]
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    part = next((name for name, m in model.named_modules() if m is decoder), "")
-    return [name for name in linear if part and name.startswith(f"{part}.")] or linear
+    heads, part = (model.get_output_embeddings(), scalar_head(model)), _language_part(model)
+    return [name for name, m in model.named_modules()
+        if isinstance(m, torch.nn.Linear | Conv1D) and m not in heads and name.startswith(part)]
 
 def _end(name:str)->str:
     "The last part of a module's name."
@@ -303,13 +306,11 @@ def merged(
 # %% ../../nbs/models/03_adapters.ipynb #lora
 def _say_experts(model):
     "Say what share of a model are experts that no adapter is on."
-    total, inside, on = 0, 0, False
-    for name, p in model.named_parameters():
-        if "lora_" in name: on = on or ".experts." in name
-        else: total, inside = total + p.numel(), inside + p.numel()*(".experts." in name)
-    if inside and not on:
-        log_line(
-            f"LoRA leaves the experts as they are, {inside/total:.0%} of the parameters: full and freeze train them")
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    experts = [name for name in sizes if ".experts." in name]
+    if not experts or any("lora_" in name for name in experts): return
+    share = sum(sizes[name] for name in experts)/sum(sizes.values())
+    log_line(f"LoRA leaves the experts as they are, {share:.0%} of the parameters: full and freeze train them")
 
 def _new_lora(model, plan:AdaptPlan):
     "A fresh adapter on the model."
@@ -328,9 +329,26 @@ def _lora(model, plan:AdaptPlan):
     return load_adapter(merged(model, plan.adapters[:-1]), plan.adapters[-1], trainable=True)
 
 # %% ../../nbs/models/03_adapters.ipynb #freeze
+_BALANCE = ("e_score_correction_bias", "expert_bias")    # of routers
+
+def _trainable(model)->set[str]:
+    "Names of the parameters that text can train: the language model's and the head's, but no router's balance."
+    part, heads = _language_part(model), (model.get_output_embeddings(), scalar_head(model))
+    outer = {id(p) for head in heads if head is not None for p in head.parameters()}
+    return {name for name, p in model.named_parameters()
+        if (name.startswith(part) or id(p) in outer) and not name.endswith(_BALANCE)}
+
+def _full(model):
+    "The model with everything trainable that text can train."
+    chosen = _trainable(model)
+    for name, p in model.named_parameters(): p.requires_grad_(name in chosen)
+    return model
+
+# %% ../../nbs/models/03_adapters.ipynb #freeze-last
 def _freeze(model, plan:AdaptPlan):
     "The model with only some layers trainable."
-    def layer_of(name): return int(m[1]) if (m := re.search(r"\.(\d+)\.", name)) else None
+    part, can_train = _language_part(model), _trainable(model)
+    def layer_of(name): return int(m[1]) if name.startswith(part) and (m := re.search(r"\.(\d+)\.", name)) else None
     count = 1 + max((layer_of(n) for n, _ in model.named_parameters() if layer_of(n) is not None), default=-1)
     if not 0 < abs(plan.layers) <= count:
         raise UserError(f"--freeze_trainable_layers {plan.layers}: the model has {count} layers")
@@ -342,7 +360,7 @@ def _freeze(model, plan:AdaptPlan):
             raise UserError(f"no module '{name}' in the model{nearest(name, parts)}")
     for name, p in model.named_parameters():
         path = set(name.split("."))
-        p.requires_grad_(bool(path & set(extra)) or layer_of(name) in chosen and (
+        p.requires_grad_(bool(path & set(extra)) or layer_of(name) in chosen and name in can_train and (
             "all" in inner or bool(path & set(inner))))
     return model
 
@@ -357,7 +375,7 @@ def adapt(
     if plan.kind == "lora": model = _lora(model, plan)
     else:
         model = merged(model, plan.adapters)
-        model = _freeze(model, plan) if plan.kind == "freeze" else model.requires_grad_(True)
+        model = _freeze(model, plan) if plan.kind == "freeze" else _full(model)
     low = model.get_input_embeddings().weight.dtype                  # peft makes its weights float32 by itself
     for name, p in model.named_parameters():
         if p.requires_grad: p.data = p.data.to(low) if half_weights and ".score." not in f".{name}" else p.data.float()

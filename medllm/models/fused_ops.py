@@ -153,7 +153,8 @@ def fewer_passes(
     model, # A causal language model, bare or with an adapter
 ):
     "Within the block, RMS norms and rotary embeddings that agree with the functions above are computed by them."
-    norms, homes = _norms(model), _rotary_homes(model)
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        norms, homes = _norms(model), _rotary_homes(model)
     before = [(home, home.apply_rotary_pos_emb) for home in homes]
     for module, eps in norms: module.forward = lambda x, module=module, eps=eps: rms_norm(x, module.weight, eps)
     for home in homes: home.apply_rotary_pos_emb = rotary

@@ -1,4 +1,4 @@
-"""Every family of models that people fine-tune, tiny: the fused operations change nothing, LoRA trains the language model."""
+"""Every family of models that people fine-tune, tiny: training changes the language model, fused operations nothing."""
 import contextlib
 import io
 
@@ -46,3 +46,16 @@ def test_it_trains_by_lora_and_loads_to_equal_logits(name, tmp_path):
         with torch.no_grad(): assert (logits(again) - trained).abs().max() < 1e-5
         assert (trained - plain).abs().max() > 1e-4
         with torch.no_grad(): assert (logits(again.merge_and_unload()) - trained).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_it_trains_whole_and_by_its_last_layer(name):
+    "Whatever is to train has a gradient, and it is the language model's."
+    for plan in (AdaptPlan("full"), AdaptPlan("freeze", layers=1)):
+        with contextlib.redirect_stderr(io.StringIO()): model = adapt(model_of(name).train(), plan)
+        torch.nn.functional.cross_entropy(logits(model)[0, :-1], IDS[0, 1:]).backward()
+        on = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+        assert on and not [n for n in on if any(part in n for part in ("vision", "visual", "projector", "bias_correction"))]
+        still = [n for n, grad in on.items() if grad is None and "experts" not in n]
+        assert not still, (plan.kind, still)
+        assert all(grad.isfinite().all() for grad in on.values() if grad is not None)
