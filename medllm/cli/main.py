@@ -28,6 +28,11 @@ def _tiny(args)->int:
     print(f"{write_tiny(args.folder)}: a small random Llama with tokenizer and chat template")
     return 0
 
+def _smol(args)->int:
+    from medllm.models.smol import write_smol
+    print(f"{write_smol(args.folder)}: SmolLM2-135M-Instruct in bfloat16, with tokenizer and chat template")
+    return 0
+
 # %% ../../nbs/cli/02_main.ipynb #settings
 def _settings(args)->dict:
     "Parameters of `medllm run`: a YAML file, and -p over it."
@@ -213,8 +218,9 @@ def parser()->argparse.ArgumentParser: # Its `function` carries a command out
     add_serve(command("serve", None, "Serve a model to OpenAI clients and to browsers (extra serve)"))
     add_knowledge(command("knowledge", None, "Ask tables and texts, measure how they are searched, make training rows"))
     _data_commands(command("data", _data, "List the registered datasets, look at one, or check one"))
-    p = command("tiny", _tiny, "Write the small random model that tests and demos use")
-    p.add_argument("folder", help="new folder")
+    for name, function, what in (("smol", _smol, "Write SmolLM2-135M-Instruct, a small model that knows English"),
+            ("tiny", _tiny, "Write the small random model that tests use")):
+        command(name, function, what).add_argument("folder", help="new folder")
     return top
 
 # %% ../../nbs/cli/02_main.ipynb #main

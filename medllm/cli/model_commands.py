@@ -23,7 +23,7 @@ def whole_number(
     raise argparse.ArgumentTypeError(f"'{text}' must be a whole number from {least} on")
 
 # %% ../../nbs/cli/00_model_commands.ipynb #evaluate
-_EVALUATE = {"model_name_or_path": "model folder, hub id, or a folder that training wrote (default tiny)",
+_EVALUATE = {"model_name_or_path": "model folder, GGUF file, hub id, smol, or what training wrote (default tiny)",
     "adapter_name_or_path": "adapter folders, comma list", "template": "chat template (default the tokenizer's own)",
     "base_model": "model to compare with; none for no comparison (default the adapter's base)",
     "scorer": "letter, text or generate (default letter)", "limit": "items of each set, drawn (default all)",
@@ -165,7 +165,7 @@ def add_export(
 def _model_words(p):
     "Flags that say which model answers."
     p.add_argument("--model_name_or_path", default="tiny",
-        help="model folder, hub id, or what training wrote (default tiny)")
+        help="model folder, GGUF file, hub id, smol, or what training wrote (default tiny)")
     p.add_argument("--adapter_name_or_path", help="adapter folders, with commas; those before the last are merged")
     p.add_argument("--template", default="auto", help="chat template (default the tokenizer's own)")
     p.add_argument("--quantization_bit", type=int, choices=(4, 8), help="load the linear layers in 4 or 8 bit")

@@ -24,7 +24,7 @@ from fastcore.basics import patch
 class _Asked:
     "Which model, and what it is asked."
     model_name_or_path:str = flag("tiny",
-        "Model folder, hub id, or a folder that training wrote; 'tiny' is a small random model")
+        "Model folder, GGUF file, hub id, or a folder that training wrote; 'smol' is a small real model")
     adapter_name_or_path:str|None = flag(None, "Adapter folders, comma list; those before the last are merged")
     base_model:str|None = flag(None, "Model to compare with; none for no comparison; default the adapter's base")
     quantization_bit:int|None = flag(None, "Load the linear layers in 4 or 8 bit (bitsandbytes)")

@@ -27,9 +27,8 @@ from ..train.inputs import TrainingData
 from ..interruption import listening, polled, stop
 from ..train.loop import train
 from ..train.supported import check_processes
-from ..core import find_path
-from ..models.adapters import names
-from ..models.loading import model_location
+from ..models.targets import names
+from ..models.loading import model_place
 from ..models.weights import weights
 from ..exits import logged_error
 
@@ -62,7 +61,7 @@ def consumed(
     used = []
     for role, name in models:
         if not name: continue
-        place = model_location(name) if name == "tiny" or not find_path(name).is_dir() else find_path(name)
+        place = model_place(name)
         if Path(place).is_dir(): place = Path(place).resolve()
         held = weights(place)
         if not held and Path(place).is_dir():

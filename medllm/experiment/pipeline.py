@@ -19,7 +19,7 @@ from ..files import sha256, write_json
 from ..data.cache import source_files
 from ..data.registry import find_sources
 from ..machine import attached
-from ..models.loading import model_location
+from ..models.loading import model_place
 from .launch import wait_for
 from ..models.weights import weights
 from .plan import LED_BY, PipelineRun, Stage, read_plan, settings
@@ -35,7 +35,7 @@ _RESULTS = ("run.json", "metrics.json", "args.json", "trainer_state.json", "all_
 
 def _contents(name:str)->dict|str:
     "Hash of every file of a model that says what it is (weights, configuration, tokenizer, template); or the hub id."
-    place = Path(model_location(name) if name == "tiny" or not find_path(name).is_dir() else find_path(name))
+    place = Path(model_place(name))
     if not place.is_dir(): return str(place)
     files = sorted(f for f in place.iterdir() if f.is_file() and f.suffix in (".json", ".jinja", ".model", ".txt")
         and f.name not in _RESULTS)

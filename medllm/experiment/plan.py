@@ -37,7 +37,7 @@ class PipelineRun:
     stages:dict = flag(_sample_stages,
         "Name of each stage, in order, and its parameters: a run notebook's, or any flag; "
             "from names its parent")
-    model_name_or_path:str = flag("tiny", "Model folder or hub id that the first stage starts from")
+    model_name_or_path:str = flag("tiny", "Model folder, GGUF file, hub id or smol, that the first stage starts from")
     quantization_bit:int|None = flag(None, "Load the linear layers in 4 or 8 bit (bitsandbytes)")
     finetuning_type:str|None = flag(None, "What trains: lora, freeze or full; default lora, full for the tiny model")
     dataset_dir:str = flag("data", "Folder with dataset_info.json")

@@ -18,13 +18,13 @@ from ..files import write_bytes, write_json
 from ..data.templates import chat_jinja, write_messages
 from ..machine import beside, check_writable, place_fault, clear_leftovers, take_place, writing_failed
 from ..models.chat import ChatModel, ModelChoice, load_chat_model
-from ..models.loading import LoadPlan, load_model, load_tokenizer, model_location
+from ..models.gguf_model import read_gguf
+from ..models.loading import LoadPlan, load_model, load_tokenizer, model_place
 from ..interruption import Left, leaving, listening
 from .equivalence import (
     ReferenceAnswers, as_sentence, equivalence_table, distance, effect_of, fixed_questions, forward_of, greedy,
     judge_artefact, limits_of, not_the_same, reference_of)
-from .gguf import (
-    GGUF_FORMATS, family_of, forward_of_llama_cpp, gguf_package, llama_cpp, read_gguf, write_gguf)
+from .gguf import GGUF_FORMATS, family_of, forward_of_llama_cpp, llama_cpp, write_gguf
 from .merge import check_shard_size, merge, stored_dtype, write_model
 from .ollama import modelfile
 from fastcore.basics import patch
@@ -54,7 +54,6 @@ class ExportPlan:
             for word in given:
                 if word not in known: raise UserError(f"--{flag} {word}: must be one of {', '.join(map(str, known))}")
         limits_of("prompts", moved=self.limits)
-        if self.gguf: gguf_package()
         check_writable(self.place.parent, "--output")
         self.check_place()
 
@@ -96,7 +95,7 @@ def facts_of(
     choice = plan.choice.resolved()
     def named(text): return text if text.count("/") == 1 and not find_path(text).exists() else Path(text).name
     def part(text):
-        folder = Path(model_location(text)) if text == "tiny" else find_path(text)
+        folder = Path(model_place(text))
         return {"name": named(text), "weights": weights(folder, whole=True, below=True) if folder.is_dir() else {}}
     return {"base": part(choice.model_name_or_path), "adapters": [part(a) for a in choice.adapters], "dtype": dtype,
         "trained_bits": choice.quantization_bit, "template": choice.template,
@@ -199,7 +198,7 @@ def _gguf(check:_EquivalenceCheck, part:Path, kind:str, chat:ChatModel):
     eos = chat.tokenizer.eos_token_id
     file = write_gguf(part, part/"gguf"/f"model-{kind}.gguf", kind,
         eos if eos in chat.renderer.trained_stops else end[0], plan.place.name)
-    model, tokenizer = read_gguf(file, part)
+    model, tokenizer = read_gguf(file, "float32")
     limits = limits_of(name, moved=plan.limits)
     check.model(name, ChatModel(model.to(chat.device), chat.renderer), limits)
     def plain(t): return [t(q, add_special_tokens=False)["input_ids"] for q in check.questions]

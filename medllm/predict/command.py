@@ -20,7 +20,7 @@ from ..parameters import flag
 @dataclass
 class PredictRun:
     "Parameters of nbs/runs/predict.ipynb and of `medllm predict`."
-    model_name_or_path:str = flag("tiny", "Model folder, hub id, tiny, or a folder that training wrote")
+    model_name_or_path:str = flag("tiny", "Model folder, GGUF file, hub id, smol, or a folder that training wrote")
     adapter_name_or_path:str|None = flag(None, "Adapter folders, comma list; those before the last are merged")
     template:str = flag("auto", "Chat template; auto is the tokenizer's own")
     quantization_bit:int|None = flag(None, "Load the linear layers in 4 or 8 bit (bitsandbytes)")

@@ -9,9 +9,9 @@ __all__ = ['MODELS', 'Ancestor', 'ancestry', 'as_tree']
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..core import UserError, find_path, visible
-from ..models.adapters import names
-from ..models.loading import model_location
+from ..core import UserError, visible
+from ..models.targets import names
+from ..models.loading import model_place
 from ..json_file import NUMBER, misfit, place, read_json
 from .record import read_events, read_run_json
 from ..models.weights import weights, weights_hash
@@ -72,8 +72,9 @@ def _trained(folder:Path)->dict:
 # %% ../../nbs/records/02_lineage.ipynb #place
 def _place(name:str)->str|Path:
     "Folder of a model that was named, or its hub id."
-    try: return model_location(name) if name == "tiny" or not find_path(name).is_dir() else find_path(name).resolve()
+    try: place = model_place(name)
     except UserError: return name
+    return place if isinstance(place, str) else place.resolve()
 
 # %% ../../nbs/records/02_lineage.ipynb #ancestry
 _FAR = 100   # generations

@@ -15,7 +15,7 @@ from pathlib import Path
 from ..core import UserError, visible
 from ..files import sha256, write_bytes
 from ..marks import conclusion
-from ..models.adapters import names
+from ..models.targets import names
 from .page import PAGE_KINDS, as_said, flat_values, used
 from .record import read_run_json, status_of, why_torn
 from .verdict import verdict_markdown

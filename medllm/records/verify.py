@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..core import UserError, find_path, visible
 from ..json_file import read_json, read_log
-from ..models.loading import model_location
+from ..models.loading import is_made, model_location
 from .listing import field_of, find_record
 from .lineage import ancestry
 from .record import RUNNING, read_events, read_run_json, status_of, why_torn
@@ -161,6 +161,11 @@ def data_here(
     return defects
 
 # %% ../../nbs/records/14_verify.ipynb #models-here
+def _place(consumed:dict)->Path:
+    "Where a model lies; one that is made here may lie elsewhere than then."
+    try: return Path(model_location(consumed["name"]) if is_made(consumed["name"]) else consumed["place"])
+    except UserError: return Path(consumed["place"])
+
 def models_here(
     state:dict,      # run.json
     known:dict = {}, # Defects so far
@@ -170,7 +175,7 @@ def models_here(
     for n, c in enumerate(state.get("consumed") or []):
         expected = dict(c.get("weights") or {})
         if c.get("role") == "base": expected |= ((state.get("inputs") or {}).get("model") or {}).get("sha256") or {}
-        place = Path(model_location("tiny") if c["name"] == "tiny" else c["place"])
+        place = _place(c)
         def edited(f): return {f"run.json consumed.{n}.weights.{f}", f"run.json inputs.model.sha256.{f}"} & known.keys()
         defects |= {f"model {f}": f"run.json: {c['role']} model names a file outside its folder: {f}"
             for f in expected if Path(f).name != f}

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from ..core import UserError, find_path, log_line
-from ..models.adapters import base_of, chain_of, names
+from ..models.adapters import base_of, chain_of
+from ..models.targets import names
 from ..models.loading import load_tokenizer, model_location
 from ..models.adapter_roles import load_role, active_adapter
 from ..models.sampling import at_rest

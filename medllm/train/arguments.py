@@ -21,7 +21,8 @@ from ..core import UserError, find_path, nearest, log_line
 from ..data.registry import find_sources
 from ..data.templates import check_template_name
 from ..machine import check_writable
-from ..models.adapters import AdaptPlan, names
+from ..models.adapters import AdaptPlan
+from ..models.targets import names
 from ..models.loading import LoadPlan, model_location
 from .flags import (
     OURS, DataArguments, FinetuningArguments, ModelArguments, PreferenceArguments, ReinforcementArguments,

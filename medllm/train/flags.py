@@ -18,7 +18,7 @@ from fastcore.basics import patch
 class ModelArguments:
     "Which model, and how it is loaded."
     model_name_or_path:str = flag(
-        "tiny", "Model folder or hub id; 'tiny' is a small random model that needs no download")
+        "tiny", "Model folder, GGUF file or hub id; 'smol' is a small real model, 'tiny' a random one for tests")
     adapter_name_or_path:str|None = flag(
         None, "Adapter folders, comma list; the last is trained further, those before it are merged")
     model_revision:str = flag("main", "Branch, tag or commit of a hub model")

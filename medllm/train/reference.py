@@ -25,7 +25,8 @@ from ..files import whole_file, write_json
 from ..data.batches import Batch
 from ..data.cache import cache_folder
 from ..machine import described, differs
-from ..models.adapters import AdaptPlan, adapt, names
+from ..models.adapters import AdaptPlan, adapt
+from ..models.targets import names
 from ..models.folder import read_object
 from ..models.loading import load_model, load_tokenizer
 from ..models.adapter_roles import copy_adapter, load_role, active_adapter

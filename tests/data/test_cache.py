@@ -144,12 +144,12 @@ def test_damaged_sums_of_a_reference_are_made_anew(end, harm, tmp_path):
 
 
 def test_a_damaged_tiny_model_is_made_anew(tmp_path, monkeypatch, capfd):
-    from medllm.models import tiny
+    from medllm.models import made, tiny
     monkeypatch.setenv("MEDLLM_CACHE", str(tmp_path))
     folder = tiny.tiny_folder()
     good = (folder/"model.safetensors").read_bytes()
-    for harm, name in ((flip, "model.safetensors"), (os.unlink, "config.json"), (empty, "medllm_tiny.json")):
-        tiny._keep_whole.cache_clear()
+    for harm, name in ((flip, "model.safetensors"), (os.unlink, "config.json"), (empty, "medllm_made.json")):
+        made._keep_whole.cache_clear()
         harm(folder/name)
         assert tiny.tiny_folder() == folder and (folder/"model.safetensors").read_bytes() == good
         assert (folder/"config.json").exists()

@@ -20,7 +20,8 @@ from medllm.models.sampling import Sampling
 from medllm.export import export as exporting
 from medllm.export.equivalence import distance, fixed_questions, forward_of, reference_of
 from medllm.export.export import ExportPlan, export
-from medllm.export.gguf import GGUF_FORMATS, read_gguf, write_gguf
+from medllm.export.gguf import GGUF_FORMATS, write_gguf
+from medllm.models.gguf_model import read_gguf, word_splitter
 from medllm.export.merge import merge, stored_dtype, write_model
 from medllm.export.ollama import modelfile
 
@@ -331,12 +332,6 @@ def test_mistakes_are_one_sentence(words, said, tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["there"] and (there/"notes.txt").read_text() == "mine"
 
 
-def test_without_the_package_gguf(tmp_path, monkeypatch):
-    import sys
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(UserError, match=r"pip install \"medllm\[gguf\]\""): ExportPlan(tmp_path/"x", gguf=("f16",))
-
-
 def test_help_teaches():
     done = run("medllm", "export", "--help")
     assert done.returncode == 0 and all(text in done.stdout for text in ("examples", "what is checked", "ollama create"))
@@ -365,13 +360,10 @@ def pieces():
 
 def words_like(name):
     "Byte-level BPE with the rule for words of a family."
-    from medllm.export.gguf import WORD_RULES
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
-    rule = next(regex for regex, named in WORD_RULES.items() if named == name)
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(rule), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    backend.pre_tokenizer = word_splitter(name, "a test")
     backend.decoder = decoders.ByteLevel()
     texts = json.loads((ROOT/"data/mm.json").read_text(encoding="utf-8"))
     backend.train_from_iterator([t["instruction"] + " " + t["output"] for t in texts], trainers.BpeTrainer(vocab_size=3000,
@@ -412,7 +404,7 @@ def test_families_of_gguf(family, words, tiny, tmp_path):
     write_model(chat, tmp_path)
     file = write_gguf(tmp_path, tmp_path/"model.gguf", "f16")
     said = reference_of(chat, fixed_questions(3), 8)
-    model, again = read_gguf(file, tmp_path)
+    model, again = read_gguf(file, "float32")
     found = distance(said, forward_of(model))
     assert found["kl"] < 1e-4 and found["logit"] < 2e-2
     for text in NASTY:
