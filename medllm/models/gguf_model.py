@@ -261,6 +261,7 @@ def write_gguf_folder(
     tokenizer.save_pretrained(part)
     model.save_pretrained(part)
 
+# %% ../../nbs/models/03_gguf_model.ipynb #gguf-folder
 def gguf_folder(
     file:str|Path, # A GGUF file
 )->Path:           # In `cache_home`
