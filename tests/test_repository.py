@@ -239,6 +239,16 @@ def test_the_memorised_exam_comes_from_its_records():
             assert f"| {' | '.join(row)} |" in text, f"{readme}: {row}"
 
 
+def test_the_demo_on_the_first_screen_comes_from_its_record():
+    "The READMEs' answers and losses are those of tests/demo_results.json, which tests/demo.py wrote from a record."
+    import demo
+    found = json.loads((ROOT/"tests/demo_results.json").read_text(encoding="utf-8"))
+    for readme in ("README.md", "README_zh.md"):
+        text = (ROOT/readme).read_text(encoding="utf-8")
+        for line in demo.lines(found): assert line in text, f"{readme}: {line}"
+        assert str(found["train_rows"]) in text
+
+
 def test_speed_figures_come_from_the_measurement():
     "Each row of the READMEs' table is a median of tests/bench/sft_results.json."
     measured = json.loads((ROOT/"tests/bench/sft_results.json").read_text())["spreads"]
