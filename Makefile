@@ -33,7 +33,7 @@ help:
 	@grep -hE '^[a-z0-9_-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9_-]+):.*## /\1\t/' | expand -t 16
 
 demo: $(STAMP) ## a fine-tune from nothing: environment, a real small model, sample data, record; 3 to 5 minutes
-	$(BIN)/medllm run sft -p model_name_or_path smol -p dataset mm_en -p learning_rate 5e-4 --tag demo
+	$(BIN)/medllm run sft -p model_name_or_path smol -p dataset mm_english -p learning_rate 5e-4 --tag demo
 	@echo "answers before and after, the curve and the verdict: record.ipynb in it; talk to it: medllm chat --model_name_or_path RECORD"
 
 # the library that losses are compared with: its code alone, beside our torch and transformers, imported in processes of its own
