@@ -12,7 +12,7 @@ TRL := .trl/.trl-1.16.0-1.12.0
 S3 := .s3/.moto-5.2.5
 LM_EVAL := .lm_eval/.lm-eval-0.4.13
 
-.PHONY: help demo test check test-slow trl s3 lm_eval browser lint types ends coverage notebooks export requirements clean
+.PHONY: help demo test check test-slow trl s3 lm_eval llama_cpp browser lint types ends coverage notebooks export requirements clean
 
 # uv takes a fifth of pip's time; where it is not to be had, or does not find what pip is configured to find, pip does it
 UV := UV_FIND_LINKS="$$PIP_FIND_LINKS" $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
@@ -62,6 +62,10 @@ $(LM_EVAL): $(STAMP)
 	$(call install,--no-deps --target .lm_eval lm-eval==0.4.13 sacrebleu more-itertools)
 	touch $@
 
+# llama.cpp's Python package, which exports are compared with and K-quants are made by: built from source, some minutes
+llama_cpp: $(STAMP) ## llama.cpp's Python package, built from source: it runs the exports, and makes q4_k_m
+	$(BIN)/python -c 'import llama_cpp' 2> /dev/null || { $(call install,llama-cpp-python==0.3.36); }
+
 # the browser that exported pages are tested in; where it cannot be installed, those tests skip and say so
 browser: ## Chromium for the tests of pages, installed into the system (root, apt-get)
 	@{ command -v chromium && command -v chromedriver; } > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null \
@@ -97,7 +101,7 @@ coverage: $(STAMP) $(TRL) $(S3) ## which lines of the package the notebooks and 
 	-$(subst python -m pytest,coverage run -m pytest,$(PYTEST)) tests
 	$(BIN)/coverage combine --quiet && $(BIN)/coverage report
 
-test-slow: $(STAMP) $(LM_EVAL) ## tests that take minutes each, and those of made-up rows on many more of them
+test-slow: $(STAMP) $(LM_EVAL) llama_cpp ## tests that take minutes each, and those of made-up rows on many more of them
 	MEDLLM_EXAMPLES=3000 $(BIN)/python -m pytest tests -m "slow or hypothesis"
 
 export: $(STAMP) ## the package anew from the notebooks

@@ -10,6 +10,7 @@ which are no part of the project: `--data DIR` names their folder.
 """
 import argparse
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -61,7 +62,25 @@ def pubmedqa(data, place, model):
     return [sft, report]
 
 
-NAMES = {"pubmedqa": pubmedqa}
+def sft(data, place, model):
+    "SFT on 600 consultations, measured on 200 others, on general text, and on requests that are to be refused."
+    rows = json.loads((data/"chatdoctor/chatdoctor5k.json").read_text())
+    apart = {(row["input"], row["output"]): row for row in rows if len(row["output"]) > 80}
+    asked = {}
+    for row in apart.values(): asked.setdefault(row["input"], row)                       # a question is on one side only
+    drawn = random.Random(0).sample(sorted(asked.values(), key=lambda row: row["input"]), 800)
+    train, others = (write_rows(place/f"{name}.json", part) for name, part in (("trained", drawn[:600]), ("others", drawn[600:])))
+    tuned = run("sft", place/"sft", model | {"dataset": train, "val_size": 0.05, "num_train_epochs": 3, "learning_rate": 3e-4,
+        "note": "600 consultations of chatdoctor5k"})
+    report = run("evaluate", place/"evaluate", {"adapter_name_or_path": str(tuned), "dataset": "",
+        "tasks": {"held-out consultations": {"kind": "forgetting", "dataset": others, "general": "mm_general"},
+            "safety": {"kind": "safety", "dataset": "mm_safety", "max_new_tokens": 96},
+            "memorised": {"kind": "memorisation", "dataset": train, "held_out": others, "limit": 150}},
+        "note": "200 other consultations, general text, safety and memory, against the base"})
+    return [tuned, report]
+
+
+NAMES = {"sft": sft, "pubmedqa": pubmedqa}
 
 
 def choice_rows(name, what, report):

@@ -147,7 +147,7 @@ def add_export(
     p.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="largest weight file (default 5GB)")
     p.add_argument("--bits", type=int, nargs="+", default=[], metavar="N", help="also quantised with bitsandbytes: 8 4")
     p.add_argument("--gguf", nargs="+", default=[], metavar="KIND",
-        help="also as GGUF, with a Modelfile: f16 q8_0 (extra gguf)")
+        help="also as GGUF, with a Modelfile: f16 q8_0, and by llama.cpp's quantiser q6_k q5_k_m q4_k_m")
     p.add_argument("--prompts", default="", metavar="FILE",
         help="text file with a question on each line (default sample data)")
     p.add_argument("--answers", type=whole_number, default=50, metavar="N",

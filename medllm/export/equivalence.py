@@ -145,6 +145,7 @@ LIMITS = {
     "merged, bfloat16": {"kl": 0.02, "kept": 0.5},
     "bnb-8bit": {"kl": 0.05}, "bnb-4bit": {"kl": 0.3},
     "gguf-f16": {"kl": 1e-3, "agreement": 0.99}, "gguf-q8_0": {"kl": 0.02},
+    "gguf-q6_k": {"kl": 0.03}, "gguf-q5_k_m": {"kl": 0.06}, "gguf-q4_k_m": {"kl": 0.15},
     "prompts": {"agreement": 1.0}}
 LOWEST = ("agreement", "answers", "kept")   # measures that must not be lower than their limit; others not higher
 

@@ -24,7 +24,7 @@ from ..interruption import Left, leaving, listening
 from .equivalence import (
     ReferenceAnswers, as_sentence, equivalence_table, distance, effect_of, fixed_questions, forward_of, greedy,
     judge_artefact, limits_of, not_the_same, reference_of)
-from .gguf import GGUF_FORMATS, family_of, forward_of_llama_cpp, llama_cpp, write_gguf
+from .gguf import GGUF_FORMATS, family_of, forward_of_llama_cpp, k_quantiser, llama_cpp, write_gguf
 from .merge import check_shard_size, merge, stored_dtype, write_model
 from .ollama import modelfile
 from fastcore.basics import patch
@@ -39,7 +39,7 @@ class ExportPlan:
     dtype:str = "auto"             # Of the written weights: auto (as the base), float32, bfloat16 or float16
     max_shard_size:str = "5GB"     # Largest weight file
     bits:tuple[int, ...] = ()      # Also quantised with bitsandbytes: 8, 4
-    gguf:tuple[str, ...] = ()      # Also as GGUF: f16, q8_0
+    gguf:tuple[str, ...] = ()      # Also as GGUF: f16, q8_0, q6_k, q5_k_m, q4_k_m
     prompts:str = ""               # Text file with a question on each line; "" takes those of the sample data
     answers:int = 50               # Questions that are compared
     max_new_tokens:int = 32        # Longest answer that is compared [tokens]
@@ -53,6 +53,8 @@ class ExportPlan:
         for flag, given, known in (("bits", self.bits, (8, 4)), ("gguf", self.gguf, GGUF_FORMATS)):
             for word in given:
                 if word not in known: raise UserError(f"--{flag} {word}: must be one of {', '.join(map(str, known))}")
+        for kind in self.gguf:
+            if "_k" in kind: k_quantiser(kind)
         limits_of("prompts", moved=self.limits)
         check_writable(self.place.parent, "--output")
         self.check_place()

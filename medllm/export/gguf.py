@@ -4,24 +4,27 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'GGUF_FORMATS', 'NORMAL', 'UNKNOWN', 'CONTROL', 'ADDED', 'UNUSED', 'BYTE', 'family_of', 'vocabulary',
-           'write_gguf', 'llama_cpp', 'forward_of_llama_cpp']
+           'k_quantiser', 'write_gguf', 'llama_cpp', 'forward_of_llama_cpp']
 
 # %% ../../nbs/export/02_gguf.ipynb #imports
 import json
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from ..core import UserError
+from ..core import UserError, log_line
 from ..models.gguf_model import WORD_RULES, llama3_factors
 
 # %% ../../nbs/export/02_gguf.ipynb #families
 FAMILIES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3"}
-GGUF_FORMATS = ("f16", "q8_0")
+GGUF_FORMATS = ("f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m")
 
 # %% ../../nbs/export/02_gguf.ipynb #family-of
 def _rope_of(config)->dict:
@@ -189,17 +192,10 @@ def _in_kind(gguf, array:np.ndarray, kind)->tuple:
     return gguf.quants.quantize(np.ascontiguousarray(array, np.float32), kind), kind
 
 # %% ../../nbs/export/02_gguf.ipynb #write-gguf
-def write_gguf(
-    folder:str|Path,        # A merged model's folder: configuration, weights, tokenizer
-    file:str|Path,          # Where to
-    kind:str = "f16",       # f16 or q8_0
-    end_id:int|None = None, # Token that ends an answer; None takes the tokenizer's EOS
-    name:str = "medllm",    # What the model calls itself in a program's list
-)->Path:                    # The file
-    "Write a model as one GGUF file. Raises `UserError` for what the format, or this notebook, cannot hold."
+def _write_plain(folder:Path, file:Path, kind:str, end_id:int|None, name:str):
+    "Write a model as a GGUF file of 16 or 8 bits."
     import gguf
     from transformers import AutoConfig, AutoTokenizer
-    if kind not in GGUF_FORMATS: raise UserError(f"--gguf {kind}: must be one of {', '.join(GGUF_FORMATS)}")
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     number_format = gguf.GGMLQuantizationType[kind.upper()]
@@ -216,7 +212,59 @@ def write_gguf(
         writer.write_ti_data_to_file()
         for _, read in tensors: writer.write_tensor_data(_in_kind(gguf, read(), number_format)[0])
     finally: writer.close()
-    return Path(file)
+
+# %% ../../nbs/export/02_gguf.ipynb #k-quants
+_K_QUANTS = {"q6_k": 18, "q5_k_m": 17, "q4_k_m": 15}   # llama.cpp's numbers for them
+_QUANTISE = """
+import sys, llama_cpp
+plan = llama_cpp.llama_model_quantize_default_params()
+plan.ftype = int(sys.argv[3])
+sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), plan))"""
+
+def k_quantiser(
+    kind:str, # q6_k, q5_k_m or q4_k_m
+)->list[str]: # Words of a command, which a file and a new one are put into as {} and {}
+    "What makes K-quantised files. Raises `UserError` where no llama.cpp is installed."
+    if program := shutil.which("llama-quantize"): return [program, "{}", "{}", kind.upper()]
+    from importlib.util import find_spec
+    if find_spec("llama_cpp"): return [sys.executable, "-c", _QUANTISE, "{}", "{}", str(_K_QUANTS[kind])]
+    raise UserError(f"--gguf {kind} is made by llama.cpp's own quantiser: put its llama-quantize on the PATH, or "
+        "pip install llama-cpp-python; f16 and q8_0 need neither")
+
+def _quantise(source:Path, file:Path, kind:str):
+    "Write a K-quantised file from one of 16 bits."
+    words = k_quantiser(kind)
+    at = words.index("{}")
+    words[at:at + 2] = [str(source), str(file)]
+    done = subprocess.run(words, capture_output=True, text=True, errors="replace")
+    if done.returncode or not file.exists():
+        last = next((line for line in reversed((done.stderr + done.stdout).splitlines()) if line.strip()), "no reason given")
+        raise UserError(f"--gguf {kind}: llama.cpp's quantiser failed ({last.strip()[:200]})")
+    if found := re.search(r"(\d+) of (\d+) tensor\(s\) required fallback", done.stderr + done.stdout):
+        log_line(f"{kind}: {found[1]} of {found[2]} tensors have rows that do not fall into blocks of 256; llama.cpp gives "
+            "them a wider format")
+
+# %% ../../nbs/export/02_gguf.ipynb #write
+def write_gguf(
+    folder:str|Path,        # A merged model's folder: configuration, weights, tokenizer
+    file:str|Path,          # Where to
+    kind:str = "f16",       # One of GGUF_FORMATS
+    end_id:int|None = None, # Token that ends an answer; None takes the tokenizer's EOS
+    name:str = "medllm",    # What the model calls itself in a program's list
+)->Path:                    # The file
+    "Write a model as one GGUF file. Raises `UserError` for what the format, or this notebook, cannot hold."
+    folder, file = Path(folder), Path(file)
+    if kind not in GGUF_FORMATS: raise UserError(f"--gguf {kind}: must be one of {', '.join(GGUF_FORMATS)}")
+    if kind not in _K_QUANTS:
+        _write_plain(folder, file, kind, end_id, name)
+        return file
+    k_quantiser(kind)                                  # else it would be missed after the work
+    whole = file.with_name(f"{file.name}.16-bit")
+    try:
+        _write_plain(folder, whole, "f16", end_id, name)
+        _quantise(whole, file, kind)
+    finally: whole.unlink(missing_ok=True)
+    return file
 
 # %% ../../nbs/export/02_gguf.ipynb #llama-cpp
 def llama_cpp(
