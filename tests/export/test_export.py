@@ -21,7 +21,7 @@ from medllm.models.sampling import Sampling
 from medllm.export import export as exporting
 from medllm.export.equivalence import distance, fixed_questions, forward_of, reference_of
 from medllm.export.export import ExportPlan, export
-from medllm.export.gguf import GGUF_FORMATS, write_gguf
+from medllm.export.gguf import write_gguf
 from medllm.models.gguf_model import read_gguf, word_splitter
 from medllm.export.merge import merge, stored_dtype, write_model
 from medllm.export.ollama import modelfile
