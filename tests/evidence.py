@@ -1,11 +1,11 @@
 """Evidence: runs on real weights, whose executed notebooks are kept in nbs/evidence, and the READMEs' table made from them.
 
     python tests/evidence.py                 what there is, and what is kept
-    python tests/evidence.py pubmedqa        make its records anew and keep them, without weights
+    python tests/evidence.py pubmedqa        make its records and keep them, without weights
     python tests/evidence.py --table         the READMEs' table, from the records that are kept
 
 Each takes at most 45 minutes on two cores without a GPU. The model is `smol`; `--model NAME --bits 4` takes another one,
-on a GPU an 8B one for example, and puts what comes of it beside the first. Data are real files of other people's,
+on a GPU an 8B one for example; of those nothing is kept here. Data are real files of other people's,
 which are no part of the project: `--data DIR` names their folder.
 """
 import argparse
@@ -14,7 +14,6 @@ import random
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,7 +23,10 @@ MEDLLM = Path(sys.executable).parent/"medllm"
 
 
 def run(notebook, output, given):
-    "Execute a run notebook into a record; parameters as JSON, by a file."
+    "Execute a run notebook into a record, unless that was done; parameters as JSON, by a file."
+    from medllm.records.record import read_run_json
+    if (output/"run.json").exists() and read_run_json(output).get("status") == "completed": return output
+    shutil.rmtree(output, ignore_errors=True)                      # of a run that was stopped
     settings = output.with_suffix(".json")
     settings.write_text(json.dumps(given | {"output_dir": str(output)}))
     subprocess.run([str(MEDLLM), "run", notebook, "-f", str(settings)], check=True, cwd=ROOT)
@@ -44,22 +46,22 @@ def pubmedqa(data, place, model):
     abstracts, test = json.loads(file.read_text()), load_items(str(file))
     official = {item.id for item in test.items}
     others = {key: row for key, row in abstracts.items() if key not in official}
-    (place/"others").mkdir()
+    (place/"others").mkdir(exist_ok=True)
     train = load_items(write_rows(place/"others/train.json", others)).items
     rows = [{"instruction": letter_asked(item).prompt, "output": min(item.gold)} for item in train]
     lettered = [{"id": item.id, "question": item.question, "context": item.context,
         "options": {"A": "yes", "B": "no", "C": "maybe"}, "answer": "ABC"["yes no maybe".split().index(min(item.gold))]}
         for item in test.items]
-    sft = run("sft", place/"sft", model | {"dataset": write_rows(place/"rows.json", rows), "val_size": 0.05,
+    tuned = run("sft", place/"sft", model | {"dataset": write_rows(place/"rows.json", rows), "val_size": 0.05,
         "cutoff_len": 1024, "lora_rank": 16, "num_train_epochs": 2, "learning_rate": 5e-4, "memorisation": 0,
         "note": "500 labelled abstracts of PubMedQA that are not in its official test"})
-    report = run("evaluate", place/"evaluate", {"adapter_name_or_path": str(sft), "dataset": "",
+    report = run("evaluate", place/"evaluate", {"model_name_or_path": str(tuned), "dataset": "",
         "tasks": {"official": {"kind": "choice", "dataset": str(file)},
             "plain wording": {"kind": "choice", "dataset": str(file), "layout": "plain"},
             "lettered, all orders": {"kind": "choice", "dataset": write_rows(place/"lettered.json", lettered), "orders": "all",
                 "limit": 100}},
         "note": "the official 500 of PubMedQA, in the wording of the training and in two others"})
-    return [sft, report]
+    return [tuned, report]
 
 
 def sft(data, place, model):
@@ -72,7 +74,7 @@ def sft(data, place, model):
     train, others = (write_rows(place/f"{name}.json", part) for name, part in (("trained", drawn[:600]), ("others", drawn[600:])))
     tuned = run("sft", place/"sft", model | {"dataset": train, "val_size": 0.05, "num_train_epochs": 3, "learning_rate": 3e-4,
         "note": "600 consultations of chatdoctor5k"})
-    report = run("evaluate", place/"evaluate", {"adapter_name_or_path": str(tuned), "dataset": "",
+    report = run("evaluate", place/"evaluate", {"model_name_or_path": str(tuned), "dataset": "",
         "tasks": {"held-out consultations": {"kind": "forgetting", "dataset": others, "general": "mm_general"},
             "safety": {"kind": "safety", "dataset": "mm_safety", "max_new_tokens": 96},
             "memorised": {"kind": "memorisation", "dataset": train, "held_out": others, "limit": 150}},
@@ -118,7 +120,8 @@ def main(argv=None):
     p.add_argument("--data", type=Path, default=DATA, help="folder of the real data (default %(default)s)")
     p.add_argument("--model", default="smol", help="model, folder or hub id (default smol)")
     p.add_argument("--bits", type=int, help="4 or 8: load it quantised")
-    p.add_argument("--to", type=Path, help="folder that the whole records stay in; without it they are kept without weights")
+    p.add_argument("--runs", type=Path, default=ROOT/"runs/evidence",
+        help="folder that the records are made in, weights and all; what is done there is not done again (default %(default)s)")
     p.add_argument("--table", action="store_true", help="print the table")
     args = p.parse_args(argv)
     if args.table or not args.name:
@@ -127,11 +130,10 @@ def main(argv=None):
         return 0
     if not args.data.is_dir(): return p.error(f"the folder of the real data, {args.data}, is not there: name one with --data")
     model = {"model_name_or_path": args.model} | ({"quantization_bit": args.bits} if args.bits else {})
-    with tempfile.TemporaryDirectory() as d:
-        place = args.to or Path(d)
-        place.mkdir(parents=True, exist_ok=True)
-        records = NAMES[args.name](args.data.resolve(), place, model)
-        if not args.to: print(keep(args.name, records))
+    place = args.runs.resolve()/(args.name if args.model == "smol" else f"{args.name}-{Path(args.model).name}")
+    place.mkdir(parents=True, exist_ok=True)
+    records = NAMES[args.name](args.data.resolve(), place, model)
+    if args.model == "smol": print(keep(args.name, records))
     print("\n".join(lines()))
     return 0
 
