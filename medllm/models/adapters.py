@@ -135,6 +135,12 @@ def read_adapter(
         return LoraConfig(**{key: value for key, value in config.items() if key in known})
 
 # %% ../../nbs/models/07_adapters.ipynb #check-shapes
+def _named_base(folder:str|Path)->str:
+    "The base model that an adapter's file names, as the end of a sentence."
+    try: base = read_object(find_path(folder)/_CONFIG).get("base_model_name_or_path")
+    except UserError: return ""
+    return f"; its {_CONFIG} names {base:.200}: --model_name_or_path" if isinstance(base, str) and base else ""
+
 def check_shapes(
     folder:str|Path, # Of the adapter, for the error
     stored:dict,     # Name to tensor, from its file
@@ -145,7 +151,7 @@ def check_shapes(
     odd = [name for name in sorted(expected.keys() | stored.keys()) if shape(expected, name) != shape(stored, name)]
     if odd:
         raise UserError(f"the adapter {folder} is for another model: {odd[0]} has shape {shape(stored, odd[0])}, "
-            f"the model wants {shape(expected, odd[0])} ({len(odd)} of {len(expected)} tensors differ)")
+            f"the model wants {shape(expected, odd[0])} ({len(odd)} tensors differ){_named_base(folder)}")
 
 # %% ../../nbs/models/07_adapters.ipynb #given
 def adapter_tensors(
