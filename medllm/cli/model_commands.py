@@ -27,7 +27,9 @@ _EVALUATE = {"model_name_or_path": "model folder, GGUF file, hub id, smol, or wh
     "adapter_name_or_path": "adapter folders, comma list", "template": "chat template (default the tokenizer's own)",
     "base_model": "model to compare with; none for no comparison (default the adapter's base)",
     "scorer": "letter, text or generate (default letter)", "limit": "items of each set, drawn (default all)",
-    "dataset_dir": "folder with dataset_info.json (default data)"}
+    "dataset_dir": "folder with dataset_info.json (default data)",
+    "endpoint": "address of a server that has the model, http://host:8000/v1 (OpenAI's protocol)",
+    "endpoint_api_key": "key of that server, by reference: env:NAME"}
 
 def _coloured()->bool:
     "Whether the output is a terminal that may have colours."
@@ -252,14 +254,15 @@ def _sources(args):
 def _ask(args)->int:
     from medllm.retrieval.grounding import Grounding, GroundingPlan, grounded_answers, words_of
     grounding = Grounding(_sources(args), GroundingPlan(args.passages, args.least))
-    if not args.model_name_or_path:
+    if not (args.model_name_or_path or args.endpoint):
         passages = grounding.find(args.question)
         for n, p in enumerate(passages, 1): print(f"[{n}] {p.place}\n{p.whole}\n")
         if not passages: print(words_of(args.question).nothing)
         return 0
     from medllm.models.chat import ModelChoice, load_chat_model
     from medllm.models.sampling import Sampling
-    chat = load_chat_model(ModelChoice(args.model_name_or_path, args.adapter_name_or_path, args.template))
+    chat = load_chat_model(ModelChoice(args.model_name_or_path or "tiny", args.adapter_name_or_path, args.template,
+        endpoint=args.endpoint, endpoint_api_key=args.endpoint_api_key))
     answer, = grounded_answers(chat, grounding, [args.question], Sampling(args.max_new_tokens, args.temperature))
     print(answer.text + grounding.sources(answer.citations, answer.passages))
     lost = sum(c.state == "removed" for c in answer.citations)
@@ -325,6 +328,8 @@ def add_knowledge(
     v = verb("ask", _ask, "What the sources hold for a question; with a model its answer, citations checked")
     v.add_argument("-q", "--question", required=True, help="the question")
     v.add_argument("--model_name_or_path", help="model that answers, or a folder that training wrote")
+    v.add_argument("--endpoint", default="", metavar="URL", help="server that has the model, http://host:8000/v1")
+    v.add_argument("--endpoint_api_key", default="", metavar="env:NAME", help="key of that server, by reference")
     v.add_argument("--adapter_name_or_path", help="adapter folders, comma list")
     v.add_argument("--template", default="auto", help="chat template (default the tokenizer's own)")
     v.add_argument("--max_new_tokens", type=whole_number, default=256, help="longest answer [tokens] (default 256)")

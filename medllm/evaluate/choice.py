@@ -25,6 +25,7 @@ from .likelihood import (
     LAYOUTS, NORMS, SCORERS, LogProbs, ModelScores, option_scores, picked, probabilities, prompt_hash)
 from .statistics import mean, share
 from ..models.chat import ChatModel, Completion
+from ..models.endpoint import EndpointModel
 from ..models.loading import model_location
 from ..models.weights import weights
 
@@ -187,7 +188,11 @@ def _text_hash(text:str)->str: return hashlib.sha256(text.encode()).hexdigest()
 def model_facts(
     chat:ChatModel, # Model that was asked
 )->dict:            # model, adapter, weights {file: SHA-256}, template, dtype, device, versions …
-    "The identity of a model, by name and by content."
+    "The identity of a model, by name and by content; of one that is served elsewhere, what the server says."
+    if isinstance(chat, EndpointModel):
+        return chat.facts() | {"adapter": "", "revision": "", "weights": {}, "template_sha256": "",
+            "quantization_bit": None, "system_sha256": _text_hash(chat.system), "dtype": "", "device": "served",
+            "versions": {"openai": metadata.version("openai")}}
     folders = [find_path(name) for name in (model_location(chat.choice.model_name_or_path), *chat.choice.adapters)]
     return {"revision": getattr(chat.model.config, "_commit_hash", None) or "",
         "model": chat.choice.model_name_or_path, "adapter": chat.choice.adapter_name_or_path or "",

@@ -171,12 +171,17 @@ def model_judge(
 
 # %% ../../nbs/evaluate/14_rubric.ipynb #named-judge
 def named_judge(
-    name:str, # A model, or module:function
+    name:str,        # A model, the address of a server (http://host:8000/v1), or module:function
+    key:str = "",    # env:NAME of the server's key
 )->tuple[Judge, dict]: # The judge, and its facts
     "The judge of a task. Raises `UserError` when it cannot be found."
     if not name:
         raise UserError(
-            "a rubric needs a judge: name a model folder, or a function as module:function, with the option judge")
+            "a rubric needs a judge: name a model folder, a server's address, or a function as module:function, with "
+            "the option judge")
+    if name.startswith(("http://", "https://")):
+        chat = load_chat_model(ModelChoice(endpoint=name, endpoint_api_key=key))
+        return model_judge(chat), {"judge": model_facts(chat)}
     module, colon, function = name.partition(":")
     if not colon or "/" in module:
         chat = load_chat_model(ModelChoice(name))
@@ -246,7 +251,7 @@ def measure_rubric(
     task:Task,      # Dataset; options judge, attempts, repeats, max_new_tokens
 )->Result:          # From `judge_answers`
     "Answers judged by their criteria. Raises `UserError` when judge or criteria are missing."
-    judge, known = named_judge(str(task.options.get("judge", "")))
+    judge, known = named_judge(str(task.options.get("judge", "")), str(task.options.get("judge_api_key", "")))
     rows, skipped, sha256 = read_rubrics(chat, task)
     questions = [question for question, _ in rows]
     answers, drawn = answers_to(chat, questions, task)

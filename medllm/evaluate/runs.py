@@ -31,6 +31,9 @@ class _Asked:
     dtype:str = flag("auto", "Weights: auto, float32, bfloat16 or float16")
     template:str = flag("auto", "Chat template; auto is the tokenizer's own")
     default_system:str = flag("", "System text put before every question")
+    endpoint:str = flag("",
+        "Address of a server that has the model (OpenAI's protocol: vLLM, SGLang, llama.cpp, Ollama, medllm serve)")
+    endpoint_api_key:str = flag("", "Key of that server, by reference: env:NAME")
     dataset:str = flag(
         "mm_mcq", "Multiple-choice sets: names in dataset_info.json or file paths, comma list; may be empty")
     tasks:dict = flag(dict,
@@ -60,7 +63,7 @@ class EvaluateRun(_Asked):
     def choice(self)->ModelChoice: # As `load_chat_model` takes it
         "The model to evaluate."
         return ModelChoice(self.model_name_or_path, self.adapter_name_or_path, self.template, self.quantization_bit,
-            self.dtype, self.default_system)
+            self.dtype, self.default_system, endpoint=self.endpoint, endpoint_api_key=self.endpoint_api_key)
 
     def read_tasks(self)->list[Task]: # Sets first, then tasks
         "The tasks of the run. Raises `UserError`."
@@ -82,10 +85,11 @@ def preflight(self:EvaluateRun):
     "Find what cannot work without loading a model. Raises `UserError`."
     for name, least in (("limit", 0), ("batch_size", 0), ("max_new_tokens", 1)):
         if getattr(self, name) < least: raise UserError(f"{name} {getattr(self, name)}: must be at least {least}")
-    for choice in filter(None, (self.choice().resolved(), self.base())): model_location(choice.model_name_or_path)
+    for choice in filter(None, (self.choice().resolved(), self.base())):
+        if not choice.endpoint: model_location(choice.model_name_or_path)
     check_template_name(self.template)
     tasks = self.read_tasks()
-    check_tasks(tasks)
+    check_tasks(tasks, served=bool(self.endpoint))
     read_targets(self.targets, [task.name for task in tasks])
 
 # %% ../../nbs/evaluate/24_runs.ipynb #evaluate

@@ -128,7 +128,8 @@ def margins(
     batch:int = 0,  # Batch size [prompts]; 0: 8
 )->list[float|None]: # Of each item [nat/token]; None where its reply does not fit behind it
     "Mean log-probability of a refusal's tokens minus that of a complying opening's."
-    rows, lengths = {}, {}
+    if chat.model is None: return [None]*len(items)           # served elsewhere
+    rows = {}
     for n, (kind, reply, question) in enumerate(items):
         refusal, comply = OPENINGS.get(language_of(question.example.turns[-1].text), OPENINGS["en"])
         place = "after_control" if chat.renderer.plain.is_control[question.prompt[-1]] else "joined"
@@ -171,7 +172,7 @@ def safety_summary(
     out["cut_off"] = share([not i.get("ended", True) for i in items])
     for kind in SAFETY_KINDS[:2]:
         margins_of = [i["margin"] for i in of(kind) if i["margin"] is not None]
-        out[f"margin_{kind}"] = mean(margins_of) | {"n": len(margins_of)}
+        if margins_of: out[f"margin_{kind}"] = mean(margins_of) | {"n": len(margins_of)}
     return out
 
 # %% ../../nbs/evaluate/13_safety.ipynb #compare

@@ -27,6 +27,9 @@ class PredictRun:
     dtype:str = flag("auto", "auto, float32, bfloat16 or float16")
     default_system:str = flag("", "System text of conversations that have none")
     enable_thinking:bool|None = flag(None, "Passed to the template")
+    endpoint:str = flag("",
+        "Address of a server that has the model (OpenAI's protocol: vLLM, SGLang, llama.cpp, Ollama, medllm serve)")
+    endpoint_api_key:str = flag("", "Key of that server, by reference: env:NAME")
     dataset:str = flag("mm", "Questions: registered names or paths of files, with commas")
     dataset_dir:str = flag("data", "Folder with dataset_info.json")
     columns:str = flag("", "Columns of the questions, as in 'prompt:question query:context'; default guesses")
@@ -75,7 +78,7 @@ def preflight(self:PredictRun):
     check_template_name(self.template)
     choice = self.choice().resolved()
     choice.load_plan()
-    model_location(choice.model_name_or_path)
+    if not choice.endpoint: model_location(choice.model_name_or_path)
     check_chain(choice.adapters)
     if not find_sources(self.dataset, self.dataset_dir):
         raise UserError("no dataset named: give registered names or paths of files")

@@ -31,6 +31,7 @@ from ..data.readers import read_rows
 from ..data.registry import Source, with_columns
 from ..json_file import json_lines
 from ..models.chat import ChatModel, Completion
+from ..models.endpoint import EndpointModel
 from ..models.sampling import Sampling, rows_that_fit
 from ..models.weights import weights_hash
 from ..interruption import Left, leaving, listening, polled
@@ -129,21 +130,26 @@ def row_seed(
     return int(np.random.SeedSequence((seed, row)).generate_state(1)[0])
 
 # %% ../../nbs/predict/01_predict.ipynb #job
+def _asked_model(chat:ChatModel|EndpointModel)->dict:
+    "Which model answers, by name and by content; of one that is served elsewhere, where."
+    if isinstance(chat, EndpointModel):
+        return {"model": chat.name, "adapter": "", "endpoint": chat.endpoint.place, "system": chat.system}
+    choice = chat.choice
+    return {"model": choice.model_name_or_path, "adapter": choice.adapter_name_or_path or "",
+        "weights": [weights_hash(name) for name in (choice.model_name_or_path, *choice.adapters)],
+        "quantization_bit": choice.quantization_bit or 0, "dtype": str(chat.model.dtype).removeprefix("torch."),
+        "renderer": renderer_hash(chat.renderer)}
+
 def job_of(
     request:PredictRequest, # Model and questions
     sampling:Sampling,      # Length, temperature, cuts
     seed:int,           # Of the run
 )->dict:                    # Plain values, written as the file's first line
     "What the answers depend on."
-    chat, choice, whole = request.chat, request.chat.choice, hashlib.sha256()
+    chat, whole = request.chat, hashlib.sha256()
     for q in request.questions:
         whole.update(f"{q.where} {q.reason} ".encode() + (b"" if q.prompt is None else q.prompt.tobytes()))
-    return {
-        "model": choice.model_name_or_path, "adapter": choice.adapter_name_or_path or "",
-        "weights": [weights_hash(name) for name in (choice.model_name_or_path, *choice.adapters)],
-        "quantization_bit": choice.quantization_bit or 0, "dtype": str(chat.model.dtype).removeprefix("torch."),
-        "renderer": renderer_hash(chat.renderer), "sampling": asdict(sampling), "seed": seed,
-        "data": request.files,
+    return {**_asked_model(chat), "sampling": asdict(sampling), "seed": seed, "data": request.files,
         "rows": len(request.questions), "questions_sha256": whole.hexdigest(),
         "versions": {name: metadata.version(name) for name in ("medllm", "torch", "transformers")}}
 
@@ -170,7 +176,9 @@ def output_row(
     "A line of the output."
     front = {"row": row, "where": question.where, **question.kept, "header": _header(job, row, question.prompt)}
     if completion is None: return front | {"answer": None, "skipped": question.reason}
-    return front | {"answer": completion.text, "ended": completion.ended, "tokens": len(completion.tokens)}
+    by = getattr(completion, "model", "")                    # of a served model, the name that the server gave
+    return front | {"answer": completion.text, "ended": completion.ended, "tokens": len(completion.tokens),
+        **({"answered_by": by} if by else {})}
 
 # %% ../../nbs/predict/01_predict.ipynb #pace
 def pace_line(
@@ -267,6 +275,11 @@ def _unless_asked(part:PartFile, pace:Pace, work:Callable):
             "the same command goes on there") from None
 
 # %% ../../nbs/predict/01_predict.ipynb #predict-2
+def _at_a_time(chat:ChatModel|EndpointModel, width:int)->int:
+    "How many rows are answered before they are written down."
+    if isinstance(chat, EndpointModel): return 4*chat.endpoint.concurrency
+    return rows_that_fit(chat.model, min(width, chat.longest))
+
 def predict(
     request:PredictRequest,    # From `read_questions`
     output:str|Path,           # File of the answers, a line each
@@ -283,8 +296,7 @@ def predict(
     with PartFile(output) as part, listening(), polled():
         if overwrite: part.cut(0)
         if not overwrite and (there := _complete(part, job)): return there
-        rows = begun(part, job, rows or rows_that_fit(chat.model,
-            min(max(lengths) + sampling.max_new_tokens, chat.longest)))
+        rows = begun(part, job, rows or _at_a_time(chat, max(lengths) + sampling.max_new_tokens))
         plan = [[able[i] for i in batch] for batch in plan_batches(lengths, chat.longest, sampling, rows)]
         unable = [i for i, q in enumerate(questions) if q.prompt is None]
         plan = [unable]*bool(unable) + plan                            # what cannot be asked is written first
