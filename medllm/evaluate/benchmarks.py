@@ -63,8 +63,8 @@ def check_tasks(
     "Raise `UserError` for what cannot work, without loading a model."
     for task in tasks:
         if served and (task.kind not in _WRITTEN or task.kind == "choice" and task.options.get("scorer") != "generate"):
-            raise UserError(f"task '{task.name}': an endpoint gives no probabilities, which this needs; it can be asked "
-                "choice with scorer generate, text, safety and rubric")
+            raise UserError(f"task '{task.name}': an endpoint gives no probabilities, which this needs; it can be "
+                "asked choice with scorer generate, text, safety and rubric")
         if kind_function(task.kind, "measure") is None:
             raise UserError(f"task '{task.name}': kind {task.kind} cannot be measured")
         if task.kind == "choice": asking(task.options)

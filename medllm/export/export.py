@@ -24,7 +24,7 @@ from ..interruption import Left, leaving, listening
 from .equivalence import (
     ReferenceAnswers, as_sentence, equivalence_table, distance, effect_of, fixed_questions, forward_of, greedy,
     judge_artefact, limits_of, not_the_same, reference_of)
-from .gguf import GGUF_FORMATS, family_of, forward_of_llama_cpp, k_quantiser, llama_cpp, write_gguf
+from .gguf import check_gguf, family_of, forward_of_llama_cpp, llama_cpp, write_gguf
 from .merge import check_shard_size, merge, stored_dtype, write_model
 from .ollama import modelfile
 from fastcore.basics import patch
@@ -50,11 +50,9 @@ class ExportPlan:
         if not self.output: raise UserError("--output: name a new folder for the exported model")
         check_shard_size(self.max_shard_size)
         if self.max_new_tokens < 1: raise UserError(f"--max_new_tokens {self.max_new_tokens}: must be at least 1")
-        for flag, given, known in (("bits", self.bits, (8, 4)), ("gguf", self.gguf, GGUF_FORMATS)):
-            for word in given:
-                if word not in known: raise UserError(f"--{flag} {word}: must be one of {', '.join(map(str, known))}")
-        for kind in self.gguf:
-            if "_k" in kind: k_quantiser(kind)
+        for bits in self.bits:
+            if bits not in (8, 4): raise UserError(f"--bits {bits}: must be one of 8, 4")
+        for kind in self.gguf: check_gguf(kind)
         limits_of("prompts", moved=self.limits)
         check_writable(self.place.parent, "--output")
         self.check_place()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'GGUF_FORMATS', 'NORMAL', 'UNKNOWN', 'CONTROL', 'ADDED', 'UNUSED', 'BYTE', 'family_of', 'vocabulary',
-           'k_quantiser', 'write_gguf', 'llama_cpp', 'forward_of_llama_cpp']
+           'k_quantiser', 'check_gguf', 'write_gguf', 'llama_cpp', 'forward_of_llama_cpp']
 
 # %% ../../nbs/export/02_gguf.ipynb #imports
 import json
@@ -231,6 +231,13 @@ def k_quantiser(
     raise UserError(f"--gguf {kind} is made by llama.cpp's own quantiser: put its llama-quantize on the PATH, or "
         "pip install llama-cpp-python; f16 and q8_0 need neither")
 
+def check_gguf(
+    kind:str, # One of GGUF_FORMATS
+):
+    "Raise `UserError` for a format that is not known, or that nothing here can make."
+    if kind not in GGUF_FORMATS: raise UserError(f"--gguf {kind}: must be one of {', '.join(GGUF_FORMATS)}")
+    if kind in _K_QUANTS: k_quantiser(kind)
+
 def _quantise(source:Path, file:Path, kind:str):
     "Write a K-quantised file from one of 16 bits."
     words = k_quantiser(kind)
@@ -238,11 +245,12 @@ def _quantise(source:Path, file:Path, kind:str):
     words[at:at + 2] = [str(source), str(file)]
     done = subprocess.run(words, capture_output=True, text=True, errors="replace")
     if done.returncode or not file.exists():
-        last = next((line for line in reversed((done.stderr + done.stdout).splitlines()) if line.strip()), "no reason given")
-        raise UserError(f"--gguf {kind}: llama.cpp's quantiser failed ({last.strip()[:200]})")
+        said = (done.stderr + done.stdout).split("\n")
+        last = next((line.strip() for line in reversed(said) if line.strip()), "no reason given")
+        raise UserError(f"--gguf {kind}: llama.cpp's quantiser failed ({last[:200]})")
     if found := re.search(r"(\d+) of (\d+) tensor\(s\) required fallback", done.stderr + done.stdout):
-        log_line(f"{kind}: {found[1]} of {found[2]} tensors have rows that do not fall into blocks of 256; llama.cpp gives "
-            "them a wider format")
+        log_line(f"{kind}: {found[1]} of {found[2]} tensors have rows that do not fall into blocks of 256; "
+            "llama.cpp gives them a wider format")
 
 # %% ../../nbs/export/02_gguf.ipynb #write
 def write_gguf(
@@ -254,11 +262,10 @@ def write_gguf(
 )->Path:                    # The file
     "Write a model as one GGUF file. Raises `UserError` for what the format, or this notebook, cannot hold."
     folder, file = Path(folder), Path(file)
-    if kind not in GGUF_FORMATS: raise UserError(f"--gguf {kind}: must be one of {', '.join(GGUF_FORMATS)}")
+    check_gguf(kind)                                   # else it would be missed after the work
     if kind not in _K_QUANTS:
         _write_plain(folder, file, kind, end_id, name)
         return file
-    k_quantiser(kind)                                  # else it would be missed after the work
     whole = file.with_name(f"{file.name}.16-bit")
     try:
         _write_plain(folder, whole, "f16", end_id, name)

@@ -55,7 +55,7 @@ class ModelChoice:
             "enable_thinking": self.enable_thinking, "template": self.template if self.template != "auto" else None}
         for flag, value in own.items():
             if value is not None:
-                raise UserError(f"--{flag} {value}: the server of --endpoint has the model as it was started; leave it out")
+                raise UserError(f"--{flag} {value}: the server of --endpoint has a model of its own; leave it out")
         return self
 
     @property
@@ -156,9 +156,9 @@ def answers(self:ChatModel,
 def _served_model(choice:ModelChoice)->Any:
     "The model of a server; the default name stands for the first that it lists."
     from medllm.models.endpoint import Endpoint, EndpointModel
-    default = choice.model_name_or_path == ModelChoice.model_name_or_path
-    return EndpointModel(Endpoint(choice.endpoint, choice.endpoint_api_key, "" if default else choice.model_name_or_path),
-        choice.default_system)
+    name = choice.model_name_or_path
+    if name == ModelChoice.model_name_or_path: name = ""
+    return EndpointModel(Endpoint(choice.endpoint, choice.endpoint_api_key, name), choice.default_system)
 
 def load_chat_model(
     choice:ModelChoice = ModelChoice(), # Which model

@@ -68,7 +68,7 @@ class Endpoint:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UserError(f"--endpoint {self.place}: name the address of the API, such as http://127.0.0.1:8000/v1")
         if parts.username or parts.password:
-            raise UserError("--endpoint: a password is not written into an address; name it with --endpoint_api_key env:NAME")
+            raise UserError("--endpoint: a password is no part of an address; name it with --endpoint_api_key env:NAME")
         check_reference("endpoint_api_key", self.key)
 
     @property
@@ -107,8 +107,9 @@ def _answer_in(reply, place:str)->ServedAnswer:
         model if isinstance(model, str) else "")
 
 # %% ../../nbs/models/13_endpoint.ipynb #failed
-_ADVICE = {400: "it refuses the question, which may be too long for the model", 401: "name its key: --endpoint_api_key env:NAME",
-    403: "its key may not ask this model", 404: "the address of most servers ends in /v1"}
+_ADVICE = {400: "it refuses the question, which may be too long for the model",
+    401: "name its key: --endpoint_api_key env:NAME", 403: "its key may not ask this model",
+    404: "the address of most servers ends in /v1"}
 
 def _failed(endpoint:Endpoint, error:Exception)->UserError:
     "What went wrong at a server, without its words: they may hold the question."
@@ -137,7 +138,8 @@ class EndpointModel:
         import openai
         try: names = [model.id for model in self._client.models.list().data]
         except openai.OpenAIError as e:
-            if getattr(e, "status_code", None) == 404 and self.endpoint.model: return self.endpoint.model  # keeps no list
+            if getattr(e, "status_code", None) == 404 and self.endpoint.model:
+                return self.endpoint.model                              # it keeps no list
             raise _failed(self.endpoint, e) from None
         except (AttributeError, TypeError, ValueError): names = []
         if not names and not self.endpoint.model:

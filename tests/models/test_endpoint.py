@@ -43,8 +43,9 @@ class StandIn(http.server.BaseHTTPRequestHandler):
 
 
 def reply(text, why="stop", **more):
-    return 200, {"choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": why}],
-        "usage": {"completion_tokens": 3, "prompt_tokens": 5, "total_tokens": 8}, "model": "served-7b", "object": "chat.completion"} | more
+    message = {"role": "assistant", "content": text}
+    return 200, {"choices": [{"index": 0, "message": message, "finish_reason": why}], "model": "served-7b",
+        "object": "chat.completion", "usage": {"completion_tokens": 3, "prompt_tokens": 5, "total_tokens": 8}} | more
 
 
 @contextlib.contextmanager
@@ -140,7 +141,8 @@ def test_evaluate_reads_written_answers_and_refuses_likelihoods(tmp_path):
         assert done.returncode == 0, done.stderr
         done = run("medllm", "evaluate", "mm_mcq", "--endpoint", server.url)
         assert done.returncode == 2 and "an endpoint gives no probabilities" in done.stderr
-    facts = json.loads(next((tmp_path/"report").rglob("*.facts.json"), next((tmp_path/"report").rglob("evaluation.json"))).read_text())
+    report = next((tmp_path/"report").rglob("evaluation.json"))
+    facts = json.loads(next((tmp_path/"report").rglob("*.facts.json"), report).read_text())
     assert server.url in json.dumps(facts) and "served-7b" in json.dumps(facts)
 
 
@@ -150,8 +152,8 @@ def test_safety_and_knowledge_are_asked_too(tmp_path):
             json.dumps({"safe": {"kind": "safety", "dataset": "mm_safety", "limit": 8}}), "-p", "output_dir", tmp_path/"record")
         assert done.returncode in (0, 1) and (tmp_path/"record/evaluation.json").exists(), done.stderr
         (tmp_path/"notes.txt").write_text("Metformin lowers blood sugar by making the liver release less of it.\n")
-        done = run("medllm", "knowledge", "ask", tmp_path/"notes.txt", "-q", "How does metformin lower blood sugar?", "--endpoint",
-            server.url)
+        done = run("medllm", "knowledge", "ask", tmp_path/"notes.txt", "-q", "How does metformin lower blood sugar?",
+            "--endpoint", server.url)
         assert done.returncode == 0 and "cannot help" in done.stdout, done.stderr
     assert json.loads((tmp_path/"record/run.json").read_text())["status"] == "completed"
 
