@@ -1,15 +1,22 @@
-"""Model families as tiny random models: real architectures, their sizes cut down, so that each is made in a moment."""
+"""Model families as tiny random models: real architectures, their sizes cut down, so that each is made in a moment.
+
+    python tests/families.py            try each of them, and write tests/families.json
+    python tests/families.py --table    the READMEs' table of them
+"""
 import inspect
+import json
+import sys
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-SMALL = dict(vocab_size=4096, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+SMALL = dict(vocab_size=4160, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, head_dim=16, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=4)
 EXPERTS = dict(moe_intermediate_size=48, num_experts=4, num_local_experts=4, n_routed_experts=4, num_experts_per_tok=2,
     n_shared_experts=1, n_group=1, topk_group=1, first_k_dense_replace=1, shared_expert_intermediate_size=48)
-LATENT = dict(q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16, head_dim=8)
+LATENT = dict(num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16, head_dim=8)
 VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14,
     depth=1, num_heads=2, out_hidden_size=64)
 STATE = dict(mamba_n_heads=8, mamba_d_head=16, mamba_d_state=16)
@@ -17,7 +24,7 @@ DELTA = dict(num_hidden_layers=4, linear_num_value_heads=4, linear_num_key_heads
     linear_value_head_dim=16)
 WINDOW = dict(sliding_window=16)
 SIX = WINDOW | dict(num_hidden_layers=6)                                  # a whole round of windows and one layer without
-LAYERED = dict(vocab_size_per_layer_input=4096, hidden_size_per_layer_input=8, global_head_dim=32)
+LAYERED = dict(vocab_size_per_layer_input=4160, hidden_size_per_layer_input=8, global_head_dim=32)
 ROPE3 = dict(rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
     original_max_position_embeddings=64)
 
@@ -35,15 +42,15 @@ FAMILIES = {
     "Qwen2": ("qwen2", {}), "Qwen2-MoE": ("qwen2_moe", EXPERTS), "Qwen3": ("qwen3", {}), "Qwen3-MoE": ("qwen3_moe", EXPERTS),
     "Qwen3-Next": ("qwen3_next", EXPERTS | DELTA), "Qwen3.5": ("qwen3_5", seeing(**DELTA)),
     "Qwen3.5-MoE": ("qwen3_5_moe", seeing(**EXPERTS, **DELTA)),
-    "Gemma": ("gemma", {}), "Gemma 2": ("gemma2", WINDOW), "Gemma 3 text": ("gemma3_text", SIX),
-    "MedGemma": ("gemma3", seeing(**SIX) | dict(mm_tokens_per_image=4)),
+    "Gemma": ("gemma", {}), "Gemma 2": ("gemma2", WINDOW), "Gemma 3 text": ("gemma3_text", SIX | dict(query_pre_attn_scalar=16)),
+    "MedGemma": ("gemma3", seeing(**SIX, query_pre_attn_scalar=16) | dict(mm_tokens_per_image=4)),
     "Gemma 4": ("gemma4", seeing(**SIX, **LAYERED)), "Gemma 4 text": ("gemma4_text", SIX | LAYERED),
     "Phi-2": ("phi", dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5))),
     "Phi-3": ("phi3", {}), "Phi-3.5-MoE": ("phimoe", EXPERTS),
     "Phi-4-mini": ("phi3", dict(tie_word_embeddings=True,
         rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.75))),
     "GLM-4": ("glm", {}), "GLM-4-0414": ("glm4", {}), "GLM-4.5": ("glm4_moe", EXPERTS),
-    "GLM-4.7-Flash": ("glm4_moe_lite", EXPERTS | LATENT | dict(num_key_value_heads=4)),
+    "GLM-4.7-Flash": ("glm4_moe_lite", EXPERTS | LATENT),
     "DeepSeek-V2": ("deepseek_v2", EXPERTS | LATENT), "DeepSeek-V3": ("deepseek_v3", EXPERTS | LATENT),
     "GPT-OSS": ("gpt_oss", EXPERTS | WINDOW), "Pythia": ("gpt_neox", {}),
     "GPT-2": ("gpt2", dict(n_embd=64, n_layer=2, n_head=4, n_positions=512)), "BioGPT": ("biogpt", {}),
@@ -83,3 +90,86 @@ def model_of(name):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(config_of(name)).eval()
+
+
+RESULTS = Path(__file__).parent/"families.json"
+IDS = torch.arange(24)[None]*7 % 4000 + 5
+
+
+def logits_of(model): return model(input_ids=IDS, use_cache=False).logits
+
+
+def loss_of(model): return torch.nn.functional.cross_entropy(logits_of(model)[0, :-1].float(), IDS[0, 1:])
+
+
+def refused(action, *given):
+    "The reason that something is refused for; what there is to say where it is done, mostly nothing."
+    from medllm.core import UserError
+    try: return action(*given) or ""
+    except UserError as e: return str(e)
+
+
+def in_four_bits(folder):
+    "Load a folder in 4 bit, put an adapter on it, and take a gradient."
+    from medllm.models.adapters import AdaptPlan, adapt
+    from medllm.models.loading import LoadPlan, load_model
+    model = load_model(str(folder), LoadPlan(bits=4, frozen=True))
+    assert model.is_quantized and any(type(m).__name__ == "Linear4bit" for m in model.modules())
+    model = adapt(model, AdaptPlan(rank=2))
+    loss_of(model).backward()
+    grads = [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
+    assert grads and all(g.isfinite().all() for g in grads) and any(g.abs().max() > 0 for g in grads)
+    experts = sum(p.numel() for p in model.parameters() if p.ndim == 3)
+    return "experts stay" if experts > 0.05*model.num_parameters() else ""
+
+
+def as_gguf(folder):
+    "Write a folder as a GGUF file, and read it back by that file alone to equal logits."
+    from medllm.export.gguf import write_gguf
+    from medllm.models.gguf_model import read_gguf
+    from medllm.models.loading import load_model
+    file = write_gguf(folder, Path(folder)/"model.gguf", "f16")
+    there, here = read_gguf(file, "float32")[0], load_model(str(folder))
+    with torch.no_grad(): far = (there(IDS[:, :12]).logits - here(IDS[:, :12]).logits).abs().max()      # within any window
+    assert far < 1e-2, far
+
+
+def found(name, folder):
+    "What a family can do beside LoRA, full and freeze, answers and merging, which no family may miss."
+    from medllm.models.packed_attention import isolate
+    from medllm.models.tiny import tiny_tokenizer
+    model_of(name).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    packs = refused(isolate, model_of(name).train())
+    return {"4 bit": refused(in_four_bits, folder).replace(str(folder), "FOLDER"),
+        "packed": packs.partition("in this model (")[2].partition(");")[0], "GGUF": refused(as_gguf, folder)}
+
+
+def shown(said):
+    "What a table says for a refusal."
+    for words, short in (("", "yes"), ("experts stay", "all but experts"), ("layers of a class of its own", "no linear layers"), ("carry something", "not kept apart"),
+        ("caps attention scores", "caps scores"), ("sinks", "has sinks"), ("way of its own", "attention of its own"),
+        ("cannot write a", "no"), ("rotary positions", "no")):
+        if said == words or words and words in said: return short
+    raise ValueError(said)
+
+
+def lines():
+    "The READMEs' table."
+    found = json.loads(RESULTS.read_text(encoding="utf-8"))
+    yield "| family | `model_type` | LoRA, full, freeze | answers, merges | 4 bit | packed | GGUF |\n|---|---|---|---|---|---|---|"
+    for name, given in found.items():
+        yield f"| {name} | `{FAMILIES[name][0]}` | yes | yes | {' | '.join(shown(given[k]) for k in ('4 bit', 'packed', 'GGUF'))} |"
+
+
+def main(table):
+    import tempfile
+    if table: return print("\n".join(lines()))
+    results = {}
+    for name in FAMILIES:
+        with tempfile.TemporaryDirectory() as folder: results[name] = found(name, Path(folder))
+        print(name, results[name], flush=True)
+    RESULTS.write_text(json.dumps(results, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__": main("--table" in sys.argv)

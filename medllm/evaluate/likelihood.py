@@ -21,7 +21,7 @@ from ..data.formats import Turn
 from ..data.tokens import begin_ids
 from .options import MCQItem
 from ..models.chat import ChatModel
-from ..models.sampling import NotFinite, at_rest, rows_that_fit
+from ..models.sampling import NotFinite, at_rest, behind, cache_in, keep_rows, recurrent, rows_that_fit, takes
 from fastcore.basics import patch
 
 # %% ../../nbs/evaluate/04_likelihood.ipynb #prompts
@@ -155,6 +155,22 @@ def _logprobs(logits:torch.Tensor, ids:torch.Tensor)->torch.Tensor:
     "Log-probability of each id, in float64."
     return torch.log_softmax(logits.float(), -1).gather(-1, ids[..., None])[..., 0].double()
 
+# %% ../../nbs/evaluate/04_likelihood.ipynb #forward
+def _forward(model, ids:torch.Tensor, seen:torch.Tensor, **more):
+    "The output for padded rows; `seen` (N, T') may begin with what was read before."
+    if takes(model, "position_ids"):
+        more["position_ids"] = (seen.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
+    return model(input_ids=ids, attention_mask=seen, **more)
+
+def _rest_logits(model, out, prompt:tuple, owner:torch.Tensor, rest:tuple)->torch.Tensor:
+    "Logits (C, T - 1, V) of the tokens behind the first, of continuations and what they follow."
+    (ids, seen), (tokens, there) = prompt, rest
+    seen, tokens, cache = torch.cat([seen[owner], there[:, :-1]], 1), tokens[:, :-1], cache_in(out)
+    if recurrent(cache):
+        return _forward(model, torch.cat([ids[owner], tokens], 1), seen, use_cache=False).logits[:, ids.shape[1]:]
+    keep_rows(cache, owner)
+    return _forward(model, tokens, seen, **behind(model, cache)).logits
+
 # %% ../../nbs/evaluate/04_likelihood.ipynb #batch-logprobs
 def batch_logprobs(
     model,              # `PreTrainedModel`, causal
@@ -165,19 +181,15 @@ def batch_logprobs(
     ids, seen = (x.to(device) for x in _padded([row.context for row in rows], left=True))
     owner = torch.tensor([i for i, row in enumerate(rows) for _ in row.continuations], device=device)
     flat = [c for row in rows for c in row.continuations]
-    places = (seen.cumsum(1) - 1).clamp(min=0)
     longer = max(map(len, flat)) > 1
-    out = model(input_ids=ids, attention_mask=seen, position_ids=places, use_cache=longer, logits_to_keep=1)
+    last = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
+    out = _forward(model, ids, seen, **last, **(behind(model) if longer else {"use_cache": False}))
     first = torch.tensor([c[0] for c in flat], device=device)
     total = _logprobs(out.logits[owner, -1], first)
     if longer:
         rest, there = (x.to(device) for x in _padded(flat, left=False))
-        out.past_key_values.batch_select_indices(owner)
-        at = seen.sum(1)[owner, None] + torch.arange(rest.shape[1] - 1, device=device)
-        mask = torch.cat([seen[owner], there[:, :-1]], 1)
-        behind = model(input_ids=rest[:, :-1], attention_mask=mask, position_ids=at,
-            past_key_values=out.past_key_values, use_cache=True).logits
-        total = total + (_logprobs(behind, rest[:, 1:])*there[:, 1:]).sum(1)
+        logits = _rest_logits(model, out, (ids, seen), owner, (rest, there))
+        total = total + (_logprobs(logits, rest[:, 1:])*there[:, 1:]).sum(1)
     if total.isnan().any(): raise NotFinite
     ends = np.cumsum([len(row.continuations) for row in rows])
     return [part.tolist() for part in np.split(total.cpu().numpy(), ends[:-1])]

@@ -21,7 +21,9 @@ from fastcore.basics import patch
 
 from ..core import UserError
 from ..models.chat import ChatModel
-from ..models.sampling import NotFinite, Sampling, draw_tokens, not_finite, rows_that_fit, takes, uniform_table
+from medllm.models.sampling import (
+    NotFinite, Sampling, behind, cache_in, draw_tokens, keep_rows, not_finite, recurrent, rows_that_fit, takes,
+    uniform_table)
 from .stream import GrowingText
 
 # %% ../../nbs/serve/02_queue.ipynb #ask
@@ -116,7 +118,7 @@ class _Batch:
             return
         before, at = self.width, torch.tensor(keep)
         self.rows, self.lengths = [self.rows[i] for i in keep], self.lengths[at]
-        self.cache.batch_select_indices(at.to(self.cache.layers[0].keys.device))
+        keep_rows(self.cache, at.to(self.device))
         if self.width < before and self.joinable: _fit(self.cache, self.width)
 
     def inputs(self, device)->dict:
@@ -125,8 +127,7 @@ class _Batch:
         width, mask = self.width, None
         if (self.lengths < width).any():
             mask = (torch.arange(width + 1) >= (width - self.lengths)[:, None]).long().to(device)
-        return dict(input_ids=ids.to(device), attention_mask=mask, position_ids=places.to(device),
-            past_key_values=self.cache)
+        return dict(input_ids=ids.to(device), attention_mask=mask, position_ids=places.to(device), cache=self.cache)
 
 # %% ../../nbs/serve/02_queue.ipynb #queue
 class AnswerQueue:
@@ -281,19 +282,20 @@ def _drawn(self:AnswerQueue, rows:list[QueuedRequest], logits:torch.Tensor)->lis
 
 # %% ../../nbs/serve/02_queue.ipynb #forward
 @patch
-def _forward(self:AnswerQueue, position_ids:torch.Tensor, **inputs):
+def _forward(self:AnswerQueue, position_ids:torch.Tensor, cache, **inputs):
     "Logits of the last tokens (R, V), and the cache."
     if self._placed: inputs["position_ids"] = position_ids
-    out = self.chat.model(**inputs, use_cache=True, **self._last)
-    return out.logits[:, -1], out.past_key_values
+    out = self.chat.model(**inputs, **behind(self.chat.model, cache), **self._last)
+    return out.logits[:, -1], cache_in(out)
 
 # %% ../../nbs/serve/02_queue.ipynb #illness
 @patch
 def _illness(self:AnswerQueue)->str:
-    "What is wrong with the model even for a prompt of one token."
+    "What is wrong with the model even for a prompt of one token; where it has states, prompts are read whole."
     ids = torch.tensor([[self.chat.renderer.stop_ids[0]]], device=self.chat.device)
     with contextlib.suppress(Exception), torch.no_grad():          # of other faults the answers tell
-        logits, _ = self._forward(torch.zeros_like(ids), input_ids=ids, attention_mask=None, past_key_values=None)
+        logits, cache = self._forward(torch.zeros_like(ids), input_ids=ids, attention_mask=None, cache=None)
+        if recurrent(cache): self.chunk = self.chat.longest
         if not_finite(logits).any(): return str(NotFinite())
     return ""
 
@@ -305,7 +307,7 @@ def _read(self:AnswerQueue):
     tokens = np.concatenate([row.prompt, row.tokens]).astype(np.int64)
     part = torch.from_numpy(tokens[row.read:row.read + self.chunk])[None].to(device)
     places = torch.arange(row.read, row.read + part.shape[1], device=device)[None]
-    logits, row.cache = self._forward(places, input_ids=part, attention_mask=None, past_key_values=row.cache)
+    logits, row.cache = self._forward(places, input_ids=part, attention_mask=None, cache=row.cache)
     row.read += part.shape[1]
     if row.read < len(tokens): return
     token, = self._drawn([row], logits)

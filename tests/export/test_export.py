@@ -234,8 +234,8 @@ def test_within_the_limit_is_not_called_the_same(tmp_path, monkeypatch, capsys):
 
 def test_a_lost_file_format_fails(tmp_path, monkeypatch):
     "A GGUF file with queries in the wrong order loads and talks; the check says no."
-    from medllm.export import gguf
-    monkeypatch.setattr(gguf, "_interleaved", lambda rows, heads: rows)
+    from medllm.export import gguf_families
+    monkeypatch.setattr(gguf_families, "_interleaved", lambda rows, heads: rows)
     choice = ModelChoice("tiny", adapter(tmp_path/"adapter"))
     plan = ExportPlan(tmp_path/"model", choice, gguf=("f16",), answers=3, max_new_tokens=6)
     report = export(plan, log=QUIET)

@@ -1,19 +1,20 @@
 """Every family of models that people fine-tune, tiny: training changes the language model, fused operations nothing."""
 import contextlib
 import io
+import json
 
+import numpy as np
 import pytest
 import torch
-from families import FAMILIES, model_of
+from families import FAMILIES, IDS, RESULTS, found, lines, model_of
+from families import logits_of as logits
 
+from medllm.evaluate.likelihood import TokenisedRequest, batch_logprobs
 from medllm.models.adapters import AdaptPlan, adapt, load_adapter
 from medllm.models.fused_ops import fewer_passes
+from medllm.models.sampling import Sampling, sample_answers, uniform_table
 
-IDS = torch.arange(24)[None]*7 % 4000 + 5
 FEW = {"MedGemma", "Phi-4-mini", "Qwen3-Next", "Qwen3.5", "GLM-4.5", "Pythia"}      # stopped with a traceback before
-
-
-def logits(model): return model(input_ids=IDS, use_cache=False).logits
 
 
 def test_there_are_many(): assert len(FAMILIES) >= 60 and FEW < FAMILIES.keys()
@@ -59,3 +60,51 @@ def test_it_trains_whole_and_by_its_last_layer(name):
         still = [n for n, grad in on.items() if grad is None and "experts" not in n]
         assert not still, (plan.kind, still)
         assert all(grad.isfinite().all() for grad in on.values() if grad is not None)
+
+
+PROMPTS = [np.arange(n)*7 % 4000 + 5 for n in (3, 17, 9)]
+
+
+def whole(model, ids):
+    "Log-probabilities of the token behind each, nothing read before and nothing beside it."
+    return torch.log_softmax(model(input_ids=torch.tensor([list(map(int, ids))]), use_cache=False).logits[0].double(), -1)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_its_answers_are_those_of_reading_everything_anew(name):
+    "Prompts padded beside one another, read once for two answers each, whatever a model keeps of them."
+    with contextlib.redirect_stderr(io.StringIO()), torch.no_grad():
+        model, due = model_of(name), []
+        for prompt in PROMPTS:
+            ids = list(map(int, prompt))
+            for _ in range(8): ids.append(int(whole(model, ids)[-1].argmax()))
+            due += [ids[len(prompt):]]*2
+        drawn, _, _ = sample_answers(model, PROMPTS, uniform_table(6, 8, 1), Sampling(8, 0.0), [], 0)
+    assert drawn.tolist() == due
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_its_likelihoods_are_those_of_reading_everything_anew(name):
+    "Continuations of several tokens behind prompts of several lengths; Mamba begins anew when it is given several at once."
+    ends = [[9, 30, 77], [1000]], [[5, 6], [7, 8, 9, 11]], [[3000, 12], [14]]
+    with contextlib.redirect_stderr(io.StringIO()), torch.no_grad():
+        model = model_of(name)
+        scored = batch_logprobs(model, [TokenisedRequest(list(map(int, p)), e, False) for p, e in zip(PROMPTS, ends)])
+        for prompt, both, got in zip(PROMPTS, ends, scored):
+            for end, value in zip(both, got):
+                right = whole(model, [*prompt, *end])
+                assert abs(sum(float(right[len(prompt) - 1 + n, token]) for n, token in enumerate(end)) - value) < 1e-3
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_it_can_do_is_what_the_table_says(name, tmp_path):
+    "4 bit, packing and GGUF: done and held to equal numbers, or refused with a reason, as `python tests/families.py` found."
+    with contextlib.redirect_stderr(io.StringIO()): assert found(name, tmp_path) == json.loads(RESULTS.read_text())[name]
+
+
+def test_the_readmes_have_the_table():
+    from pathlib import Path
+    for readme in ("README.md", "README_zh.md"):
+        text = (Path(__file__).parents[2]/readme).read_text(encoding="utf-8")
+        missing = [line for line in "\n".join(lines()).split("\n")[2:] if line not in text]
+        assert not missing, missing[:3]
