@@ -16,7 +16,8 @@ SMALL = dict(vocab_size=4160, hidden_size=64, intermediate_size=96, num_hidden_l
     num_key_value_heads=2, head_dim=16, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=4)
 EXPERTS = dict(moe_intermediate_size=48, num_experts=4, num_local_experts=4, n_routed_experts=4, num_experts_per_tok=2,
     n_shared_experts=1, n_group=1, topk_group=1, first_k_dense_replace=1, shared_expert_intermediate_size=48)
-LATENT = dict(num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16, head_dim=8)
+LATENT = dict(num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8,
+    v_head_dim=16, head_dim=8)
 VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14,
     depth=1, num_heads=2, out_hidden_size=64)
 STATE = dict(mamba_n_heads=8, mamba_d_head=16, mamba_d_state=16)
@@ -145,21 +146,22 @@ def found(name, folder):
         "packed": packs.partition("in this model (")[2].partition(");")[0], "GGUF": refused(as_gguf, folder)}
 
 
+SHORT = {"experts stay": "all but experts", "layers of a class of its own": "no linear layers",
+    "carry something": "not kept apart", "caps attention scores": "caps scores", "sinks": "has sinks", "way of its own": "attention of its own", "cannot write a": "no"}
+
+
 def shown(said):
     "What a table says for a refusal."
-    for words, short in (("", "yes"), ("experts stay", "all but experts"), ("layers of a class of its own", "no linear layers"), ("carry something", "not kept apart"),
-        ("caps attention scores", "caps scores"), ("sinks", "has sinks"), ("way of its own", "attention of its own"),
-        ("cannot write a", "no"), ("rotary positions", "no")):
-        if said == words or words and words in said: return short
-    raise ValueError(said)
+    return next(short for words, short in SHORT.items() if words in said) if said else "yes"
 
 
 def lines():
     "The READMEs' table."
-    found = json.loads(RESULTS.read_text(encoding="utf-8"))
-    yield "| family | `model_type` | LoRA, full, freeze | answers, merges | 4 bit | packed | GGUF |\n|---|---|---|---|---|---|---|"
-    for name, given in found.items():
-        yield f"| {name} | `{FAMILIES[name][0]}` | yes | yes | {' | '.join(shown(given[k]) for k in ('4 bit', 'packed', 'GGUF'))} |"
+    yield "| family | `model_type` | LoRA, full, freeze | answers, merges | 4 bit | packed | GGUF |"
+    yield "|---|---|---|---|---|---|---|"
+    for name, given in json.loads(RESULTS.read_text(encoding="utf-8")).items():
+        rest = " | ".join(shown(given[key]) for key in ("4 bit", "packed", "GGUF"))
+        yield f"| {name} | `{FAMILIES[name][0]}` | yes | yes | {rest} |"
 
 
 def main(table):

@@ -131,11 +131,12 @@ def _write_plain(folder:Path, file:Path, kind:str, end_id:int|None, name:str):
     from transformers import AutoConfig, AutoTokenizer
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    end_id = tokenizer.eos_token_id if end_id is None else end_id
     number_format = gguf.GGMLQuantizationType[kind.upper()]
     writer = gguf.GGUFWriter(file, family_of(config))
     try:
         _put_header(gguf, writer, config, name, number_format)
-        _put_tokenizer(writer, tokenizer, config.get_text_config().vocab_size, tokenizer.eos_token_id if end_id is None else end_id)
+        _put_tokenizer(writer, tokenizer, config.get_text_config().vocab_size, end_id)
         tensors = list(placed_weights(config, _stored(Path(folder))))
         for there, read in tensors:
             array, stored = _in_kind(gguf, read(), number_format)
