@@ -1,7 +1,8 @@
 """Evidence: runs on real weights, whose executed notebooks are kept in nbs/evidence, and the READMEs' table made from them.
 
     python tests/evidence.py                 what there is, and what is kept
-    python tests/evidence.py pubmedqa        make its records and keep them, without weights
+    python tests/evidence.py pubmedqa        make its records, and print what came of it
+    python tests/evidence.py pubmedqa --keep    and keep them in nbs/evidence, without weights
     python tests/evidence.py --table         the READMEs' table, from the records that are kept
 
 Each takes at most 45 minutes on two cores without a GPU. The model is `smol`; `--model NAME --bits 4` takes another one,
@@ -82,35 +83,190 @@ def sft(data, place, model):
     return [tuned, report]
 
 
-NAMES = {"sft": sft, "pubmedqa": pubmedqa}
+def safety_pairs(data, place, model):
+    "Requests that a doctor refuses: the refusal is the better answer, what the model says of itself the worse one."
+    import csv
+    files = sorted((data/"medsafetybench/train/gpt4").glob("*.csv"))
+    rows = [row for file in files for row in csv.DictReader(file.open(encoding="utf-8"))]
+    drawn = random.Random(0).sample(rows, 420)
+    asked = write_rows(place/"asked.json", [{"instruction": row["harmful_medical_request"]} for row in drawn])
+    said = run("predict", place/"own_answers", model | {"dataset": asked, "max_new_tokens": 96, "temperature": 0.7,
+        "note": "what the model says to the requests, for the worse side of the pairs"})
+    answers = [json.loads(line)["answer"] for line in (said/"predictions.jsonl").read_text().splitlines()]
+    pairs = [{"instruction": row["harmful_medical_request"], "chosen": row["safe_response"], "rejected": answer}
+        for row, answer in zip(drawn, answers, strict=True) if answer.strip() and answer != row["safe_response"]]
+    return said, write_rows(place/"pairs.json", pairs[:340]), write_rows(place/"other_pairs.json", pairs[340:])
 
 
-def choice_rows(name, what, report):
-    "A line of the table for each set of questions that a record compares base and tuned on."
-    found = json.loads((report/"evaluation.json").read_text(encoding="utf-8"))
-    share = lambda f: f"{f['value']:.1%} ({f['low']:.1%} to {f['high']:.1%})"
+def dpo(data, place, model):
+    "DPO on 340 pairs, a doctor's refusal against the model's own answer; measured on others, safety and general text."
+    said, pairs, others = safety_pairs(data, place, model)
+    tuned = run("dpo", place/"dpo", model | {"dataset": pairs, "eval_dataset": others, "num_train_epochs": 1, "lora_rank": 16,
+        "learning_rate": 1e-4, "memorisation": 0,
+        "note": "340 requests that are to be refused: the refusal against the model's own answer"})
+    report = run("evaluate", place/"evaluate", {"model_name_or_path": str(tuned), "dataset": "",
+        "tasks": {"safety": {"kind": "safety", "dataset": "mm_safety", "max_new_tokens": 96},
+            "text": {"kind": "forgetting", "dataset": "mm_english", "general": "mm_general"}},
+        "note": "refusals, refusals that were not called for, and general text, against the base"})
+    return [said, tuned, report]
+
+
+def exam_rows(data):
+    "Short English exam questions with four options, in an order of their own; the order is drawn."
+    rows = json.loads((data/"apollo_multi/dev.json").read_text())
+    rows = [row for row in rows if row["source"] in ("medmcqa", "mmlu-medical") and row["question"].isascii()]
+    return random.Random(0).sample(rows, len(rows))
+
+
+def grpo(data, place, model):
+    "GRPO on exam questions, rewarded for the right letter and for the box around it; reported on others."
+    def asked(row):
+        options = "\n".join(f"{line[1]}. {line[4:].rstrip('.')}" for line in row["options"].split("\n"))
+        return {"output": row["answer"].strip("()"), "instruction": f"{row['question']}\n{options}\n"
+            "Which option is right? Write its letter in a box, like \\boxed{A}, and nothing else."}
+    rows = [asked(row) for row in exam_rows(data)]
+    train, others = write_rows(place/"rows.json", rows[:200]), write_rows(place/"others.json", rows[200:])
+    return [run("grpo", place/"grpo", model | {"dataset": train, "eval_dataset": others, "reward_funcs": "letter,boxed_format",
+        "reward_weights": "1,0.5", "max_new_tokens": 24, "max_steps": 40, "learning_rate": 2e-4, "lora_rank": 16,
+        "note": "200 short questions of MedMCQA and MMLU; 87 others are held out"})]
+
+
+def rm(data, place, model):
+    "A reward model on 300 of 500 real preference pairs in Chinese; its report card on held-out ones."
+    lines = (data/"medicalgpt/dpo_zh_500.jsonl").read_text().splitlines()
+    file = place/"pairs.jsonl"
+    file.write_text("\n".join(random.Random(0).sample(lines, 300)) + "\n")
+    return [run("rm", place/"rm", model | {"dataset": str(file), "cutoff_len": 384, "num_train_epochs": 1, "learning_rate": 2e-4,
+        "lora_rank": 16, "val_size": 0.2, "memorisation": 0, "note": "real pairs in Chinese, which the model knows little of"})]
+
+
+def pipeline(data, place, model):
+    "Pre-training, SFT, a reward model and PPO, each from the one before, in one record with its pedigree."
+    import gzip
+    with gzip.open(data/"medquad/medquad_all.jsonl.gz", "rt", encoding="utf-8") as lines: told = [json.loads(x) for x in lines]
+    texts = random.Random(0).sample(sorted({row["answer"] for row in told if 300 < len(row["answer"] or "") < 900}), 120)
+    talks = json.loads((data/"chatdoctor/chatdoctor5k.json").read_text())
+    said, pairs, others = safety_pairs(data, place, model)
+    stages = {
+        "pt": {"dataset": write_rows(place/"texts.json", [{"text": text} for text in texts]), "num_train_epochs": 1},
+        "sft": {"dataset": write_rows(place/"talks.json", random.Random(1).sample(talks, 250)), "num_train_epochs": 1},
+        "rm": {"dataset": pairs, "eval_dataset": others, "num_train_epochs": 1},
+        "ppo": {"dataset": str(place/"asked.json"), "reward_model": "rm", "max_steps": 12, "max_new_tokens": 48,
+            "reward_funcs": None}}
+    stages = {name: {"memorisation": 0, "learning_rate": 2e-4, "lora_rank": 16} | given for name, given in stages.items()}
+    return [said, run("pipeline", place/"pipeline", {**model, "stages": stages, "note": "four stages on real weights"})]
+
+
+def quantised(data, place, model):
+    "The model of pubmedqa in 16 bit against 8 and 4 bit and GGUF, on the same 250 of the official questions."
+    from importlib.util import find_spec
+    tuned, whole = place.parent/"pubmedqa/sft", place/"exported"
+    if not (tuned/"run.json").exists(): raise SystemExit("make the evidence pubmedqa first: its model is what is quantised")
+    kinds = ["q8_0", *(["q4_k_m"] if find_spec("llama_cpp") or shutil.which("llama-quantize") else [])]
+    if not (whole/"equivalence.json").exists():
+        subprocess.run([str(MEDLLM), "export", "--model_name_or_path", str(tuned), "--output", str(whole), "--answers", "20",
+            "--bits", "8", "4", "--gguf", *kinds], check=True, cwd=ROOT)
+    artefacts = {"8 bit": "bnb-8bit", "4 bit": "bnb-4bit"} | {f"GGUF {kind}": f"gguf/model-{kind}.gguf" for kind in kinds}
+    return [tuned, *(run("evaluate", place/what.replace(" ", "_"), {"model_name_or_path": str(whole/name),
+        "base_model": str(whole), "dataset": "", "tasks": {what: {"kind": "choice", "limit": 250,
+        "dataset": str(data/"pubmedqa/ori_pqal.json")}}, "note": f"the model of pubmedqa, 16 bit against {what}"})
+        for what, name in artefacts.items())]
+
+
+def retrieval(data, place, model):
+    "Which medication is for a disease, of four: without and with the passages that are found in the table of diseases."
+    import ast
+    import csv
+    from medllm.retrieval.search import KnowledgePlan, open_index
+    file = data/"chatdoctor/disease_database_mini.csv"
+    rows = list(csv.DictReader(file.open(encoding="utf-8")))
+    drugs = {row["disease"]: ast.literal_eval(row["Medications"]) for row in rows}
+    rng, index, asked = random.Random(0), open_index(KnowledgePlan((str(file),))), []
+    for disease, own in drugs.items():
+        others = sorted({drug for row in drugs.values() for drug in row} - set(own))
+        for n, right in enumerate(rng.sample(own, min(2, len(own)))):
+            options = rng.sample([right, *rng.sample(others, 3)], 4)
+            asked.append({"id": f"{disease} {n}", "question": f"Which of these medications is used for {disease}?",
+                "options": dict(zip("ABCD", options)), "answer": "ABCD"[options.index(right)]})
+    found = [row | {"context": "\n".join(hit.passage.text for hit in index.search(row["question"], 2))} for row in asked]
+    how = {"kind": "choice", "scorer": "text", "layout": "plain"}
+    return [run("evaluate", place/"evaluate", model | {"base_model": "none", "dataset": "", "tasks": {
+        "without passages": how | {"dataset": write_rows(place/"without.json", asked)},
+        "with passages": how | {"dataset": write_rows(place/"with.json", found)}},
+        "note": "the same questions, without and with two passages in front"})]
+
+
+NAMES = {f.__name__: f for f in (pubmedqa, sft, dpo, grpo, rm, pipeline, quantised, retrieval)}
+BEFORE_AFTER = { # stage -> figures of its held-out rows, as `metrics` of run.json has them, and what they are called
+    "sft": {"loss": "loss of held-out rows"}, "pt": {"loss": "loss of held-out text"},
+    "dpo": {"accuracy": "held-out pairs in the right order", "margin": "their margin"},
+    "rm": {"accuracy": "held-out pairs in the right order"},
+    "grpo": {"reward": "reward of held-out questions", "reward_letter": "right letter", "reward_boxed_format": "in a box",
+        "length": "tokens of an answer"},
+    "ppo": {"reward": "reward of held-out questions"}}
+
+
+def of_stage(folder):
+    "Lines of a training record: figures of held-out rows before and after."
+    from medllm.records.record import read_run_json
+    state = read_run_json(folder)
+    metrics = state.get("metrics") or {}
+    for key, what in BEFORE_AFTER.get(state.get("stage"), {}).items():
+        if (after := metrics.get(f"eval_{key}")) is None: continue
+        before = metrics.get(f"eval_{key}_before")
+        yield [f"{state['stage']}: {what}", "–" if before is None else f"{before:.3g}", f"{after:.3g}", ""]
+
+
+def of_evaluation(folder):
+    "Lines of an evaluation: what base and tuned are compared on; else each set's figure."
+    from medllm.evaluate.result import shown
+    found = json.loads((folder/"evaluation.json").read_text(encoding="utf-8"))
+    def words(f):
+        unit = f.get("unit", "")
+        between = "" if f.get("low") is None else f" ({shown(f['low'], unit)} to {shown(f['high'], unit)})"
+        return shown(f["value"], unit) + between
     for task, both in found["comparisons"].items():
-        base, tuned = found["base"][task], found["tuned"][task]
-        key = "order_accuracy" if "order_accuracy" in tuned else "accuracy"
-        yield [what, f"{task}, {both['n']} items", share(base[key]), share(tuned[key]), f"{both['p']:.1g}", both["verdict"],
-            f"[record](nbs/evidence/_{name}/evaluate)"]
+        for name, part in (both.get("parts") or {"": both}).items():
+            what = f"{task}{', ' + name.replace('_', ' ') if name else ''}, {part.get('n') or both.get('n')} items"
+            yield [what, words(part["base"]), words(part["tuned"]), f"{part['verdict']}, p {part['p']:.1g}"]
+        tuned = found["tuned"][task]
+        if "order_accuracy" in tuned:
+            base = found["base"][task]["order_accuracy"]
+            yield [f"{task}, mean of all orders", words(base), words(tuned["order_accuracy"]), ""]
+    if found["comparisons"]: return
+    for task, figures in found["tuned"].items(): yield [f"{task}, {figures['n']} items", "–", words(figures["accuracy"]), ""]
 
 
 def lines():
     "The READMEs' table: a line for each measured thing, from the records that are kept."
-    rows = []
-    for name, make in NAMES.items():
-        for report in sorted(KEPT.glob(f"_{name}/evaluate/*")):
-            rows += choice_rows(name, make.__doc__.split(",")[0], report)
-    return [f"| {' | '.join(row)} |" for row in rows]
+    yield "| evidence | measured | before | after | verdict | record |"
+    yield "|---|---|---|---|---|---|"
+    for name in NAMES:
+        for file in sorted(KEPT.glob(f"_{name}/*/*/run.json")) + sorted(KEPT.glob(f"_{name}/*/*/stages/*/run.json")):
+            of = of_evaluation if (file.parent/"evaluation.json").exists() else of_stage
+            place = file.parent.relative_to(ROOT).as_posix()
+            for row in of(file.parent): yield f"| {' | '.join([name, *row])} | [record]({place}) |"
 
 
-def keep(name, records):
+def without_places(folder, places):
+    "Let a kept record name no path of this machine; it is sealed anew, and its events say so."
+    from medllm.records.record import Run
+    from medllm.records.seal import seal
+    for file in folder.rglob("*"):
+        if file.suffix not in (".json", ".jsonl", ".ipynb", ".md", ".txt", ".html"): continue
+        text = whole = file.read_text(encoding="utf-8")
+        for place, word in places.items(): text = text.replace(str(place), word)
+        if text != whole: file.write_text(text, encoding="utf-8")
+    Run(folder).event("places", names=sorted(places.values()))
+    seal(folder)
+
+
+def keep(name, records, places):
     "Put records, less their weights, in the place of those that are kept."
     from medllm.records.retention import promote
     goal = KEPT/f"_{name}"
     shutil.rmtree(goal, ignore_errors=True)
-    for record in records: promote(record, goal)
+    for record in records: without_places(promote(record, goal), places)
     return goal
 
 
@@ -122,6 +278,7 @@ def main(argv=None):
     p.add_argument("--bits", type=int, help="4 or 8: load it quantised")
     p.add_argument("--runs", type=Path, default=ROOT/"runs/evidence",
         help="folder that the records are made in, weights and all; what is done there is not done again (default %(default)s)")
+    p.add_argument("--keep", action="store_true", help="put the records, without weights, into nbs/evidence")
     p.add_argument("--table", action="store_true", help="print the table")
     args = p.parse_args(argv)
     if args.table or not args.name:
@@ -130,11 +287,16 @@ def main(argv=None):
         return 0
     if not args.data.is_dir(): return p.error(f"the folder of the real data, {args.data}, is not there: name one with --data")
     model = {"model_name_or_path": args.model} | ({"quantization_bit": args.bits} if args.bits else {})
-    place = args.runs.resolve()/(args.name if args.model == "smol" else f"{args.name}-{Path(args.model).name}")
+    runs, data = args.runs.resolve(), args.data.resolve()
+    place = runs/(args.name if args.model == "smol" else f"{args.name}-{Path(args.model).name}")
     place.mkdir(parents=True, exist_ok=True)
-    records = NAMES[args.name](args.data.resolve(), place, model)
-    if args.model == "smol": print(keep(args.name, records))
-    print("\n".join(lines()))
+    records = NAMES[args.name](data, place, model)
+    for record in records:
+        for row in of_evaluation(record) if (record/"evaluation.json").exists() else of_stage(record): print(" | ".join(row))
+    if args.keep:
+        from medllm.machine import cache_home
+        words = {runs: "RUNS", data: "DATA", cache_home(): "CACHE", ROOT: "CHECKOUT", Path.home(): "HOME"}
+        print(keep(args.name, records, words))
     return 0
 
 

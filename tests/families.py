@@ -147,7 +147,8 @@ def found(name, folder):
 
 
 SHORT = {"experts stay": "all but experts", "layers of a class of its own": "no linear layers",
-    "carry something": "not kept apart", "caps attention scores": "caps scores", "sinks": "has sinks", "way of its own": "attention of its own", "cannot write a": "no"}
+    "carry something": "not kept apart", "caps attention scores": "caps scores", "sinks": "has sinks",
+    "way of its own": "attention of its own", "cannot write a": "no"}
 
 
 def shown(said):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
+from ..pace import telling
 from ..core import UserError, log_line
 from ..files import write_json
 from ..data.registry import find_sources
@@ -104,10 +105,12 @@ def measure_all(
     load:Callable[[ModelChoice], ChatModel] = load_chat_model, # Loader of the model, for tests
 )->dict[str, Result]:     # Results by name of the task
     "The results of a model on all tasks; each is written as soon as it is there."
-    chat, results = load(choice), {}
+    chat, results, record = load(choice), {}, Path(folder).parent
+    history = record/"history.jsonl" if (record/"run.json").exists() else None
     try:
         for task in tasks:
-            results[task.name] = kind_function(task.kind, "measure")(chat, task)
+            with telling(f"{Path(folder).name}, {task.name}", history):
+                results[task.name] = kind_function(task.kind, "measure")(chat, task)
             figures = write_result(results[task.name], folder)
             log_line(f"{Path(folder).name}: {task.name}: {headline(figures)}")
     finally:

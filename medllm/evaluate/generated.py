@@ -70,8 +70,6 @@ def written_answers(
     fits = [i for i in range(len(items)) if len(prompts[i]) + max_new_tokens <= chat.longest]
     order = sorted(fits, key=lambda i: -len(prompts[i]))
     out:list = [None]*len(items)
-    for at in range(0, len(order), 64):
-        part = order[at:at + 64]
-        completions = chat.answers([prompts[i] for i in part], Sampling(max_new_tokens, 0.0), rows=batch)
-        for i, completion in zip(part, completions): out[i] = completion
+    completions = chat.answers([prompts[i] for i in order], Sampling(max_new_tokens, 0.0), rows=batch)
+    for i, completion in zip(order, completions): out[i] = completion
     return out

@@ -21,6 +21,7 @@ from ..data.formats import Turn
 from ..data.tokens import begin_ids
 from .options import MCQItem
 from ..models.chat import ChatModel
+from ..pace import counted, expected
 from ..models.sampling import NotFinite, at_rest, behind, cache_in, keep_rows, recurrent, rows_that_fit, takes
 from fastcore.basics import patch
 
@@ -215,9 +216,11 @@ class ModelScores:
         "The log-probability of each continuation of each prompt."
         rows = [self.row(self.chat, request) for request in requests]
         totals:list = [None]*len(rows)
+        expected(len(rows))
         with at_rest(self.chat.model) as model:
             for numbers in self._batches(rows):
                 for i, row in zip(numbers, batch_logprobs(model, [rows[i] for i in numbers])): totals[i] = row
+                counted(len(numbers), sum(len(rows[i].context) for i in numbers))
             for i, (request, row) in enumerate(zip(requests, rows)):
                 if self._close(request, row, totals[i]):
                     totals[i], self.again = batch_logprobs(model, [row])[0], self.again + 1

@@ -31,7 +31,7 @@ from ..secrets import redact_values
 from ..interruption import listening, polled
 from ..parameters import run_parameters
 from ..train.runs import STAGE_RUNS
-from ..predict.predict import pace_line
+from ..pace import pace_line
 from ..predict.command import PredictRun
 from fastcore.basics import patch
 

@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from ..core import UserError, nearest
 from ..data.formats import Example, Turn
 from .sampling import Sampling
+from ..pace import counted, expected
 from ..secrets import check_reference, resolve
 
 # %% ../../nbs/models/14_endpoint.ipynb #messages
@@ -181,7 +182,12 @@ def answers(self:EndpointModel,
         except (openai.OpenAIError, ValueError) as e: raise _failed(self.endpoint, e) from None
         return _answer_in(reply, self.endpoint.place)
     pool = ThreadPoolExecutor(self.endpoint.concurrency)
-    try: found = list(pool.map(one, prompts, list(seeds) or range(len(prompts))))
+    found:list = []
+    expected(len(prompts))
+    try:
+        for answer in pool.map(one, prompts, list(seeds) or range(len(prompts))):
+            found.append(answer)
+            counted(1, len(answer.tokens))
     finally: pool.shutdown(wait=False, cancel_futures=True)                 # asked to stop: nothing is waited for
     self.answered_by |= {answer.model for answer in found if answer.model}
     return found

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ..core import UserError
+from ..pace import counted, expected
 
 # %% ../../nbs/models/13_sampling.ipynb #sampling
 @dataclass(frozen=True)
@@ -227,11 +228,13 @@ def sample_answers(
      "Raises `NotFinite` for a broken model.")
     group, parts = len(uniforms)//len(prompts), []
     order = np.argsort([-len(p) for p in prompts], kind="stable")
+    expected(len(prompts))
     with at_rest(model):
         for chunk in np.split(order, range(max(rows//group, 1), len(order), max(rows//group, 1))):
             numbers = (chunk[:, None]*group + np.arange(group)).reshape(-1)
             drawn = _answer(model, [prompts[i] for i in chunk], uniforms[numbers], sampling, stop_ids, pad_id)
             parts.append((numbers, drawn))
+            counted(len(chunk), int(drawn.lengths.sum()))
     back = torch.from_numpy(np.argsort(np.concatenate([numbers for numbers, _ in parts])))
     def whole(name): return torch.cat([getattr(answers, name).cpu() for _, answers in parts])[back]
     lengths = whole("lengths")

@@ -4,13 +4,11 @@
 
 # %% auto #0
 __all__ = ['InputRow', 'PredictRequest', 'read_questions', 'plan_batches', 'row_seed', 'job_of', 'job_id', 'output_row',
-           'pace_line', 'Pace', 'summary_of', 'predict', 'note_progress', 'answers_table', 'plot_answers']
+           'summary_of', 'predict', 'answers_table', 'plot_answers']
 
 # %% ../../nbs/predict/01_predict.ipynb #imports
 import hashlib
 import json
-import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..core import Interrupted, UserError, log_line
+from ..core import Interrupted, UserError
 from ..files import sha256, write_bytes
 from ..data.accounts import Account
 from ..data.cache import renderer_hash, source_files
@@ -35,6 +33,7 @@ from ..models.endpoint import EndpointModel
 from ..models.sampling import Sampling, rows_that_fit
 from ..models.weights import weights_hash
 from ..interruption import Left, leaving, listening, polled
+from ..pace import Pace
 from .partial_file import PartFile, answered, begun
 from ..tables import markdown_rows
 
@@ -180,49 +179,6 @@ def output_row(
     return front | {"answer": completion.text, "ended": completion.ended, "tokens": len(completion.tokens),
         **({"answered_by": by} if by else {})}
 
-# %% ../../nbs/predict/01_predict.ipynb #pace
-def pace_line(
-    progress:dict, # From `Pace`
-)->str:            # One line
-    "Progress in words: rows, speed, time left."
-    return (f"{progress['rows']:,} of {progress['of']:,} rows ({progress['progress']:.0%}), "
-        f"{progress['tokens_per_second']:,.0f} tokens/s, about {progress['seconds_left']/60:.1f} min left")
-
-# %% ../../nbs/predict/01_predict.ipynb #pace-2
-class Pace:
-    "Progress of a file: rows, speed, and the time that is left."
-    def __init__(self,
-        total:int,          # Rows in all
-        done:int = 0,       # Rows that an earlier process answered
-        every:float = 30.0, # Between two lines [s]
-    ):
-        self.total, self.tokens = total, 0
-        self.done, self.first = done, done
-        self.every, self.began, self.logged = every, time.monotonic(), time.monotonic()
-
-    def __call__(self,
-        rows:int,   # Rows of a batch
-        tokens:int, # Tokens of its answers
-    )->dict:        # step, rows, of, progress, tokens_per_second, seconds_left
-        "Count a batch in; the progress so far."
-        self.done, self.tokens = self.done + rows, self.tokens + tokens
-        spent = max(time.monotonic() - self.began, 1e-9)
-        left = spent*(self.total - self.done)/max(self.done - self.first, 1)
-        return {"step": self.done, "rows": self.done, "of": self.total, "progress": round(self.done/self.total, 4),
-            "tokens_per_second": round(self.tokens/spent, 1), "seconds_left": round(left, 1)}
-
-    def tell(self,
-        progress:dict, # From a call
-    ):
-        "Log the progress on stderr, now and then."
-        text, whole = pace_line(progress), progress["rows"] == progress["of"]
-        if sys.stderr.isatty():
-            sys.stderr.write(f"\r\033[K{text}" + "\n"*whole)
-            sys.stderr.flush()
-        elif time.monotonic() - self.logged >= self.every or whole:
-            self.logged = time.monotonic()
-            log_line(text)
-
 # %% ../../nbs/predict/01_predict.ipynb #summary
 def summary_of(
     output:str|Path, # A complete file of answers
@@ -308,14 +264,6 @@ def predict(
             part.append(lines)
             (tell or pace.tell)(pace(len(lines), sum(line.get("tokens", 0) for line in lines)))
         return _finish(part)
-
-# %% ../../nbs/predict/01_predict.ipynb #look
-def note_progress(
-    file:str|Path, # history.jsonl of a record
-    progress:dict, # From `Pace`
-):
-    "Append the progress to a run's history."
-    with open(file, "a", encoding="utf-8") as f: f.write(json.dumps(progress) + "\n")
 
 # %% ../../nbs/predict/01_predict.ipynb #answers-table
 def answers_table(
