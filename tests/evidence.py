@@ -24,7 +24,9 @@ MEDLLM = Path(sys.executable).parent/"medllm"
 
 
 def run(notebook, output, given):
-    "Execute a run notebook into a record, unless that was done; parameters as JSON, by a file."
+    "Execute a run notebook into a record, unless that was done; parameters as JSON, by a file. The base is bfloat16."
+    if notebook in ("evaluate", "predict"): given = {"dtype": "bfloat16"} | given
+    elif not given.get("quantization_bit"): given = given | {"extra": {"dtype": "bfloat16"} | given.get("extra", {})}
     from medllm.records.record import read_run_json
     if (output/"run.json").exists() and read_run_json(output).get("status") == "completed": return output
     shutil.rmtree(output, ignore_errors=True)                      # of a run that was stopped
@@ -54,13 +56,13 @@ def pubmedqa(data, place, model):
         "options": {"A": "yes", "B": "no", "C": "maybe"}, "answer": "ABC"["yes no maybe".split().index(min(item.gold))]}
         for item in test.items]
     tuned = run("sft", place/"sft", model | {"dataset": write_rows(place/"rows.json", rows), "val_size": 0.05,
-        "cutoff_len": 1024, "lora_rank": 16, "num_train_epochs": 2, "learning_rate": 5e-4, "memorisation": 0,
+        "cutoff_len": 1024, "lora_rank": 16, "num_train_epochs": 3, "learning_rate": 5e-4, "memorisation": 0,
         "note": "500 labelled abstracts of PubMedQA that are not in its official test"})
     report = run("evaluate", place/"evaluate", {"model_name_or_path": str(tuned), "dataset": "",
         "tasks": {"official": {"kind": "choice", "dataset": str(file)},
-            "plain wording": {"kind": "choice", "dataset": str(file), "layout": "plain"},
+            "plain wording": {"kind": "choice", "dataset": str(file), "layout": "plain", "limit": 200},
             "lettered, all orders": {"kind": "choice", "dataset": write_rows(place/"lettered.json", lettered), "orders": "all",
-                "limit": 100}},
+                "limit": 60}},
         "note": "the official 500 of PubMedQA, in the wording of the training and in two others"})
     return [tuned, report]
 
