@@ -46,6 +46,12 @@ def _whole(name:str, value)->int:
     try: return int(value)
     except (ValueError, TypeError): raise UserError(f"--{name} {value}: must be a whole number") from None
 
+def _unshifted(value)->dict:
+    "Nothing for a `--shift_attn` that is off. Raises `UserError` for one that is on."
+    if not _true(value): return {}
+    raise UserError("--shift_attn: LongLoRA's shifted groups run with no transformers since 4.48, here and elsewhere; "
+        "whole attention over long rows takes --cutoff_len, --flash_attn fa2 and --activation_checkpointing instead")
+
 # %% ../../nbs/train/03_arguments.ipynb #era-more
 OLD_FLAGS = {
     **{old: _renamed(new) for old, new in {
@@ -71,6 +77,7 @@ OLD_FLAGS = {
     "train_sampling_strategy": lambda v: (
         {"group_by_length": v == "group_by_length"} if v in ("random", "group_by_length")
         else {"train_sampling_strategy": v}),
+    "shift_attn": _unshifted,
     "flash_attn": lambda v: {"flash_attn": {"true": "fa2", "false": "auto"}.get(str(v).lower(), v)},
     "max_source_length": lambda v: {"cutoff_len": ("add", _whole("max_source_length", v))},
     "max_target_length": lambda v: {"cutoff_len": ("add", _whole("max_target_length", v))},
