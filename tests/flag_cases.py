@@ -45,6 +45,7 @@ MODEL = [
     *tried("sft", model_revision="old"), *tried("sft", cache_dir="{place}/hub"),
     *tried("sft", "hub", dict(model_name_or_path="someone/model"), cache_dir="{place}/hub"),
     *tried("sft", flash_attn=["disabled", "fa2"], finetuning_type=["lora", "freeze"]),
+    *tried("sft", beside=dict(cutoff_len=1500), rope_scaling=["linear", "yarn"]),
     *tried("sft", beside=dict(dataset="scripted"), trust_remote_code=True),
     *tried("sft", beside=dict(finetuning_type="freeze"), freeze_trainable_layers=1, freeze_trainable_modules="self_attn",
         freeze_extra_modules="lm_head"),

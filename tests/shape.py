@@ -22,7 +22,7 @@ SHARED = {
 def notebooks():
     "Notebooks that export a module."
     found = (ROOT/"nbs").rglob("*.ipynb")
-    return sorted(p for p in found if not {".ipynb_checkpoints", "_records", "runs", "tutorials"} & set(p.parts))
+    return sorted(p for p in found if not {".ipynb_checkpoints", "_records", "evidence", "runs", "tutorials"} & set(p.parts))
 
 
 def cells(path): return json.loads(path.read_text(encoding="utf-8"))["cells"]

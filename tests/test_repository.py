@@ -12,7 +12,7 @@ import shape
 from commands import ROOT, run
 
 NOTEBOOKS = sorted(
-    p for p in (ROOT/"nbs").rglob("*.ipynb") if not {".ipynb_checkpoints", "_records"} & set(p.parts))
+    p for p in (ROOT/"nbs").rglob("*.ipynb") if not {".ipynb_checkpoints", "_records", "evidence"} & set(p.parts))
 EXPORTING = [p for p in NOTEBOOKS if p.parent.name not in ("runs", "tutorials")]
 name = lambda p: str(p.relative_to(ROOT/"nbs"))
 

@@ -154,7 +154,8 @@ class Arguments:
         if dtype == "auto" and f.finetuning_type == "lora":      # frozen weights in the precision that is computed in
             dtype = "float16" if self.training.fp16 else "bfloat16" if self.training.bf16 else dtype
         return LoadPlan(dtype, m.quantization_bit, m.quantization_type, m.double_quantization, m.flash_attn,
-                        f.finetuning_type == "lora", m.model_revision, m.cache_dir)
+                        f.finetuning_type == "lora", m.rope_scaling or "", self.data.cutoff_len, m.model_revision,
+                        m.cache_dir)
 
     def adapt_plan(self)->AdaptPlan:
         "What trains."

@@ -76,6 +76,7 @@ def fingerprint_of(
         "adapter": {name: value for name, value in plan.items() if name != "adapters"},
         "quantization": [load.bits, load.quantization_type, load.double_quantization] if load.bits else None,
         "dtype": load.dtype, "attention": load.attention,
+        **({"rope_scaling": load.rope_scaling} if load.rope_scaling else {}),
         "reference": [weights_hash(args.preference.ref_model), *several(args.preference.ref_model_adapters)],
         "reward_model": [weights_hash(args.reward.reward_model), *several(args.reward.reward_model_adapters)],
         "objective": {name: value for part in (args.preference, args.reward, args.reinforcement)

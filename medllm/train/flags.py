@@ -27,6 +27,8 @@ class ModelArguments:
     quantization_type:str = flag("nf4", "Kind of 4 bit: nf4 or fp4")
     double_quantization:bool = flag(True, "Quantise the scales of 4 bit too")
     flash_attn:str = flag("auto", "Attention: auto, disabled (eager), sdpa, fa2 or fa3")
+    rope_scaling:str|None = flag(
+        None, "Positions for rows longer than the model was made for: linear, dynamic, yarn or llama3; by cutoff_len")
     trust_remote_code:bool = flag(False, "Run the local loading scripts that datasets name with script_url")
     dtype:str = flag(
         "auto", "Base weights: auto (bfloat16 if frozen on a GPU, else float32), float32, bfloat16 or float16")

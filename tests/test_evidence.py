@@ -1,0 +1,36 @@
+"""Kept evidence: whole records without weights, naming no place of a machine; the READMEs' table is made from them."""
+import re
+from pathlib import Path
+
+import pytest
+from evidence import KEPT, NAMES, lines
+
+from medllm.records.record import read_run_json
+from medllm.records.verify import verify
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORDS = sorted(p.parent for p in KEPT.glob("_*/*/*/run.json"))
+PLACE = re.compile(r"(?<![\w.:/])/(?:root|home|tmp|work|Users|mnt)/[\w.-]+")
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda p: p.relative_to(KEPT).as_posix())
+def test_a_kept_record_holds(record):
+    "Its seal is whole, it is completed, and it has neither weights nor a path of the machine that it was made on."
+    assert verify(record, record_only=True).defects == []
+    assert read_run_json(record)["status"] == "completed"
+    for file in (f for f in record.rglob("*") if f.is_file()):
+        assert file.suffix not in (".safetensors", ".bin", ".gguf", ".pt") and file.stat().st_size < 2_000_000, file.name
+        if file.suffix != ".png":
+            found = PLACE.search(file.read_text(encoding="utf-8"))
+            assert not found, (file.name, found)
+
+
+@pytest.mark.parametrize("readme", ("README.md", "README_zh.md"))
+def test_the_readmes_have_the_table(readme):
+    text = (ROOT/readme).read_text(encoding="utf-8")
+    assert [line for line in lines() if line not in text] == []
+
+
+def test_each_evidence_says_what_it_is():
+    assert len(NAMES) == 8 and all(make.__doc__ for make in NAMES.values())
+    assert {p.name for p in KEPT.glob("_*")} <= {f"_{name}" for name in NAMES}
