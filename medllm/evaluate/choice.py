@@ -82,7 +82,8 @@ def score_lines(
     "The lines of items, as a model's likelihoods decide them."
     requests = [SCORERS[asking.scorer](item) for item in items]
     norm, lines = asking.norm if asking.scorer == "text" else "sum", []
-    for item, request, scored in zip(items, requests, logprobs(requests)):
+    said = logprobs(requests)
+    for item, request, scored in zip(items, requests, said):
         scores = option_scores(request, scored, norm)
         probs = probabilities(scores)
         pick = {item.labels[picked(scores)]} if len(item.gold) == 1 else {
@@ -91,7 +92,8 @@ def score_lines(
         lines.append(_line(item, frozenset(pick), scores=scores, cut=scored[0].cut,
             **({"norms": norms} if asking.scorer == "text" else {})))
     if asking.orders != "own":
-        for line, picks in zip(lines, order_picks(items, logprobs, asking.orders == "all")): line["orders"] = picks
+        own = said if asking.scorer == "letter" else ()
+        for line, picks in zip(lines, order_picks(items, logprobs, asking.orders == "all", own)): line["orders"] = picks
     return lines
 
 # %% ../../nbs/evaluate/10_choice.ipynb #read-lines

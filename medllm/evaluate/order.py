@@ -66,16 +66,20 @@ def order_picks(
     items:Sequence[MCQItem], # N items
     logprobs:LogProbs,       # A model, or a table of numbers
     every:bool = False,      # All orders, not the cyclic shifts alone
+    own:Sequence = (),       # (N,), what the model said in the items' own order, if it was asked
 )->list[list[dict]]:         # (N, orders): place and pick (labels), gold_place
     "The picks of a model in each order of each item."
-    variants = [(i, order) for i, item in enumerate(items) for order in orders(item, every)]
+    variants = [(i, order) for i, item in enumerate(items) for order in orders(item, every)[bool(own):]]
     shown = [reordered(items[i], order) for i, order in variants]
     requests = [letter_asked(item) for item in shown]
-    out:list = [[] for _ in items]
-    for (i, order), item, request, scored in zip(variants, shown, requests, logprobs(requests)):
+    def line(i, order, item, request, scored):
         place = picked(option_scores(request, scored))
-        out[i].append({"place": item.labels[place], "pick": items[i].labels[order[place]],
-            "gold_place": min(item.gold)})
+        return {"place": item.labels[place], "pick": items[i].labels[order[place]], "gold_place": min(item.gold)}
+    out:list = [[] for _ in items]
+    for i, scored in enumerate(own):
+        out[i].append(line(i, range(len(items[i].options)), items[i], letter_asked(items[i]), scored))
+    for (i, order), item, request, scored in zip(variants, shown, requests, logprobs(requests)):
+        out[i].append(line(i, order, item, request, scored))
     return out
 
 # %% ../../nbs/evaluate/08_order.ipynb #figures
