@@ -252,12 +252,20 @@ def lines():
 
 def without_places(folder, places):
     "Let a kept record name no path of this machine; it is sealed anew, and its events say so."
+    import hashlib
     from medllm.records.record import Run
     from medllm.records.seal import seal
+    def plain(text):
+        for place, word in places.items(): text = text.replace(str(place), word)
+        return text
+    def sha256(text): return hashlib.sha256(text.encode()).hexdigest()
+    cells = ["".join(c["source"]) for c in json.loads((folder/"record.ipynb").read_text(encoding="utf-8"))["cells"]]
+    moved = {sha256(cell): sha256(plain(cell)) for cell in cells if plain(cell) != cell}     # the cell of parameters
     for file in folder.rglob("*"):
         if file.suffix not in (".json", ".jsonl", ".ipynb", ".md", ".txt", ".html"): continue
-        text = whole = file.read_text(encoding="utf-8")
-        for place, word in places.items(): text = text.replace(str(place), word)
+        whole = file.read_text(encoding="utf-8")
+        text = plain(whole)
+        for old, new in moved.items(): text = text.replace(old, new)
         if text != whole: file.write_text(text, encoding="utf-8")
     Run(folder).event("places", names=sorted(places.values()))
     seal(folder)
