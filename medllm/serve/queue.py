@@ -118,7 +118,7 @@ class _Batch:
             return
         before, at = self.width, torch.tensor(keep)
         self.rows, self.lengths = [self.rows[i] for i in keep], self.lengths[at]
-        keep_rows(self.cache, at.to(self.device))
+        keep_rows(self.cache, at)
         if self.width < before and self.joinable: _fit(self.cache, self.width)
 
     def inputs(self, device)->dict:
