@@ -62,9 +62,11 @@ $(LM_EVAL): $(STAMP)
 	$(call install,--no-deps --target .lm_eval lm-eval==0.4.13 sacrebleu more-itertools)
 	touch $@
 
-# llama.cpp's Python package, which exports are compared with and K-quants are made by: built from source, some minutes
+# llama.cpp's Python package, which exports are compared with and K-quants are made by: built from source, some minutes.
+# Not for this very processor: its kernels for AMX were seen to end with SIGSEGV on quantised files (0.3.36)
 llama_cpp: $(STAMP) ## llama.cpp's Python package, built from source: it runs the exports, and makes q4_k_m
-	$(BIN)/python -c 'import llama_cpp' 2> /dev/null || { $(call install,llama-cpp-python==0.3.36); }
+	$(BIN)/python -c 'import llama_cpp' 2> /dev/null || \
+		CMAKE_ARGS=-DGGML_NATIVE=OFF $(PIP) --no-cache-dir --no-binary llama-cpp-python llama-cpp-python==0.3.36
 
 # the browser that exported pages are tested in; where it cannot be installed, those tests skip and say so
 browser: ## Chromium for the tests of pages, installed into the system (root, apt-get)

@@ -118,7 +118,7 @@ class _EquivalenceCheck:
         chat:ChatModel,      # The trained model
         log:Callable = log_line, # Of a line of progress
     ):
-        self.plan, self.log, self.verdicts = plan, log, []
+        self.plan, self.log, self.verdicts, self.not_compared = plan, log, [], []
         self.questions = fixed_questions(plan.answers, plan.prompts)
         self.reference:ReferenceAnswers = reference_of(chat, self.questions, plan.max_new_tokens)
         self.prompts, self.effect = self.reference.prompts, effect_of(chat, self.reference)
@@ -142,9 +142,12 @@ class _EquivalenceCheck:
         longest = max(len(p) + len(a) for p, a in zip(self.reference.prompts, self.reference.answers))
         llama = llama_cpp(file, longest + 8)
         if llama is None: return
-        measures = distance(self.reference, forward_of_llama_cpp(llama), effect=self.effect)
+        try: measures = distance(self.reference, forward_of_llama_cpp(llama), effect=self.effect)
+        except UserError as e:
+            self.not_compared.append(f"{name}, llama.cpp: {e}")
+            return self.log(f"not compared: {self.not_compared[-1]}")
+        finally: llama.close()
         self._add(f"{name}, llama.cpp", measures, {m: v for m, v in limits.items() if m == "kl"})
-        llama.close()
 
 # %% ../../nbs/export/05_export.ipynb #add
 @patch
@@ -236,7 +239,8 @@ def _made(plan:ExportPlan, part:Path, log:Callable)->dict:
         text = modelfile(bare.renderer, f"model-{plan.gguf[-1]}.gguf", generation, longest)
         (part/"gguf"/"Modelfile").write_text(text, encoding="utf-8")
     return {"schema": 1, "name": plan.place.name, "passed": all(v["passed"] for v in check.verdicts),
-        "verdicts": check.verdicts, "made": facts_of(plan, dtype), "weights": weights(part, whole=True, below=True)}
+        "verdicts": check.verdicts, "not_compared": check.not_compared,
+        "made": facts_of(plan, dtype), "weights": weights(part, whole=True, below=True)}
 
 # %% ../../nbs/export/05_export.ipynb #gone
 class _Gone:
@@ -254,7 +258,8 @@ def equivalence_text(
         f"questions ({made['questions']}), greedy answers of up to {made['max_new_tokens']} tokens. "
         f"{'All are within their limits.' if report['passed'] else '**Not all are within their limits.**'}\n\n"
         f"{equivalence_table(report['verdicts'])}\n"
-        + (f"\n{changed}\n" if (changed := not_the_same(report["verdicts"])) else ""))
+        + (f"\n{changed}\n" if (changed := not_the_same(report["verdicts"])) else "")
+        + "".join(f"\nNot compared: {what}.\n" for what in report.get("not_compared", ())))
 
 # %% ../../nbs/export/05_export.ipynb #export-card
 def plain_card(

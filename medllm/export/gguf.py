@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['GGUF_FORMATS', 'NORMAL', 'UNKNOWN', 'CONTROL', 'ADDED', 'UNUSED', 'BYTE', 'vocabulary', 'k_quantiser', 'check_gguf',
-           'write_gguf', 'llama_cpp', 'forward_of_llama_cpp']
+           'write_gguf', 'LlamaCpp', 'llama_cpp', 'forward_of_llama_cpp']
 
 # %% ../../nbs/export/03_gguf.ipynb #imports
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -160,7 +162,6 @@ def k_quantiser(
 )->list[str]: # Words of a command, which a file and a new one are put into as {} and {}
     "What makes K-quantised files. Raises `UserError` where no llama.cpp is installed."
     if program := shutil.which("llama-quantize"): return [program, "{}", "{}", kind.upper()]
-    from importlib.util import find_spec
     if find_spec("llama_cpp"): return [sys.executable, "-c", _QUANTISE, "{}", "{}", str(_K_QUANTS[kind])]
     raise UserError(f"--gguf {kind} is made by llama.cpp's own quantiser: put its llama-quantize on the PATH, or "
         "pip install llama-cpp-python; f16 and q8_0 need neither")
@@ -208,25 +209,62 @@ def write_gguf(
     return file
 
 # %% ../../nbs/export/03_gguf.ipynb #llama-cpp
+_ASK = """
+import json, sys
+import numpy as np, llama_cpp
+positions, threads = map(int, sys.argv[2:])
+llama = llama_cpp.Llama(sys.argv[1], n_ctx=positions, n_batch=positions, logits_all=True, verbose=False,
+    n_threads=threads, n_threads_batch=threads)
+for line in sys.stdin:
+    ids = json.loads(line)
+    llama.reset()
+    llama.eval(ids)
+    logits = np.array(llama.scores[:len(ids)], np.float32)
+    sys.stdout.buffer.write(b"%d %d\\n" % logits.shape + logits.tobytes())
+    sys.stdout.buffer.flush()"""
+
+class LlamaCpp:
+    "llama.cpp with a file, in a process of its own."
+    def __init__(self,
+        file:Path,     # A GGUF file
+        positions:int, # Longest text [tokens]
+    ):
+        import torch
+        self.file, words = file, [str(file), str(positions), str(torch.get_num_threads())]
+        self._process = subprocess.Popen([sys.executable, "-c", _ASK, *words], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+    def logits(self,
+        ids:list[int], # T token ids
+    )->np.ndarray:     # (T, V), float32
+        "What it computes. Raises `UserError` when it ends instead."
+        try:
+            self._process.stdin.write(json.dumps(ids).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError: pass                                          # why is said below
+        if not (shape := self._process.stdout.readline()):
+            code = self._process.wait()
+            how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            raise UserError(f"llama.cpp cannot run {self.file.name} here ({how}): its build may be for another processor")
+        rows, columns = map(int, shape.split())
+        return np.frombuffer(self._process.stdout.read(4*rows*columns), np.float32).reshape(rows, columns)
+
+    def close(self):
+        "End the process."
+        self._process.kill()
+        self._process.communicate()
+
+# %% ../../nbs/export/03_gguf.ipynb #llama-cpp-2
 def llama_cpp(
     file:str|Path,        # A GGUF file
     positions:int = 1024, # Longest text [tokens]
-):                        # `llama_cpp.Llama`, or None
+)->LlamaCpp|None:
     "The model in a GGUF file as llama.cpp runs it; None where llama-cpp-python is not installed."
-    try: import llama_cpp
-    except (ImportError, OSError, RuntimeError): return None
-    import torch
-    threads = torch.get_num_threads()
-    return llama_cpp.Llama(str(file), n_ctx=positions, n_batch=positions, logits_all=True, verbose=False,
-        n_threads=threads, n_threads_batch=threads)
+    return LlamaCpp(Path(file), positions) if find_spec("llama_cpp") else None
 
 def forward_of_llama_cpp(
-    llama, # From `llama_cpp`
-):         # Token ids (T,) to logits (T, V)
+    llama:LlamaCpp, # From `llama_cpp`
+)->Callable:        # Token ids (T,) to logits (T, V); raises `UserError` when llama.cpp dies
     "llama.cpp as a function from one row of tokens to its logits."
     import torch
-    def forward(ids):
-        llama.reset()
-        llama.eval([int(i) for i in ids])
-        return torch.from_numpy(np.array(llama.scores[:len(ids)], np.float32))
-    return forward
+    return lambda ids: torch.from_numpy(llama.logits([int(i) for i in ids]).copy())

@@ -1,4 +1,5 @@
 """Exported models answer as the trained one does: merged, quantised, as GGUF; and what does not is not exported."""
+import importlib
 import json
 import os
 import signal
@@ -445,9 +446,23 @@ def test_families_of_gguf(family, words, tiny, tmp_path):
     from medllm.export.gguf import forward_of_llama_cpp, llama_cpp
     if (llama := llama_cpp(file, 256)) is None: return
     found = distance(said, forward_of_llama_cpp(llama))
+    llama.close()
     assert found["kl"] < 1e-4, found
+    llama = importlib.import_module("llama_cpp").Llama(str(file), vocab_only=True, verbose=False)
     for text in NASTY:
         assert llama.tokenize(text.encode(), add_bos=True, special=True) == tokenizer(text).input_ids, text
+
+
+def test_a_llama_cpp_that_dies_takes_no_export_with_it(tmp_path, monkeypatch, capsys):
+    "A build for another processor ends with a signal: the export goes on, and says what was not compared."
+    from medllm.export import export as exports
+    from medllm.export import gguf
+    monkeypatch.setattr(gguf, "_ASK", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
+    monkeypatch.setattr(exports, "llama_cpp", lambda file, positions: gguf.LlamaCpp(file, positions))
+    report = exporting(ExportPlan(str(tmp_path/"out"), ModelChoice("tiny"), gguf=("f16",), answers=2, max_new_tokens=4))
+    assert report["passed"] and "SIGSEGV" in report["not_compared"][0] and (tmp_path/"out/gguf/model-f16.gguf").exists()
+    assert "not compared: gguf-f16, llama.cpp" in capsys.readouterr().err
+    assert "Not compared: gguf-f16, llama.cpp" in (tmp_path/"out/README.md").read_text()
 
 
 def test_a_modelfile_for_a_tokenizer_that_adds_bos():

@@ -9,9 +9,11 @@ import torch
 from families import FAMILIES, IDS, RESULTS, found, lines, model_of
 from families import logits_of as logits
 
+from medllm.core import UserError
 from medllm.evaluate.likelihood import TokenisedRequest, batch_logprobs
 from medllm.models.adapters import AdaptPlan, adapt, load_adapter
 from medllm.models.fused_ops import fewer_passes
+from medllm.models.rope_scaling import stretch, stretched
 from medllm.models.sampling import Sampling, sample_answers, uniform_table
 
 FEW = {"MedGemma", "Phi-4-mini", "Qwen3-Next", "Qwen3.5", "GLM-4.5", "Pythia"}      # stopped with a traceback before
@@ -94,6 +96,34 @@ def test_its_likelihoods_are_those_of_reading_everything_anew(name):
             for end, value in zip(both, got):
                 right = whole(model, [*prompt, *end])
                 assert abs(sum(float(right[len(prompt) - 1 + n, token]) for n, token in enumerate(end)) - value) < 1e-3
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_its_positions_are_stretched_or_that_is_refused(name):
+    "A stretched model computes what one made with these settings does; nothing is left as it was without a word."
+    with contextlib.redirect_stderr(io.StringIO()), torch.no_grad():
+        model = model_of(name)
+        try: stretch(model, stretched(model.config, "linear", 1000))
+        except UserError: return
+        anew = type(model)(model.config).eval()
+        anew.load_state_dict(model.state_dict())
+        assert torch.equal(logits(model), logits(anew)) and (logits(model) != logits(model_of(name))).any()
+
+
+@pytest.mark.parametrize("name", ("Mamba", "Falcon Mamba", "Jamba", "Qwen3.5", "LFM2", "Granite 4", "Qwen2"))
+def test_a_server_answers_as_the_model_alone(name):
+    "Prompts longer than a chunk, several at once: behind a state several tokens would be read as if nothing came before."
+    from medllm.data.tokens import Renderer
+    from medllm.models.chat import ChatModel
+    from medllm.models.tiny import tiny_tokenizer
+    from medllm.serve.queue import AnswerQueue
+    with contextlib.redirect_stderr(io.StringIO()):
+        chat = ChatModel(model_of(name), Renderer(tiny_tokenizer(), "chatml"))
+        due = [answer.text for answer in chat.answers(PROMPTS, Sampling(6, 0.0))]
+        queue = AnswerQueue(chat, rows=4, chunk=4)
+        said = queue.answers(PROMPTS, [Sampling(6, 0.0)]*len(PROMPTS))
+        queue.close()
+    assert [chat.read(answer.tokens).text for answer in said] == due
 
 
 @pytest.mark.parametrize("name", FAMILIES)
