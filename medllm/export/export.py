@@ -118,7 +118,9 @@ class _EquivalenceCheck:
         chat:ChatModel,      # The trained model
         log:Callable = log_line, # Of a line of progress
     ):
-        self.plan, self.log, self.verdicts, self.not_compared = plan, log, [], []
+        self.plan, self.log = plan, log
+        self.verdicts:list[dict] = []
+        self.not_compared:list[str] = []              # what is here, and could not be asked
         self.questions = fixed_questions(plan.answers, plan.prompts)
         self.reference:ReferenceAnswers = reference_of(chat, self.questions, plan.max_new_tokens)
         self.prompts, self.effect = self.reference.prompts, effect_of(chat, self.reference)
@@ -145,9 +147,9 @@ class _EquivalenceCheck:
         try: measures = distance(self.reference, forward_of_llama_cpp(llama), effect=self.effect)
         except UserError as e:
             self.not_compared.append(f"{name}, llama.cpp: {e}")
-            return self.log(f"not compared: {self.not_compared[-1]}")
+            self.log(f"not compared: {self.not_compared[-1]}")
+        else: self._add(f"{name}, llama.cpp", measures, {m: v for m, v in limits.items() if m == "kl"})
         finally: llama.close()
-        self._add(f"{name}, llama.cpp", measures, {m: v for m, v in limits.items() if m == "kl"})
 
 # %% ../../nbs/export/05_export.ipynb #add
 @patch

@@ -208,7 +208,7 @@ def write_gguf(
     finally: whole.unlink(missing_ok=True)
     return file
 
-# %% ../../nbs/export/03_gguf.ipynb #llama-cpp
+# %% ../../nbs/export/03_gguf.ipynb #llama-ask
 _ASK = """
 import json, sys
 import numpy as np, llama_cpp
@@ -223,6 +223,7 @@ for line in sys.stdin:
     sys.stdout.buffer.write(b"%d %d\\n" % logits.shape + logits.tobytes())
     sys.stdout.buffer.flush()"""
 
+# %% ../../nbs/export/03_gguf.ipynb #llama-cpp
 class LlamaCpp:
     "llama.cpp with a file, in a process of its own."
     def __init__(self,
@@ -245,7 +246,8 @@ class LlamaCpp:
         if not (shape := self._process.stdout.readline()):
             code = self._process.wait()
             how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            raise UserError(f"llama.cpp cannot run {self.file.name} here ({how}): its build may be for another processor")
+            raise UserError(
+                f"llama.cpp cannot run {self.file.name} here ({how}): its build may be for another processor")
         rows, columns = map(int, shape.split())
         return np.frombuffer(self._process.stdout.read(4*rows*columns), np.float32).reshape(rows, columns)
 
