@@ -455,11 +455,11 @@ def test_families_of_gguf(family, words, tiny, tmp_path):
 
 def test_a_llama_cpp_that_dies_takes_no_export_with_it(tmp_path, monkeypatch, capsys):
     "A build for another processor ends with a signal: the export goes on, and says what was not compared."
-    from medllm.export import export as exports
     from medllm.export import gguf
     monkeypatch.setattr(gguf, "_ASK", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
-    monkeypatch.setattr(exports, "llama_cpp", lambda file, positions: gguf.LlamaCpp(file, positions))
-    report = exporting(ExportPlan(str(tmp_path/"out"), ModelChoice("tiny"), gguf=("f16",), answers=2, max_new_tokens=4))
+    monkeypatch.setattr(exporting, "llama_cpp", lambda file, positions: gguf.LlamaCpp(file, positions))
+    plan = exporting.ExportPlan(str(tmp_path/"out"), ModelChoice("tiny"), gguf=("f16",), answers=2, max_new_tokens=4)
+    report = exporting.export(plan)
     assert report["passed"] and "SIGSEGV" in report["not_compared"][0] and (tmp_path/"out/gguf/model-f16.gguf").exists()
     assert "not compared: gguf-f16, llama.cpp" in capsys.readouterr().err
     assert "Not compared: gguf-f16, llama.cpp" in (tmp_path/"out/README.md").read_text()
