@@ -23,6 +23,7 @@ def trained(tmp_path_factory):
 
 def test_whatever_loads_the_adapter_stretches_the_model(trained):
     assert json.loads((trained/"rope_scaling.json").read_text())["rope_parameters"]["factor"] == 2.0
+    assert json.loads((trained/"adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"     # no machine's cache
     chat = load_chat_model(ModelChoice(str(trained)))
     assert chat.longest == 2048
     ids = torch.arange(1500)[None] % 4000 + 5
