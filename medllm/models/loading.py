@@ -317,7 +317,6 @@ def pretrained(
         model, info = kind.from_pretrained(place, output_loading_info=True, **options)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UserError(f"{name} holds an adapter: download it, and name its folder with --adapter_name_or_path")
-    if name in MADE_HERE: model.name_or_path = name              # an adapter names it so, wherever its cache is
     check_quantised(name, model, plan.bits)
     if plan.rope_scaling: stretch(model, stretched(model.config, plan.rope_scaling, plan.longest))
     for module in model.modules():

@@ -38,7 +38,7 @@ class Conversation:
     ):
         self.chat, self.sampling, self.system = chat, sampling, system
         self.seed, self.grounding = seed, grounding
-        self.queue, self.turns = AnswerQueue(chat, rows=1, waiting=0), []
+        self.queue, self.turns = AnswerQueue(chat, rows=1, waiting=64), []   # those that were stopped go a little later
         self.sources = ""                      # what the last answer cites, as text
 
 # %% ../../nbs/serve/03_chat.ipynb #say

@@ -28,6 +28,7 @@ from ..data.packing import PackedBatches
 from ..models.packed_attention import document_inputs, isolate
 from ..models.fused_ops import fewer_passes
 from ..models.adapter_roles import trained_role
+from ..models.adapters import name_base
 from ..models.rope_scaling import write_stretch
 from ..checkpoint.changes import ChangedTrainer
 from ..checkpoint.commit import Lines
@@ -397,5 +398,7 @@ def _save(self:StageTrainer, output_dir:str|None=None, state_dict:dict|None=None
     if self.caches is not None: model.config.use_cache = self.caches                     # as it was, for who generates
     with trained_role(model):
         model.save_pretrained(folder, state_dict=state_dict, is_main_process=self.args.should_save)
-    if self.args.should_save: write_stretch(model, folder)
-    if self.args.should_save and self.processing_class is not None: self.processing_class.save_pretrained(folder)
+    if not self.args.should_save: return
+    name_base(folder)
+    write_stretch(model, folder)
+    if self.processing_class is not None: self.processing_class.save_pretrained(folder)

@@ -15,7 +15,8 @@ def command(task):
     settings = {
         "stage": "sft", "model_name_or_path": task["model"],
         "dataset": str(Path(task["data_dir"]) / "rows.json"), "max_samples": task["rows"],
-        "template": task["template"], "finetuning_type": "lora",
+        "template": {"llama2": "llama2", "smol": "auto"}[task["chat"]],
+        "finetuning_type": "lora", "dtype": task["dtype"],
         "lora_target": ",".join(task["targets"]), "lora_rank": task["rank"],
         "lora_alpha": task["alpha"], "cutoff_len": task["cutoff"],
         "per_device_train_batch_size": task["batch"],

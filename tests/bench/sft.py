@@ -2,12 +2,14 @@
 
     python tests/bench/sft.py --peer trl
     python tests/bench/sft.py --peer all --repeats 5 --out sft.json
+    python tests/bench/sft.py --peer all --model smol       on real weights: SmolLM2-135M-Instruct
 
 Only the standard library is needed here. Every peer gets a virtual environment of its own under
 `--envs` on first use; medllm runs in the interpreter given by `--python`. A small Llama with
-random weights, a tokenizer and the rows are made anew, then every tool trains the same LoRA on the
-CPU, one process per measurement, `--repeats` times in turn. The script stops with an error when
-the tools did not do the same work. It ends with a table, the ratios of medians, and how far the
+random weights, a tokenizer and the rows are made anew (or `smol` is taken, with its own chat
+format and LoRA on all linear layers), then every tool trains the same LoRA on the CPU, one process
+per measurement, `--repeats` times in turn. The script stops with an error when the tools did not
+do the same work. It ends with a table, the ratios of medians, and, of the small Llama, how far the
 best possible time on this machine (see `sft_limit.py`) is.
 """
 import argparse
@@ -30,16 +32,20 @@ HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
 TORCH = "torch==2.13.0"
 PACKAGES = {"trl": ["trl==1.16.0", "transformers==5.23.0", "peft==0.21.2"],
-            "llamafactory": ["llamafactory==0.9.5", "transformers==5.6.0", "peft==0.18.1"]}
+            "llamafactory": ["llamafactory==0.9.5", "transformers==5.6.0", "peft==0.18.1"],
+            "swift": ["ms-swift==4.6.0"]}
 # peer: its environment and worker, and what its task has besides
 PEERS = {"trl": ("trl", {}), "trl-plain": ("trl", {"plain_loss": True}),
-         "llamafactory": ("llamafactory", {})}
+         "llamafactory": ("llamafactory", {}), "swift": ("swift", {})}
 SHAPE = {"hidden": 384, "intermediate": 1024, "layers": 6, "heads": 6, "vocabulary": 32000,
          "positions": 2048}
-TASK = {"template": "llama2", "batch": 8, "accumulation": 1, "cutoff": 512, "epochs": 1,
+TASK = {"chat": "llama2", "batch": 8, "accumulation": 1, "cutoff": 512, "epochs": 1,
         "learning_rate": 1e-4, "rank": 8, "alpha": 16, "targets": ["q_proj", "v_proj"],
-        "shape": SHAPE}
-TOLERANCE = 0.005
+        "shape": SHAPE, "dtype": "float32"}
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TASKS = {"random": TASK, "smol": {**TASK, "chat": "smol", "targets": LINEAR}}
+ROWS = {"random": 512, "smol": 96}
+TOLERANCE = 0.005  # of trained tokens; besides, some tools train the line end after <|im_end|>
 
 
 def read_arguments():
@@ -50,7 +56,10 @@ def read_arguments():
     parser.add_argument("--data", type=Path,
                         default=REPOSITORY / "../shared/data/chatdoctor/chatdoctor5k.json",
                         help="alpaca rows: instruction, input, output")
-    parser.add_argument("--rows", type=int, default=512, help="how many of the first rows")
+    parser.add_argument("--model", choices=list(TASKS), default="random",
+                        help="random: a small Llama made anew; smol: SmolLM2-135M-Instruct")
+    parser.add_argument("--rows", type=int,
+                        help="how many of the first rows that fit (default 512; of smol 96)")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--envs", type=Path, default=REPOSITORY / ".bench",
                         help="folder for the peers' environments and everything made here")
@@ -120,9 +129,13 @@ def prepare(arguments, python):
     folder = (arguments.envs / "task").resolve()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    task = {**TASK, "model": str(folder / "model"), "data_dir": str(folder / "data"),
-            "source": str(arguments.data.resolve()), "rows": arguments.rows,
+    task = {**TASKS[arguments.model], "model": str(folder / "model"),
+            "data_dir": str(folder / "data"), "source": str(arguments.data.resolve()),
+            "rows": arguments.rows or ROWS[arguments.model],
             "group_by_length": arguments.group_by_length}
+    if arguments.model == "smol":
+        begin = "from medllm.cli.main import main; main()"
+        run_quietly([arguments.python, "-c", begin, "smol", task["model"]], cwd=REPOSITORY)
     path = write_task(task, folder)
     made = json.loads(run_quietly([python, HERE / "sft_prepare.py", path]).splitlines()[-1])
     lengths = made.pop("lengths")
@@ -202,10 +215,14 @@ def expected_work(task):
 
 def check_equal_work(results, task):
     """Stop unless every measurement had the same rows and steps, and the same trained tokens."""
-    wrong = []
+    wrong, work = [], expected_work(task)
     for result in results:
-        for key, value in expected_work(task).items():
-            allowed = TOLERANCE * value if key == "trained_tokens" else 0
+        if result.get("base_dtype", task["dtype"]) != task["dtype"]:
+            wrong.append(f"{result['tool']}: weights in {result['base_dtype']}")
+        for key, value in work.items():
+            allowed = 0
+            if key == "trained_tokens":
+                allowed = TOLERANCE * value + (task["chat"] == "smol") * work["rows"]
             if abs(result[key] - value) > allowed:
                 wrong.append(f"{result['tool']}: {key} {result[key]}, expected {value}")
     if wrong:
@@ -345,15 +362,15 @@ def main():
     helper = list(tools.values())[-1][0]
     started = time.time()
     task = prepare(arguments, helper)
-    early = measure_rates(helper, task, arguments)
+    early = measure_rates(helper, task, arguments) if arguments.model == "random" else {}
     results = measure_in_turn(tools, task, arguments)
-    late = measure_rates(helper, task, arguments)
+    late = measure_rates(helper, task, arguments) if early else {}
     work = print_work(results, task)
     spreads = print_table(tools, results)
     ratios = print_ratios(spreads)
     rounds = print_rounds(results, ratios)
     rates = {size: max(rate, late[size]) for size, rate in early.items()}
-    limit = print_limit(task, rates, spreads)
+    limit = print_limit(task, rates, spreads) if rates else None
     others = warn_if_busy(results)
     if arguments.out:
         del task["lengths"], task["source"], task["model"], task["data_dir"]

@@ -1,13 +1,16 @@
 """Make what every tool trains on: one small Llama, one tokenizer, one set of rows.
 
 Run by `sft.py` in a peer's environment as `sft_prepare.py TASK.json`. The files are written by
-hand, without transformers, so that they do not depend on which version of it a peer has.
+hand, without transformers, so that they do not depend on which version of it a peer has. Where
+the task says that the model is `smol`, that lies in its folder already, and only rows are made.
 """
 import json
+import math
 import sys
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -17,6 +20,14 @@ CHAT_TEMPLATE = (
     "{{ bos_token + '[INST] ' + m['content'] + ' [/INST]' }}"
     "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
+
+# how each chat format begins, goes on to the answer, and writes the trained answer
+FORMATS = {
+    "llama2": (f"{BOS}[INST] ", " [/INST]", f" {{}} {EOS}"),
+    "smol": ("<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging "
+             "Face<|im_end|>\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n",
+             "{}<|im_end|>"),
+}
 
 
 def write_json(path, value):
@@ -99,17 +110,30 @@ def save_model(shape, folder):
     return sum(weight.numel() for weight in weights.values())
 
 
-def row_lengths(tokenizer, rows, cutoff):
-    """`[tokens, trained tokens]` of every row in the chat format."""
-    lengths = []
-    for row in rows:
-        question = "\n".join(part for part in (row["instruction"], row["input"]) if part)
-        prompt = tokenizer.encode(f"{BOS}[INST] {question} [/INST]").ids
-        answer = tokenizer.encode(f" {row['output']} {EOS}").ids
-        lengths.append([len(prompt) + len(answer), len(answer)])
-    if max(total for total, _ in lengths) > cutoff:
-        raise SystemExit("a row is longer than the cutoff: the tools would cut it differently")
-    return lengths
+def row_length(tokenizer, row, chat):
+    """`[tokens, trained tokens]` of a row in a chat format."""
+    before, after, answer = FORMATS[chat]
+    question = "\n".join(part for part in (row["instruction"], row["input"]) if part)
+    prompt = tokenizer.encode(f"{before}{question}{after}").ids
+    answer = tokenizer.encode(answer.format(row["output"])).ids
+    return [len(prompt) + len(answer), len(answer)]
+
+
+def first_that_fit(tokenizer, everything, task):
+    """The first rows that no tool has to cut, and their lengths."""
+    rows, lengths = [], []
+    for row in everything:
+        total, trained = row_length(tokenizer, row, task["chat"])
+        if total < task["cutoff"] and trained > 1 and len(rows) < task["rows"]:
+            rows.append(row)
+            lengths.append([total, trained])
+    return rows, lengths
+
+
+def count_parameters(folder):
+    """How many numbers the weights of a folder hold."""
+    with safe_open(str(folder / "model.safetensors"), "pt") as weights:
+        return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())
 
 
 def save_rows(rows, folder):
@@ -127,14 +151,17 @@ def main():
     for folder in (model_dir, data_dir):
         folder.mkdir(parents=True, exist_ok=True)
     everything = read_rows(task["source"], None)
-    rows = everything[:task["rows"]]
     shape = task["shape"]
-    tokenizer = train_tokenizer([text for row in everything for text in row.values()],
-                                shape["vocabulary"])
-    save_tokenizer(tokenizer, model_dir, shape["positions"])
-    parameters = save_model(shape, model_dir)
+    if task["chat"] == "smol":
+        tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+        parameters = count_parameters(model_dir)
+    else:
+        tokenizer = train_tokenizer([text for row in everything for text in row.values()],
+                                    shape["vocabulary"])
+        save_tokenizer(tokenizer, model_dir, shape["positions"])
+        parameters = save_model(shape, model_dir)
+    rows, lengths = first_that_fit(tokenizer, everything, task)
     save_rows(rows, data_dir)
-    lengths = row_lengths(tokenizer, rows, task["cutoff"])
     print(json.dumps({"parameters": parameters, "tokenizer_size": tokenizer.get_vocab_size(),
                       "rows": len(rows), "lengths": lengths}))
 

@@ -248,21 +248,26 @@ def test_real_sets_on_the_tiny_model(shared, tmp_path):
 
 @pytest.fixture(scope="module")
 def harness(tmp_path_factory):
-    "Runs the harness' MedQA on items, in a process of its own, or skips with the reason."
+    "Runs exams of the harness in a process of its own, or skips with the reason."
     place = Path(os.environ.get("MEDLLM_LM_EVAL", ROOT/".lm_eval"))
     if not (place/"lm_eval").is_dir(): pytest.skip("lm-evaluation-harness is not here: make lm_eval")
-    def call(items, *template):
+    def call(exams, model="tiny", template=False):
         folder = tmp_path_factory.mktemp("harness")
-        assert run("medllm", "tiny", folder/"model").returncode == 0
-        endings = lambda item: {f"ending{n}": text for n, (_, text) in enumerate(item.options)}
-        rows = [{"sent1": i.question, "label": i.labels.index(min(i.gold))} | endings(i) for i in items]
-        (folder/"rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        done = subprocess.run([sys.executable, ROOT/"tests/peers/lm_eval_medqa.py", folder/"model", folder/"rows.jsonl",
-            folder/"out.json", *template], capture_output=True, text=True, cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(place), "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder)})
+        assert run("medllm", model, folder/"model").returncode == 0
+        for name, rows in exams.items():
+            (folder/f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder/"task.json").write_text(json.dumps({"model": str(folder/"model"), "dtype": "float32", "batch": 4,
+            "chat": template, "exams": {name: str(folder/f"{name}.jsonl") for name in exams}, "out": str(folder/"out.json")}))
+        done = subprocess.run([sys.executable, ROOT/"tests/peers/lm_eval_exams.py", folder/"task.json"], capture_output=True,
+            text=True, cwd=folder, env={**os.environ, "PYTHONPATH": str(place), "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder)})
         assert done.returncode == 0, done.stderr[-2000:]
-        return json.loads((folder/"out.json").read_text())
+        return json.loads((folder/"out.json").read_text())["exams"]
     return call
+
+
+def medqa_rows(items):
+    return [{"sent1": i.question, "label": i.labels.index(min(i.gold))} | {f"ending{n}": text for n, (_, text) in
+        enumerate(i.options)} for i in items]
 
 
 @pytest.mark.slow
@@ -270,7 +275,8 @@ def harness(tmp_path_factory):
 def test_the_harness_picks_the_same(shared, harness, chat, layout):
     "200 MedQA items: the same prompts, log-probabilities to rounding, identical picks, the same accuracy."
     items = load_items(str(shared(MEDQA)), limit=200).items
-    theirs, asked = harness(items, *(["chat"] if layout == "chat" else [])), [letter_asked(i) for i in items]
+    theirs = harness({"medqa_4options": medqa_rows(items)}, template=layout == "chat")["medqa_4options"]
+    asked = [letter_asked(i) for i in items]
     ours = [[s.logprob for s in found] for found in ModelScores(chat, layout)(asked)]
     if layout == "plain": assert theirs["prompts"] == [a.prompt for a in asked]
     else: assert all(a.prompt in p for a, p in zip(asked, theirs["prompts"]))

@@ -36,7 +36,8 @@ def arguments(task):
     """LLaMA-Factory's settings, as its YAML would hold them."""
     return {
         "stage": "sft", "do_train": True, "model_name_or_path": task["model"],
-        "dataset": "bench", "dataset_dir": task["data_dir"], "template": task["template"],
+        "dataset": "bench", "dataset_dir": task["data_dir"],
+        "template": {"llama2": "llama2", "smol": "smollm2"}[task["chat"]],
         "cutoff_len": task["cutoff"], "max_samples": task["rows"],
         "preprocessing_num_workers": 1, "overwrite_cache": True,
         "finetuning_type": "lora", "lora_rank": task["rank"], "lora_alpha": task["alpha"],

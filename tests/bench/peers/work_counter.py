@@ -12,7 +12,7 @@ class WorkCounter(TrainerCallback):
 
     def __init__(self):
         self.rows = self.steps = self.trained = self.padded = 0
-        self.train_seconds = self.train_loss = None
+        self.train_seconds = self.train_loss = self.base_dtype = None
 
     def _count(self, collate):
         """`collate` with counting added; a few microseconds a batch."""
@@ -24,8 +24,10 @@ class WorkCounter(TrainerCallback):
             return batch
         return counting
 
-    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        """Watch the batches and start the clock."""
+    def on_train_begin(self, args, state, control, train_dataloader=None, model=None, **kwargs):
+        """Watch the batches, note the base weights' precision, start the clock."""
+        frozen = next(p for p in model.parameters() if not p.requires_grad)
+        self.base_dtype = str(frozen.dtype).removeprefix("torch.")
         loader = getattr(train_dataloader, "base_dataloader", train_dataloader)
         loader.collate_fn = self._count(loader.collate_fn)
         self._start = time.perf_counter()
@@ -49,7 +51,7 @@ class WorkCounter(TrainerCallback):
             "padded_tokens": self.padded, "train_seconds": self.train_seconds,
             "prepare_seconds": time.perf_counter() - started - self.train_seconds,
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * rss_unit(),
-            "train_loss": self.train_loss, **more}
+            "train_loss": self.train_loss, "base_dtype": self.base_dtype, **more}
         print(json.dumps(result), flush=True)
 
 
