@@ -7,8 +7,10 @@ __all__ = ['Shape', 'shape_of', 'Span', 'rendered_template']
 
 # %% ../../nbs/data/10_rendering.ipynb #imports
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -29,7 +31,7 @@ class _Sentinel(NamedTuple):
 
 def _sentinel_text(number:int)->str:
     "The sentinel with this number, from 0: a text that no user writes."
-    return f"\x0b\ue000\x0b{number}\ue001\x0b"
+    return f"\x0b\ue000\x0b{number:06}\ue001\x0b"
 
 # %% ../../nbs/data/10_rendering.ipynb #sentinels
 class _Sentinels:
@@ -63,6 +65,24 @@ def _parsed(text:str, kind:type, what:str):
         raise UserError(f"{what} must be a JSON {'object' if kind is dict else 'list'}, not {type(value).__name__}")
     return value
 
+# %% ../../nbs/data/10_rendering.ipynb #in-order
+def _renumbered(value, numbers:Sequence[int]):
+    "A JSON value with other numbers in its sentinels."
+    def other(match): return f"{numbers[int(match[0])]:06}"
+    if isinstance(value, str): return re.sub("(?<=\ue000\x0b)\\d+(?=\ue001)", other, value)
+    if isinstance(value, list): return [_renumbered(v, numbers) for v in value]
+    if not isinstance(value, dict): return value
+    return {_renumbered(k, numbers): _renumbered(v, numbers) for k, v in value.items()}
+
+def _in_order(messages:list, tools:list|None, sentinel:_Sentinels)->tuple[list, list|None, list, list[str]]:
+    "Messages, tools, places and texts, with the sentinels in JSON numbered so that they sort as their texts do."
+    inside = [i for i, place in enumerate(sentinel.places) if place.kind in ("call", "tools")]
+    numbers = list(range(len(sentinel.texts)))
+    for number, i in zip(inside, sorted(inside, key=lambda i: sentinel.texts[i].lower())): numbers[i] = number
+    places, texts = sentinel.places.copy(), sentinel.texts.copy()
+    for number, place, text in zip(numbers, sentinel.places, sentinel.texts): places[number], texts[number] = place, text
+    return _renumbered(messages, numbers), _renumbered(tools, numbers), places, texts
+
 # %% ../../nbs/data/10_rendering.ipynb #shape-of
 @dataclass(frozen=True, slots=True)
 class Shape:
@@ -92,7 +112,9 @@ def shape_of(
     defined = _parsed(tools, list, "tool definitions") if tools else []
     def wrap(t): return t if isinstance(t, dict) and "function" in t else {"type": "function", "function": t}
     tools = sentinel.inside([wrap(t) for t in defined], -1, "tools", names=False) or None
-    return Shape(messages, tools, tuple(sentinel.places), tuple(t.train for t in turns)), sentinel.texts
+    places, texts = sentinel.places, sentinel.texts
+    if tools or any(t.calls for t in turns): messages, tools, places, texts = _in_order(messages, tools, sentinel)
+    return Shape(messages, tools, tuple(places), tuple(t.train for t in turns)), texts
 
 # %% ../../nbs/data/10_rendering.ipynb #span
 class Span(NamedTuple):
@@ -125,6 +147,17 @@ class _Rendered:
     def of(self, message:int)->list[re.Match]:
         "The places of a message's sentinels, from left to right."
         return [m for m, i in zip(self.matches, self.numbers) if self.shape.sentinels[i].message == message]
+
+    def written(self, message:int)->int:
+        "How many of a message's sentinels it is itself; a tool's reply may name the tool that was called once more."
+        if not self.shape.messages[message].get("tool_calls"): return len(self.of(message))
+        alone = _SENTINEL.finditer(self.render(self.shape.messages[:message + 1], False))
+        return sum(self.shape.sentinels[int(m[3])].message == message for m in alone)
+
+    def followed(self, role:str)->str:
+        "The text with one more message."
+        more = {"role": role, "content": _sentinel_text(len(self.shape.sentinels))}
+        return self.render([*self.shape.messages, more], False)
 
     def lost(self, kind:str)->list[int]:
         "Messages (or -1) with a sentinel of this kind that was not written."
@@ -167,14 +200,39 @@ def _begin(r:_Rendered, message:int, first:int, before:int, control:re.Pattern)-
 def _end(r:_Rendered, last:int, limit:int, control:re.Pattern, end:str, bos:str)->tuple[int, str]:
     "Where the trained part ends, and the token that must be put behind it (\"\" for none)."
     tokens = [t for t in control.finditer(r.full, last, limit) if t[0] != bos or bos == end]
-    for token in [t for t in tokens if t[0] == end] + tokens: return token.end(), ""
+    for token in tokens:
+        if token[0] == end: return token.end(), ""
+    if tokens: return tokens[0].start() if end else tokens[0].end(), ""
     if limit == len(r.full):
-        longer = [*r.shape.messages, {"role": "user", "content": _sentinel_text(len(r.shape.sentinels))}]
-        full, tail = r.render(longer, False), r.matches[-1][0] + r.full[last:]
+        full, tail = r.followed("user"), r.matches[-1][0] + r.full[last:]
         at = full.rfind(tail) + len(tail)
         if tail in full and (token := control.match(full, at)) and token[0] != bos: return limit, token[0]
     raise UserError(
         f"the chat template ends an answer with no control token, so the model would never learn to stop{_OTHER}")
+
+# %% ../../nbs/data/10_rendering.ipynb #call-end
+def _tail(text:str)->str:
+    "What stands behind the last sentinel."
+    return text[max((m.end() for m in _SENTINEL.finditer(text)), default=0):]
+
+def _ended_by_next(r:_Rendered, end:str)->bool:
+    "Whether it is the next speaker's token that ends plain answers."
+    n = len(r.shape.sentinels)
+    talk = [{"role": role, "content": _sentinel_text(n + i)} for i, role in enumerate(("user", "assistant"))]
+    return bool(end) and end not in _tail(r.render(talk, False))
+
+def _call_end(r:_Rendered, message:int, last:int, control:re.Pattern, end:str)->tuple[int, str]|None:
+    "As `_end`, behind a tool call; None where it is told as for other answers."
+    own, followed = _tail(r.render(r.shape.messages[:message + 1], False)), r.full[last:]
+    if message == len(r.roles) - 1: followed = r.followed("tool").rpartition(r.matches[-1][0])[2]
+    shared = len(os.path.commonprefix([own, followed]))
+    tokens = list(control.finditer(own, 0, shared))
+    if any(t[0] == end for t in tokens): return None
+    if _ended_by_next(r, end):
+        token = control.match(followed, shared)
+        if token is None: return None
+        return (last + token.end(), "") if r.full.startswith(token[0], last + shared) else (last + shared, token[0])
+    return (last + tokens[-1].end(), "") if tokens else None
 
 # %% ../../nbs/data/10_rendering.ipynb #ranges
 def _ranges(r:_Rendered, control:re.Pattern, end:str, bos:str)->tuple[list[tuple[int, int]], str]:
@@ -182,10 +240,11 @@ def _ranges(r:_Rendered, control:re.Pattern, end:str, bos:str)->tuple[list[tuple
     out, closing, thoughtless = [], "", set(r.lost("thought"))
     for i, role in enumerate(r.roles):
         if role != "assistant" or not r.shape.train[i] or i in thoughtless: continue
-        places = r.of(i)
+        places = r.of(i)[:r.written(i)]
         first, last = places[0].start(), places[-1].end()
         limit = min((m.start() for m in r.matches if m.start() >= last), default=len(r.full))
-        stop, closing = _end(r, last, limit, control, end, bos)
+        called = r.shape.messages[i].get("tool_calls") and _call_end(r, i, last, control, end)
+        stop, closing = called or _end(r, last, limit, control, end, bos)
         before = max((m.end() for m in r.matches if m.end() <= first), default=0)
         out.append((_begin(r, i, first, before, control), stop))
     return out, closing
@@ -198,13 +257,37 @@ def _inline(shape:Shape)->Shape:
             **({"tool_calls": m["tool_calls"]} if "tool_calls" in m else {})}
     return replace(shape, messages=[put(m) if "reasoning_content" in m else m for m in shape.messages])
 
+# %% ../../nbs/data/10_rendering.ipynb #called-in-text
+def _called_in_text(shape:Shape)->Shape:
+    "The same shape with the arguments of tool calls as JSON text."
+    def text(call):
+        function = call["function"]
+        written = json.dumps(function["arguments"], ensure_ascii=False)
+        return call | {"function": function | {"arguments": written}}
+    return replace(shape, messages=[m | {"tool_calls": [text(c) for c in m["tool_calls"]]} if "tool_calls" in m else m
+        for m in shape.messages])
+
+# %% ../../nbs/data/10_rendering.ipynb #with-calls
+def _with_calls(render:Callable, shape:Shape)->_Rendered:
+    "The shape rendered, with tool calls in the way that the template can write."
+    called, r = any("tool_calls" in m for m in shape.messages), None
+    try:
+        r = _Rendered(render, shape)
+        if not (called and r.lost("call")): return r
+    except UserError:
+        if not called: raise
+    with suppress(UserError):
+        other = _Rendered(render, _called_in_text(shape))
+        if not other.lost("call"): return other
+    return r or _Rendered(render, shape)
+
 # %% ../../nbs/data/10_rendering.ipynb #rendered-2
-def _rendered(render:Callable, shape:Shape)->_Rendered:
+def _rendered(render:Callable, shape:Shape, thinks:bool)->_Rendered:
     "The shape rendered, with thoughts in the way that the template keeps them."
-    r = _Rendered(render, shape)
+    r = _with_calls(render, shape)
     last = len(shape.messages) - 1
     if last not in r.lost("thought"): return r
-    r = _Rendered(render, _inline(shape))
+    if not thinks: r = _with_calls(render, _inline(shape))
     if last in r.lost("thought"):
         raise UserError(
             f"the chat template leaves out the thought of the last answer; drop thoughts{_OTHER.replace(';', ', or')}")
@@ -242,11 +325,12 @@ def rendered_template(
     control_tokens:Iterable[str], # All tokens the tokenizer matches as a whole
     end:str = "",                 # The control token that ends plain answers, when it is known
     bos:str = "",                 # The token that begins a text, which ends no answer
+    thinks:bool = False,          # Whether the template knows thoughts, so that one it drops is not put into the text
 )->tuple[Span, ...]:
     ("The spans of a conversation of this shape, in order. "
      "Raises `UserError` when the template loses a message or never ends an answer.")
     control = re.compile("|".join(map(re.escape, sorted(control_tokens, key=len, reverse=True))) or r"(?!)")
-    r = _rendered(render, shape)
+    r = _rendered(render, shape, thinks)
     _check(r)
     trained, closing = _ranges(r, control, end, bos)
     return (*_cut(r, control, trained), *([Span("control", closing, -1, True)] if closing else []))

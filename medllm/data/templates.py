@@ -49,12 +49,39 @@ _GRANITE_TOOLS = ToolFormat(
     between="\n\n", call=_JSON_CALL, call_between=", ", calls="<|tool_call|>[{calls}]",
     result="<|start_of_role|>tool_response<|end_of_role|>{content}<|end_of_text|>\n")
 
+# %% ../../nbs/data/09_templates.ipynb #tools-xml
+_QWEN3_5_TOOLS = replace(_QWEN_TOOLS, system="# Tools\n\nYou have access to the following functions:\n\n"
+        "<tools>{tools}\n</tools>\n\nIf you choose to call a function ONLY reply in the following format with NO suffix:\n\n"
+        "<tool_call>\n<function=example_function_name>\n<parameter=example_parameter_1>\nvalue_1\n</parameter>\n"
+        "<parameter=example_parameter_2>\nThis is the value for the second parameter\nthat can span\nmultiple lines\n"
+        "</parameter>\n</function>\n</tool_call>\n\n<IMPORTANT>\nReminder:\n- Function calls MUST follow the specified "
+        "format: an inner <function=...></function> block must be nested within <tool_call></tool_call> XML tags\n"
+        "- Required parameters MUST be specified\n- You may provide optional reasoning for your function call in "
+        "natural language BEFORE the function call, but NOT after\n- If there is no function call available, answer "
+        "the question like normal with your current knowledge and do not tell the user about function calls\n</IMPORTANT>{system}",
+    call="<tool_call>\n<function={name}>\n{arguments}</function>\n</tool_call>", text_between="\n\n",
+    argument="<parameter={key}>\n{value}\n</parameter>\n")
+_GLM4_MOE_TOOLS = ToolFormat(
+    turn="<|system|>\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+        "You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n{tools}</tools>\n\n"
+        "For each function call, output the function name and arguments within the following XML format:\n"
+        "<tool_call>{function-name}\n<arg_key>{arg-key-1}</arg_key>\n<arg_value>{arg-value-1}</arg_value>\n"
+        "<arg_key>{arg-key-2}</arg_key>\n<arg_value>{arg-value-2}</arg_value>\n...\n</tool_call>",
+    definition="{tool}\n", between="", call="<tool_call>{name}\n{arguments}</tool_call>",
+    argument="<arg_key>{key}</arg_key>\n<arg_value>{value}</arg_value>\n",
+    results="<|observation|>{results}", result="\n<tool_response>\n{content}\n</tool_response>")
+_MINISTRAL3_TOOLS = ToolFormat(
+    turn="[AVAILABLE_TOOLS][{tools}][/AVAILABLE_TOOLS]", between=", ", call="[TOOL_CALLS]{name}[ARGS]{arguments}",
+    call_between="", text_between="", result="[TOOL_RESULTS]{content}[/TOOL_RESULTS]")
+
 # %% ../../nbs/data/09_templates.ipynb #chatml
 _CHATML = Template("chatml", prefix="{bos}", control=("<|im_start|>", "<|im_end|>"),
     system="<|im_start|>system\n{content}<|im_end|>\n", user="<|im_start|>user\n{content}<|im_end|>\n",
     header="<|im_start|>assistant\n", answer="{content}<|im_end|>", after="\n", tools=_HERMES_TOOLS)
 _QWEN = replace(_CHATML, name="qwen", prefix="", tools=_QWEN_TOOLS,
     default_system="You are Qwen, created by Alibaba Cloud. You are a helpful assistant.")
+_QWEN3_5 = replace(_QWEN, name="qwen3_5", default_system="", reasoning=True, tools=_QWEN3_5_TOOLS,
+    note="the published file ends a prompt with <think>; here the answer begins with it")
 _INTERN2 = (
     "You are an AI assistant whose name is InternLM (书生·浦语).\n"
     "- InternLM (书生·浦语) is a conversational language model that is developed by Shanghai AI Laboratory "
@@ -64,7 +91,8 @@ _INTERN2 = (
 _CHATML_ROWS = (
     _CHATML, _QWEN,
     replace(_QWEN, name="qwen3", default_system="", reasoning=True),
-    replace(_QWEN, name="qwen3_nothink", default_system=""),
+    replace(_QWEN, name="qwen3_nothink", default_system=""), _QWEN3_5,
+    replace(_QWEN3_5, name="qwen3_5_nothink", reasoning=False), replace(_QWEN3_5, name="qwen3_6"),
     replace(_CHATML, name="yi", prefix="", tools=None),
     replace(_CHATML, name="intern2", default_system=_INTERN2, tools=None),
     replace(_CHATML, name="falcon_h1", tools=None),
@@ -103,6 +131,13 @@ _LLAMA_ROWS = (
     Template("mistral_small", prefix="{bos}", control=("[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"),
         system="[SYSTEM_PROMPT]{content}[/SYSTEM_PROMPT]", user="[INST]{content}[/INST]",
         answer="{content}{eos}", tools=_MISTRAL_SMALL_TOOLS),
+    Template("ministral3", prefix="{bos}", control=("[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"),
+        system="[SYSTEM_PROMPT]{content}[/SYSTEM_PROMPT]", user="[INST]{content}[/INST]", answer="{content}{eos}",
+        tools=_MINISTRAL3_TOOLS, thought="[THINK]{thought}[/THINK]"),
+    Template("gemma4", prefix="{bos}", control=("<|turn>", "<turn|>"), system="<|turn>system\n{content}<turn|>\n",
+        user="<|turn>user\n{content}<turn|>\n", header="<|turn>model\n", answer="{content}<turn|>", after="\n",
+        thought="<|channel>thought\n{thought}\n<channel|>", reasoning=True,
+        note="the published file leaves out thoughts of answers without a tool call; tools: auto"),
     _GEMMA, replace(_GEMMA, name="gemma2"), replace(_GEMMA, name="gemma3"),
 )
 
@@ -117,6 +152,8 @@ _CHINESE_ROWS = (
         answer=" {content}{eos}"),
     _DEEPSEEK3, replace(_DEEPSEEK3, name="deepseekr1", reasoning=True),
     _GLM4, replace(_GLM4, name="glmz1", reasoning=True),
+    replace(_GLM4, name="glm4_moe", reasoning=True, tools=_GLM4_MOE_TOOLS, thought="<think>{thought}</think>\n",
+        thoughtless="<think></think>\n"),
     replace(_GLM4, name="chatglm3", prefix="[gMASK]sop", control=(
         "[gMASK]", "sop", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")),
     Template("baichuan2", system="{content}", user="<reserved_106>{content}", header="<reserved_107>",
@@ -144,7 +181,18 @@ _GRANITE3 = Template("granite3", control=("<|start_of_role|>", "<|end_of_role|>"
     system="<|start_of_role|>system<|end_of_role|>{content}<|end_of_text|>\n",
     user="<|start_of_role|>user<|end_of_role|>{content}<|end_of_text|>\n", tools=_GRANITE_TOOLS,
     header="<|start_of_role|>assistant<|end_of_role|>", answer="{content}<|end_of_text|>", after="\n")
+_GPT_OSS = Template("gpt_oss", control=("<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>"),
+    prefix="<|start|>system<|message|>You are ChatGPT, a large language model trained by OpenAI.\n"
+        "Knowledge cutoff: 2024-06\n\nReasoning: medium\n\n# Valid channels: analysis, commentary, final. "
+        "Channel must be included for every message.<|end|>",
+    system="<|start|>developer<|message|># Instructions\n\n{content}\n\n<|end|>", header="<|start|>assistant",
+    user="<|start|>user<|message|>{content}<|end|>", answer="{content}<|return|>",
+    thoughtless="<|channel|>final<|message|>", reasoning=True,
+    thought="<|channel|>analysis<|message|>{thought}<|end|><|start|>assistant<|channel|>final<|message|>",
+    note="no date; each answer ends with <|return|>, where the published file ends all but the last with <|end|>; "
+        "tools: auto")
 _OTHER_ROWS = (
+    _GPT_OSS,
     _PHI, replace(_PHI, name="phi_small", prefix="{bos}"),
     Template("phi4_mini", control=("<|user|>", "<|assistant|>", "<|end|>"), system="<|system|>{content}<|end|>",
         user="<|user|>{content}<|end|>", header="<|assistant|>", answer="{content}<|end|>"),

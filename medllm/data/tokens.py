@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from datetime import datetime, timezone
 from itertools import chain
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from tokenizers import Tokenizer
 
 from ..core import UserError, foreign, log_line
 from .formats import Example
+from .jinja import told_day
 from .messages import Call, Turn
 from .rendering import Span, Shape, shape_of, rendered_template
 from .templates import chat_jinja, control_tokens, write_messages
@@ -132,6 +134,8 @@ def _split(self:PlainText, text:str, place:str)->np.ndarray:
     return np.concatenate([*self.arrays([head], place), *self.arrays(rest, "joined")])
 
 # %% ../../nbs/data/11_tokens.ipynb #renderer
+_knows_thoughts = re.compile(r"reasoning_content|message\.thinking").search
+
 class Renderer:
     "A chat template bound to a tokenizer: examples in, ids and trained positions out."
     def __init__(self,
@@ -165,7 +169,7 @@ class Renderer:
             shape = replace(shape, train=tuple(t and i == last for i, t in enumerate(shape.train)))
         bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token      # where they are one, it may well be an end
         return rendered_template(self._text, shape, self.plain.control, self._end,
-            "" if bos is None or bos == eos else bos)
+            "" if bos is None or bos == eos else bos, _knows_thoughts(self.jinja) is not None)
 
 # %% ../../nbs/data/11_tokens.ipynb #text
 @patch
@@ -191,12 +195,18 @@ def _written(self:Renderer)->str:
 _warned = set()
 _PROBE = "A\r\nb\n\n\nc  d"
 
+def _eos_behind(spans:Sequence[Span], eos:str|None)->str:
+    "EOS, where it stands right behind the token that an answer seems to end in (Cohere); else an empty text."
+    end = max(i for i, p in enumerate(spans) if p.trained) + 1
+    return eos if eos and spans[end:] and (spans[end].kind, spans[end].text) == ("control", eos) else ""
+
 @patch
 def _stop_ids(self:Renderer)->list[int]:
     "Ids that end an answer: the template's own and the tokenizer's EOS."
     ask, answer = Turn("user", "?"), Turn("assistant", "!")
     def last(spans): return [p.text for p in spans if p.kind == "control" and p.trained][-1]
-    self._end = last(self.spans(shape_of([ask, answer])[0]))
+    spans = self.spans(shape_of([ask, answer])[0])
+    self._end = _eos_behind(spans, self.tokenizer.eos_token) or last(spans)
     self.trained_stops = {self.plain.control[self._end]}
     try:
         call = Turn("assistant", "", (Call("f", "{}"),), train=True)
@@ -234,6 +244,10 @@ def _misfits(self:Renderer, template:str)->list[str]:
     if words := len(self.plain.words):
         out.append(f"{words} word{'s'*(words > 1)} that {'were' if words > 1 else 'was'} added to the tokenizer "
             f"{'are' if words > 1 else 'is'} used in texts; its {len(self.plain.control)} control tokens never are")
+    if "strftime_now" in self.jinja:
+        day = datetime.fromtimestamp(told_day(), timezone.utc).date()
+        out.append(f"template {template}: it writes the date into prompts; here that is {day} on every day, so "
+            "that the same rows stay the same tokens (SOURCE_DATE_EPOCH, in seconds since 1970, sets another)")
     if self._rewrites():
         out.append(
             f"template {template}: it rewrites what people say (line breaks or blanks); "

@@ -1,5 +1,6 @@
 """Token ids of our templates against those the model makers published; user text never becomes a control token."""
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -181,6 +182,89 @@ def test_granite_tools_equal_the_published_template(shared):
         messages, TOOLS, chat_template=published(shared, "granite3"), return_dict=False)
 
 
+# Files as the makers of the models ship them, kept in TRL's package; those for pictures want contents in parts
+SHIPPED = sorted(f for f in ROOT.glob(".trl/*/trl/chat_templates/*.jinja")
+    if not f.stem.endswith("_training") and f.stem not in ("idefics3", "llava_next"))
+DESCRIBED = [{"type": "function", "function": {"name": "dose", "description": "mg of a drug", "parameters": {
+    "type": "object", "required": ["kg"], "properties": {
+        "kg": {"type": "number", "description": "weight"}, "drug": {"type": "string", "description": "its name"}}}}}]
+TALK = {
+    "one turn": Example((Turn("user", "What is asthma?"), Turn("assistant", "A disease of the airways."))),
+    "history": Example((Turn("user", "我发烧了"), Turn("assistant", "多少度？"), Turn("user", "39 度"), Turn("assistant", "休息。"))),
+    "system": Example((Turn("user", "Fever?"), Turn("assistant", "Rest.")), "You are a careful doctor."),
+    "tools": Example((Turn("user", "How much for 39 kg?"), Turn("assistant", "", (Call("dose", '{"kg": 39, "drug": "x"}'),)),
+        Turn("tool", "twice"), Turn("assistant", "Two of them.")), "Be brief.", json.dumps(DESCRIBED)),
+    "thought": Example((Turn("user", "Fever?"), Turn("assistant", "Rest.", thought="A virus?")))}
+# what they refuse, or lose, is refused, with the reason
+WITHOUT_TOOLS = {"cohere", "cohere2", "deepseek_r1_distill", "deepseekv3", "gemma", "gemma3", "lfm2", "llama3", "phi3", "phi3_5",
+    "qwen2_5_vl", "muse_glimmer"}
+WITHOUT_THOUGHTS = {"deepseek_r1_distill", "deepseekv3", "gemma4"}
+# what ends a call, where it is not what ends other answers
+CALL_ENDS = {"gemma4": "<|tool_response>", "diffusion_gemma": "<|tool_response>", "gptoss": "<|call|>",
+    "glm4moe": "<|observation|>"}
+
+
+def shipped(file):
+    "A tokenizer with a shipped template, which knows the control tokens that it writes and ends in one of them."
+    tokenizer, jinja = byte_level(), file.read_text(encoding="utf-8")
+    tokens = re.findall(r"<\|[^|<>\s]+\|>|<[a-z_]+\|>|<\|[a-z_]+>|<(?:start|end)_of_turn>|\[/?[A-Z_]+\]|<｜[^｜]+｜>", jinja)
+    tokenizer.add_tokens(sorted(set(tokens)), special_tokens=True)
+    tokenizer.chat_template = jinja
+    return tokenizer
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda f: f.stem)
+def test_auto_reads_what_is_shipped(file):
+    "Ids of the whole, what is trained of it, and what generation stops at; the date in it is the same on every day."
+    tokenizer = shipped(file)
+    renderer = Renderer(tokenizer, "auto")
+    control = {tokenizer.decode([i]) for i in renderer.trained_stops}
+    assert control <= {renderer._end, CALL_ENDS.get(file.stem, renderer._end)}, control
+    for kind, row in TALK.items():
+        if kind == "system" and file.stem == "gemma" or kind == "tools" and file.stem in WITHOUT_TOOLS or (
+                kind == "thought" and file.stem in WITHOUT_THOUGHTS):
+            with pytest.raises(UserError, match="leaves out|cannot write"): renderer.encode([row])
+            continue
+        ids, trained = renderer.encode([row])[0]
+        said = tokenizer.decode(ids[trained])
+        assert all(turn.text in said for turn in row.turns if turn.role == "assistant" and turn.text)
+        assert not any(turn.text in said for turn in row.turns if turn.role != "assistant")
+        if kind == "tools": assert "dose" in said and f"{CALL_ENDS.get(file.stem, renderer._end)}" in said
+        if kind == "thought": assert "A virus?" in said
+        last = [i for i in range(len(ids)) if trained[i] and (i + 1 == len(ids) or not trained[i + 1])]
+        ended = [ids[i] in renderer.trained_stops for i in last]
+        assert ended == [True]*len(last) or file.stem == "gptoss" and ended == [False, True]
+        messages = as_messages(row.turns, row.system)
+        if kind == "thought" and "reasoning_content" not in tokenizer.chat_template: continue
+        for m in messages: m |= {"thinking": m["reasoning_content"]} if "reasoning_content" in m else {}
+        text = renderer._text(messages, json.loads(row.tools) if row.tools else None, False)
+        assert tokenizer.decode(ids).removesuffix(tokenizer.decode(ids[-1:])) in text
+        if "strftime_now" in tokenizer.chat_template: assert "2025" in text or file.stem == "muse_glimmer"
+        else: assert text == tokenizer.apply_chat_template(messages, json.loads(row.tools) if row.tools else None, tokenize=False)
+
+
+NAMED = {"qwen3_5": "qwen3_5_think", "qwen3_5_nothink": "qwen3_5_nothink", "qwen3_6": "qwen3_6", "glm4_moe": "glm4moe",
+    "gemma4": "gemma4", "gpt_oss": "gptoss"}
+
+
+@pytest.mark.skipif(not SHIPPED, reason="TRL is not here: make trl")
+@pytest.mark.parametrize("name", NAMED)
+def test_named_templates_write_what_is_shipped(name):
+    "Text of rows, but for what the template's note says; Qwen's empty thought, which is put in front by some of its files."
+    tokenizer = shipped(next(f for f in SHIPPED if f.stem == NAMED[name]))
+    theirs, ours = Renderer(tokenizer, "auto"), Renderer(tokenizer, name)
+    def plain(text):
+        text = re.sub(r"Current date: \d+-\d+-\d+\n", "", text.replace("<think>\n\n</think>\n\n", ""))
+        return text.replace("<|return|>", "<|end|>") if name == "gpt_oss" else text
+    for kind, row in TALK.items():
+        if kind == "tools" and not TEMPLATES[name].tools or kind == "thought" and name == "gemma4": continue
+        both = [plain(tokenizer.decode(r.encode([row])[0][0])) for r in (theirs, ours)]
+        assert both[0] == both[1], kind
+    if name == "gemma4":
+        text = tokenizer.decode(ours.encode([TALK["thought"]])[0][0])
+        assert text.endswith("<|turn>model\n<|channel>thought\nA virus?\n<channel|>Rest.<turn|>\n")
+
+
 @pytest.mark.parametrize("legacy", [True, False])
 @pytest.mark.parametrize("name", ["llama2", "vicuna", "alpaca"])
 def test_ids_on_a_sentencepiece_tokenizer(name, legacy, shared):
@@ -211,7 +295,7 @@ def test_every_row_of_the_table(name):
             messages[:-1], chat_template=renderer.jinja, add_generation_prompt=True, return_dict=False)
         assert renderer.encode([example(chat[:-1])])[0][0].tolist() == prompt == ids[:len(prompt)].tolist()
         # the next speaker's token ends the last answer, too, where nothing else does
-        closing = ids[-1:].tolist() if name in ("glm4", "glmz1", "chatglm3") else []
+        closing = ids[-1:].tolist() if name in ("glm4", "glmz1", "chatglm3", "glm4_moe") else []
         if template and (template.header or template.user).endswith(" "):
             # a prompt that ends in a blank is cut there at inference, and so here
             assert tokenizer.decode(ids) == tokenizer.decode(whole)
