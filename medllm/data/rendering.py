@@ -80,7 +80,7 @@ def _in_order(messages:list, tools:list|None, sentinel:_Sentinels)->tuple[list, 
     numbers = list(range(len(sentinel.texts)))
     for number, i in zip(inside, sorted(inside, key=lambda i: sentinel.texts[i].lower())): numbers[i] = number
     places, texts = sentinel.places.copy(), sentinel.texts.copy()
-    for number, place, text in zip(numbers, sentinel.places, sentinel.texts): places[number], texts[number] = place, text
+    for i, number in enumerate(numbers): places[number], texts[number] = sentinel.places[i], sentinel.texts[i]
     return _renumbered(messages, numbers), _renumbered(tools, numbers), places, texts
 
 # %% ../../nbs/data/10_rendering.ipynb #shape-of

@@ -190,14 +190,15 @@ DESCRIBED = [{"type": "function", "function": {"name": "dose", "description": "m
         "kg": {"type": "number", "description": "weight"}, "drug": {"type": "string", "description": "its name"}}}}}]
 TALK = {
     "one turn": Example((Turn("user", "What is asthma?"), Turn("assistant", "A disease of the airways."))),
-    "history": Example((Turn("user", "我发烧了"), Turn("assistant", "多少度？"), Turn("user", "39 度"), Turn("assistant", "休息。"))),
+    "history": Example((Turn("user", "我发烧了"), Turn("assistant", "多少度？"), Turn("user", "39 度"),
+        Turn("assistant", "休息。"))),
     "system": Example((Turn("user", "Fever?"), Turn("assistant", "Rest.")), "You are a careful doctor."),
     "tools": Example((Turn("user", "How much for 39 kg?"), Turn("assistant", "", (Call("dose", '{"kg": 39, "drug": "x"}'),)),
         Turn("tool", "twice"), Turn("assistant", "Two of them.")), "Be brief.", json.dumps(DESCRIBED)),
     "thought": Example((Turn("user", "Fever?"), Turn("assistant", "Rest.", thought="A virus?")))}
 # what they refuse, or lose, is refused, with the reason
 WITHOUT_TOOLS = {"cohere", "cohere2", "deepseek_r1_distill", "deepseekv3", "gemma", "gemma3", "lfm2", "llama3", "phi3", "phi3_5",
-    "qwen2_5_vl", "muse_glimmer"}
+    "qwen2_5_vl"}
 WITHOUT_THOUGHTS = {"deepseek_r1_distill", "deepseekv3", "gemma4"}
 # what ends a call, where it is not what ends other answers
 CALL_ENDS = {"gemma4": "<|tool_response>", "diffusion_gemma": "<|tool_response>", "gptoss": "<|call|>",

@@ -65,6 +65,8 @@ def _tools_in_system(name):
 
 _DATE = ("theirs writes the day of training into the system text of rows with tools, so the same data gives other ids "
     "tomorrow, and nothing between that and a system text of the data")
+_THINK = "<think>\n{thought}\n</think>\n\n"
+_OSS = "<|channel|>analysis<|message|><|end|><|start|>assistant<|channel|>final<|message|>"
 _MISTRAL = "the published template writes tools in front of [INST]; theirs writes them behind the system text"
 THEIR_NAMES = {"mistral_v3": "mistral"}   # ours to theirs, where the format has another name
 # By name: slots that turn our row into theirs (the comparison is then made with it), and why ours differs
@@ -98,6 +100,22 @@ EXPLAINED = {
     "phi_small": (dict(prefix=""), _PUBLISHED + "BOS in front; theirs means to, but its prefix is a set of a "
         "token's name, which its code drops without a word"),
     "solar": (dict(prefix="", after=""), _PUBLISHED + "BOS in front and an empty line behind an answer"),
+    "ministral3": (dict(system="", user_with_system="[INST]{system}\n\n{content}[/INST]", thought=_THINK, **_tools_in_system(
+        "ministral")), _PUBLISHED + "a system prompt between tokens of its own, [THINK] around thoughts, and [ARGS] behind the "
+        "name of a function; theirs is their ministral of before"),
+    "gemma4": (dict(system="<|turn>system\n<|think|>{content}<turn|>\n", default_system="You are a helpful assistant.",
+        thoughtless="<|channel>thought\n<channel|>", thought="<|channel>thought\n<channel|>" + _THINK),
+        _PUBLISHED + "no system text of its own and no empty thoughts; theirs asks for thinking in every row, trains an empty "
+        "thought in each answer, and puts a real one into the text"),
+    "glm4_moe": (dict(answer="{content}", thoughtless="<think>\n\n</think>\n\n\n", thought="\n" + _THINK),
+        _PUBLISHED + "<think></think> on a line of its own, closed calls and tags around results; theirs leaves a call open "
+        "and puts tools behind a system text that the published file has in a turn of its own"),
+    "gpt_oss": (dict(prefix="", system="<|start|>system<|message|>{content}<|end|>",
+        default_system="You are ChatGPT, a large language model trained by OpenAI.", thoughtless=_OSS, thought=_OSS + _THINK),
+        _PUBLISHED + "the makers' system message and the user's system text behind it, as the developer's; theirs puts one "
+        "in the place of the other, trains an empty analysis in each answer, and puts a real one into the text"),
+    **dict.fromkeys(("qwen3_5", "qwen3_5_nothink", "qwen3_6"), ({}, _PUBLISHED + "the system text behind the tools, and each "
+        "function as its definition has it; theirs writes them the other way round, and without what is around a function")),
     "vicuna": (dict(user="USER: {content} ", system="{content}", answer="{content}{eos}", after="", prefix="",
         default_system=(
         "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
@@ -108,6 +126,14 @@ EXPLAINED = {
         default_system="You are Zephyr, a helpful assistant."),
         _PUBLISHED + "a line break behind each EOS, and no system text of its own"),
 }
+
+# besides, of rows with tools: the system text in front of them, functions without what is around them, and other tags
+WITH_TOOLS = {name: dict(tools=replace(TEMPLATES[name].tools, system=TEMPLATES[name].tools.system.removesuffix("{system}")))
+    for name in ("qwen3_5", "qwen3_5_nothink", "qwen3_6")} | {"glm4_moe": dict(tools=replace(TEMPLATES["glm4_moe"].tools, turn="",
+        system=TEMPLATES["glm4_moe"].tools.turn.removeprefix("<|system|>\n") + "\n", join="\n\n",
+        call="<tool_call>{name}{arguments}", argument="\n<arg_key>{key}</arg_key>\n<arg_value>{value}</arg_value>",
+        result="\n{content}"))}
+BARE = "(tool|tojson)", "((tool.function if tool.function is defined else tool)|tojson)"
 
 
 def rows():
@@ -187,12 +213,12 @@ def outcome(name, theirs):
     "By kind of row: the differences of our row as it is, and of our row with their slots."
     slots, why = EXPLAINED.get(name, ({}, ""))
     found = {}
-    for label, template in (("ours", TEMPLATES[name]), ("as theirs", replace(TEMPLATES[name], **slots))):
-        tokenizer = byte_level()
-        tokenizer.chat_template = template.jinja
-        renderer = Renderer(tokenizer, "auto")
+    for label, given in (("ours", {}), ("as theirs", slots)):
         for kind, row in theirs.items():
-            try: kinds = [] if isinstance(row, str) else compare(renderer, row, rows()[kind], name)
+            more = WITH_TOOLS.get(name, {}) if kind == "tools" and label == "as theirs" else {}
+            tokenizer, jinja = byte_level(), replace(TEMPLATES[name], **given | more).jinja
+            tokenizer.chat_template = jinja.replace(*BARE) if more and name.startswith("qwen") else jinja
+            try: kinds = [] if isinstance(row, str) else compare(Renderer(tokenizer, "auto"), row, rows()[kind], name)
             except Exception as e: kinds = ["refused"] if "no way to write tools" in str(e) else (
                 ["lost"] if "leaves out the system" in str(e) else [f"error: {e}"])
             if isinstance(row, str): kinds = [f"theirs fails: {row}"]
