@@ -22,14 +22,15 @@ from .folder import check_files, held, read_object, text_field
 from .rope_scaling import stretch_by
 from .loading import from_cache, model_location, scalar_head
 from .smol import MADE_HERE
-from .targets import language_part, lora_modules, names, trainable_by_text
+from .targets import (
+    expert_arrays, language_part, lora_experts, lora_modules, names, trainable_by_text)
 
 # %% ../../nbs/models/09_adapters.ipynb #plan
 @dataclass(frozen=True)
 class AdaptPlan:
     "The choice of parameters that train."
     kind:str = "lora"             # lora, freeze or full
-    target:str = "all"            # LoRA: names of linear layers, separated by commas, or "all"
+    target:str = "all"            # LoRA: names of linear layers, separated by commas; "all", "experts"
     rank:int = 8                  # LoRA: r
     alpha:float|None = None       # LoRA: scale; None is 2 r
     dropout:float = 0.0           # LoRA: dropout in front of A
@@ -273,16 +274,21 @@ def _say_experts(model):
     experts = [name for name in sizes if ".experts." in name]
     if not experts or any("lora_" in name for name in experts): return
     share = sum(sizes[name] for name in experts)/sum(sizes.values())
-    log_line(f"LoRA leaves the experts as they are, {share:.0%} of the parameters: full and freeze train them")
+    how = "--lora_target all,experts, full and freeze train" if expert_arrays(model) else "full and freeze train"
+    log_line(f"LoRA leaves the experts as they are, {share:.0%} of the parameters: {how} them")
 
 def _new_lora(model, plan:AdaptPlan):
     "A fresh adapter on the model."
     from peft import LoraConfig
     alpha:Any = plan.alpha or 2*plan.rank          # parts of one, too, whatever peft's annotation says
+    experts = lora_experts(model, plan.target)
+    if experts and (plan.dropout or plan.dora):
+        raise UserError(f"{'--use_dora' if plan.dora else f'--lora_dropout {plan.dropout}'}: not for LoRA on experts; leave "
+            "it out, or take experts out of --lora_target")
     model = _wrap(model, LoraConfig(
         r=plan.rank, lora_alpha=alpha, lora_dropout=plan.dropout,
         target_modules=lora_modules(model, plan.target), use_dora=plan.dora, use_rslora=plan.rslora,
-        modules_to_save=names(plan.extra) or None))
+        target_parameters=experts or None, modules_to_save=names(plan.extra) or None))
     _say_experts(model)
     return model
 
@@ -344,7 +350,7 @@ def trained_parameters(
     on = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     def short(name):
         return next((part for part in reversed(name.split(".")) if part not in (
-            "weight", "bias", "default", "lora_A", "lora_B", "lora_magnitude_vector", "modules_to_save")), name)
+            "weight", "bias", "default", "lora_A", "lora_B", "lora_magnitude_vector", "modules_to_save", "base_layer")), name)
     by_dtype, by_module = Counter(), Counter()
     for name, p in on:
         by_dtype[str(p.dtype).removeprefix("torch.")] += p.numel()

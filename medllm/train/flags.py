@@ -91,7 +91,7 @@ class FinetuningArguments:
     stage:str = flag("sft", "Training stage: pt, sft, rm (or rw), dpo, kto, ppo or grpo")
     finetuning_type:str|None = flag(
         None, "What trains: lora, freeze (some layers) or full; default lora, full for the tiny model")
-    lora_target:str = flag("all", "LoRA: names of linear layers, comma list, or all")
+    lora_target:str = flag("all", "LoRA: linear layers by name, comma list; all; experts of a mixture")
     lora_rank:int = flag(8, "LoRA: rank r")
     lora_alpha:float|None = flag(None, "LoRA: scale alpha; default 2 r")
     lora_dropout:float = flag(0.0, "LoRA: dropout")

@@ -11,7 +11,7 @@ from families import logits_of as logits
 
 from medllm.core import UserError
 from medllm.evaluate.likelihood import TokenisedRequest, batch_logprobs
-from medllm.models.adapters import AdaptPlan, adapt, load_adapter
+from medllm.models.adapters import AdaptPlan, adapt, load_adapter, merged
 from medllm.models.fused_ops import fewer_passes
 from medllm.models.rope_scaling import stretch, stretched
 from medllm.models.sampling import Sampling, sample_answers, uniform_table
@@ -49,6 +49,28 @@ def test_it_trains_by_lora_and_loads_to_equal_logits(name, tmp_path):
         with torch.no_grad(): assert (logits(again) - trained).abs().max() < 1e-5
         assert (trained - plain).abs().max() > 1e-4
         with torch.no_grad(): assert (logits(again.merge_and_unload()) - trained).abs().max() < 1e-3
+
+
+MIXTURES = ["Llama 4", "Mixtral", "Qwen2-MoE", "Qwen3-MoE", "Qwen3-Next", "Qwen3.5-MoE", "Phi-3.5-MoE", "GLM-4.5", "GLM-4.7-Flash",
+    "DeepSeek-V2", "DeepSeek-V3", "GPT-OSS", "Granite-MoE", "Granite 4", "OLMoE", "ERNIE 4.5-MoE", "Hunyuan-MoE", "MiniMax-M2",
+    "Jamba", "dots.llm1"]
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_lora_on_experts(name, tmp_path):
+    "Each array of experts has factors that train; the adapter is loaded to equal logits, and merged to the same."
+    with contextlib.redirect_stderr(io.StringIO()):
+        model = adapt(model_of(name), AdaptPlan(rank=2, target="all,experts"))
+        with fewer_passes(model): torch.nn.functional.cross_entropy(logits(model)[0, :-1], IDS[0, 1:]).backward()
+        arrays = [n for n, p in model.named_parameters() if p.ndim == 3 and ".experts." in n]
+        factors = {n: p for n, p in model.named_parameters() if ".experts." in n and "lora_B" in n}
+        assert len(factors) == len(arrays) > 0 and any(p.grad.abs().max() > 0 for p in factors.values())
+        with torch.no_grad():
+            for p in factors.values(): p += 0.01*torch.randn_like(p)
+            model.save_pretrained(tmp_path)
+            tuned, again = logits(model.eval()), logits(load_adapter(model_of(name), str(tmp_path)))
+            assert torch.equal(tuned, again) and (tuned - logits(model_of(name).eval())).abs().max() > 1e-3
+            assert (logits(merged(model_of(name), [str(tmp_path)]).eval()) - tuned).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("name", FAMILIES)
