@@ -183,8 +183,8 @@ def test_granite_tools_equal_the_published_template(shared):
 
 
 # Files as the makers of the models ship them, kept in TRL's package; those for pictures want contents in parts
-SHIPPED = sorted(f for f in ROOT.glob(".trl/*/trl/chat_templates/*.jinja")
-    if not f.stem.endswith("_training") and f.stem not in ("idefics3", "llava_next"))
+SHIPPED = sorted(f for f in ROOT.glob(".trl/trl/chat_templates/*.jinja")
+    if not f.stem.endswith("_training") and f.stem not in ("idefics3", "llava_next", "smolvlm"))
 DESCRIBED = [{"type": "function", "function": {"name": "dose", "description": "mg of a drug", "parameters": {
     "type": "object", "required": ["kg"], "properties": {
         "kg": {"type": "number", "description": "weight"}, "drug": {"type": "string", "description": "its name"}}}}}]
@@ -199,10 +199,10 @@ TALK = {
 # what they refuse, or lose, is refused, with the reason
 WITHOUT_TOOLS = {"cohere", "cohere2", "deepseek_r1_distill", "deepseekv3", "gemma", "gemma3", "lfm2", "llama3", "phi3", "phi3_5",
     "qwen2_5_vl"}
-WITHOUT_THOUGHTS = {"deepseek_r1_distill", "deepseekv3", "gemma4"}
+WITHOUT_THOUGHTS = {"deepseek_r1_distill", "deepseekv3", "gemma4", "gemma4_v3", "gemma4_v4"}
 # what ends a call, where it is not what ends other answers
-CALL_ENDS = {"gemma4": "<|tool_response>", "diffusion_gemma": "<|tool_response>", "gptoss": "<|call|>",
-    "glm4moe": "<|observation|>"}
+CALL_ENDS = {"gptoss": "<|call|>", "glm4moe": "<|observation|>", **dict.fromkeys(
+    ("gemma4", "gemma4_v3", "gemma4_v4", "gemma4_v5", "diffusion_gemma"), "<|tool_response>")}
 
 
 def shipped(file):
