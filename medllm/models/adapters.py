@@ -283,8 +283,8 @@ def _new_lora(model, plan:AdaptPlan):
     alpha:Any = plan.alpha or 2*plan.rank          # parts of one, too, whatever peft's annotation says
     experts = lora_experts(model, plan.target)
     if experts and (plan.dropout or plan.dora):
-        raise UserError(f"{'--use_dora' if plan.dora else f'--lora_dropout {plan.dropout}'}: not for LoRA on experts; leave "
-            "it out, or take experts out of --lora_target")
+        given = "--use_dora" if plan.dora else f"--lora_dropout {plan.dropout}"
+        raise UserError(f"{given}: not for LoRA on experts; leave it out, or take experts out of --lora_target")
     model = _wrap(model, LoraConfig(
         r=plan.rank, lora_alpha=alpha, lora_dropout=plan.dropout,
         target_modules=lora_modules(model, plan.target), use_dora=plan.dora, use_rslora=plan.rslora,
@@ -350,7 +350,8 @@ def trained_parameters(
     on = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     def short(name):
         return next((part for part in reversed(name.split(".")) if part not in (
-            "weight", "bias", "default", "lora_A", "lora_B", "lora_magnitude_vector", "modules_to_save", "base_layer")), name)
+            "weight", "bias", "default", "lora_A", "lora_B", "lora_magnitude_vector", "modules_to_save",
+            "base_layer")), name)
     by_dtype, by_module = Counter(), Counter()
     for name, p in on:
         by_dtype[str(p.dtype).removeprefix("torch.")] += p.numel()

@@ -104,5 +104,5 @@ def lora_experts(
     "The `target_parameters` of LoRA. Raises `UserError` for a model without arrays of experts."
     if EXPERTS not in names(target): return []
     if found := expert_arrays(model): return found
-    raise UserError(f"--lora_target {EXPERTS}: a {model.config.model_type} model has no arrays of experts; those that are "
-        "linear layers belong to all")
+    raise UserError(f"--lora_target {EXPERTS}: a {model.config.model_type} model has no arrays of experts; those that "
+        "are linear layers belong to all")
