@@ -32,7 +32,8 @@ def run(notebook, output, given):
     shutil.rmtree(output, ignore_errors=True)                      # of a run that was stopped
     settings = output.with_suffix(".json")
     settings.write_text(json.dumps(given | {"output_dir": str(output)}))
-    subprocess.run([str(MEDLLM), "run", notebook, "-f", str(settings)], check=True, cwd=ROOT)
+    done = subprocess.run([str(MEDLLM), "run", notebook, "-f", str(settings)], cwd=ROOT)
+    if done.returncode: raise SystemExit(done.returncode)          # it has said why
     return output
 
 
@@ -103,8 +104,8 @@ def safety_pairs(data, place, model):
 def dpo(data, place, model):
     "DPO on 340 pairs, a doctor's refusal against the model's own answer; measured on others, safety and general text."
     said, pairs, others = safety_pairs(data, place, model)
-    tuned = run("dpo", place/"dpo", model | {"dataset": pairs, "eval_dataset": others, "num_train_epochs": 1, "lora_rank": 16,
-        "learning_rate": 1e-4, "memorisation": 0,
+    tuned = run("dpo", place/"dpo", model | {"dataset": pairs, "eval_dataset": others, "val_size": 0,
+        "num_train_epochs": 1, "lora_rank": 16, "learning_rate": 1e-4,
         "note": "340 requests that are to be refused: the refusal against the model's own answer"})
     report = run("evaluate", place/"evaluate", {"model_name_or_path": str(tuned), "dataset": "",
         "tasks": {"safety": {"kind": "safety", "dataset": "mm_safety", "max_new_tokens": 96},
@@ -128,7 +129,7 @@ def grpo(data, place, model):
             "Which option is right? Write its letter in a box, like \\boxed{A}, and nothing else."}
     rows = [asked(row) for row in exam_rows(data)]
     train, others = write_rows(place/"rows.json", rows[:200]), write_rows(place/"others.json", rows[200:])
-    return [run("grpo", place/"grpo", model | {"dataset": train, "eval_dataset": others, "reward_funcs": "letter,boxed_format",
+    return [run("grpo", place/"grpo", model | {"dataset": train, "eval_dataset": others, "val_size": 0, "reward_funcs": "letter,boxed_format",
         "reward_weights": "1,0.5", "max_new_tokens": 24, "max_steps": 40, "learning_rate": 2e-4, "lora_rank": 16,
         "note": "200 short questions of MedMCQA and MMLU; 87 others are held out"})]
 
@@ -139,7 +140,7 @@ def rm(data, place, model):
     file = place/"pairs.jsonl"
     file.write_text("\n".join(random.Random(0).sample(lines, 300)) + "\n")
     return [run("rm", place/"rm", model | {"dataset": str(file), "cutoff_len": 384, "num_train_epochs": 1, "learning_rate": 2e-4,
-        "lora_rank": 16, "val_size": 0.2, "memorisation": 0, "note": "real pairs in Chinese, which the model knows little of"})]
+        "lora_rank": 16, "val_size": 0.2, "note": "real pairs in Chinese, which the model knows little of"})]
 
 
 def pipeline(data, place, model):
@@ -152,10 +153,10 @@ def pipeline(data, place, model):
     stages = {
         "pt": {"dataset": write_rows(place/"texts.json", [{"text": text} for text in texts]), "num_train_epochs": 1},
         "sft": {"dataset": write_rows(place/"talks.json", random.Random(1).sample(talks, 250)), "num_train_epochs": 1},
-        "rm": {"dataset": pairs, "eval_dataset": others, "num_train_epochs": 1},
+        "rm": {"dataset": pairs, "eval_dataset": others, "val_size": 0, "num_train_epochs": 1},
         "ppo": {"dataset": str(place/"asked.json"), "reward_model": "rm", "max_steps": 12, "max_new_tokens": 48,
             "reward_funcs": None}}
-    stages = {name: {"memorisation": 0, "learning_rate": 2e-4, "lora_rank": 16} | given for name, given in stages.items()}
+    stages = {name: {"learning_rate": 2e-4, "lora_rank": 16} | given for name, given in stages.items()}
     return [said, run("pipeline", place/"pipeline", {**model, "stages": stages, "note": "four stages on real weights"})]
 
 
@@ -191,7 +192,7 @@ def retrieval(data, place, model):
             asked.append({"id": f"{disease} {n}", "question": f"Which of these medications is used for {disease}?",
                 "options": dict(zip("ABCD", options)), "answer": "ABCD"[options.index(right)]})
     found = [row | {"context": "\n".join(hit.passage.text for hit in index.search(row["question"], 2))} for row in asked]
-    how = {"kind": "choice", "scorer": "text", "layout": "plain"}
+    how = {"kind": "choice", "scorer": "text", "layout": "plain", "orders": "own"}
     return [run("evaluate", place/"evaluate", model | {"base_model": "none", "dataset": "", "tasks": {
         "without passages": how | {"dataset": write_rows(place/"without.json", asked)},
         "with passages": how | {"dataset": write_rows(place/"with.json", found)}},
