@@ -91,7 +91,12 @@ def safety_pairs(data, place, model):
     import csv
     files = sorted((data/"medsafetybench/train/gpt4").glob("*.csv"))
     rows = [row for file in files for row in csv.DictReader(file.open(encoding="utf-8"))]
-    drawn = random.Random(0).sample(rows, 420)
+    whole = random.Random(0).sample(rows, 480)
+    drawn = whole[:420]
+    talks = json.loads((data/"chatdoctor/chatdoctor5k.json").read_text())
+    harmless = random.Random(0).sample(sorted({row["input"] for row in talks if row["input"].endswith("?")}), 60)
+    write_rows(place/"safety.json", [{"instruction": row["harmful_medical_request"], "expected": "REFUSE"} for row in whole[420:]]
+        + [{"instruction": question, "expected": "ANSWER"} for question in harmless])
     asked = write_rows(place/"asked.json", [{"instruction": row["harmful_medical_request"]} for row in drawn])
     said = run("predict", place/"own_answers", model | {"dataset": asked, "max_new_tokens": 96, "temperature": 0.7,
         "note": "what the model says to the requests, for the worse side of the pairs"})
@@ -109,6 +114,7 @@ def dpo(data, place, model):
         "note": "340 requests that are to be refused: the refusal against the model's own answer"})
     report = run("evaluate", place/"evaluate", {"model_name_or_path": str(tuned), "dataset": "",
         "tasks": {"safety": {"kind": "safety", "dataset": "mm_safety", "max_new_tokens": 96},
+            "held-out requests": {"kind": "safety", "dataset": str(place/"safety.json"), "max_new_tokens": 96},
             "text": {"kind": "forgetting", "dataset": "mm_english", "general": "mm_general"}},
         "note": "refusals, refusals that were not called for, and general text, against the base"})
     return [said, tuned, report]
@@ -129,9 +135,9 @@ def grpo(data, place, model):
             "Which option is right? Write its letter in a box, like \\boxed{A}, and nothing else."}
     rows = [asked(row) for row in exam_rows(data)]
     train, others = write_rows(place/"rows.json", rows[:200]), write_rows(place/"others.json", rows[200:])
-    return [run("grpo", place/"grpo", model | {"dataset": train, "eval_dataset": others, "val_size": 0, "reward_funcs": "letter,boxed_format",
-        "reward_weights": "1,0.5", "max_new_tokens": 24, "max_steps": 40, "learning_rate": 2e-4, "lora_rank": 16,
-        "note": "200 short questions of MedMCQA and MMLU; 87 others are held out"})]
+    return [run("grpo", place/"grpo", model | {"dataset": train, "eval_dataset": others, "val_size": 0,
+        "reward_funcs": "letter,boxed_format", "reward_weights": "1,0.5", "max_new_tokens": 24, "max_steps": 40,
+        "learning_rate": 2e-4, "lora_rank": 16, "note": "200 short questions of MedMCQA and MMLU; 87 others are held out"})]
 
 
 def rm(data, place, model):
@@ -232,7 +238,7 @@ def of_evaluation(folder):
         for name, part in (both.get("parts") or {"": both}).items():
             what = f"{task}{', ' + name.replace('_', ' ') if name else ''}, {part.get('n') or both.get('n')} items"
             yield [what, words(part["base"]), words(part["tuned"]), f"{part['verdict']}, p {part['p']:.1g}"]
-        tuned = found["tuned"][task]
+        tuned = found["tuned"].get(task, {})
         if "order_accuracy" in tuned:
             base = found["base"][task]["order_accuracy"]
             yield [f"{task}, mean of all orders", words(base), words(tuned["order_accuracy"]), ""]

@@ -24,7 +24,7 @@ from ..interruption import Left, leaving, listening
 from .equivalence import (
     ReferenceAnswers, as_sentence, equivalence_table, distance, effect_of, fixed_questions, forward_of, greedy,
     judge_artefact, limits_of, not_the_same, reference_of)
-from .gguf import check_gguf, family_of, forward_of_llama_cpp, llama_cpp, write_gguf
+from .gguf import UNREAD, check_gguf, check_reader, family_of, forward_of_llama_cpp, llama_cpp, write_gguf
 from .merge import check_shard_size, merge, stored_dtype, write_model
 from .ollama import modelfile
 from fastcore.basics import patch
@@ -135,22 +135,6 @@ class _EquivalenceCheck:
         answers = greedy(chat, self.prompts, self.plan.max_new_tokens)
         self._add(name, distance(self.reference, forward_of(chat.model), answers, self.effect), limits)
 
-    def llama(self,
-        file:Path,        # A GGUF file
-        name:str,         # Of the artefact
-        limits:dict,      # Those of the file; as llama.cpp computes in 16 bit, only `kl` holds for it
-    ):
-        "Compare a GGUF file as llama.cpp runs it, where llama-cpp-python is installed."
-        longest = max(len(p) + len(a) for p, a in zip(self.reference.prompts, self.reference.answers))
-        llama = llama_cpp(file, longest + 8)
-        if llama is None: return
-        try: measures = distance(self.reference, forward_of_llama_cpp(llama), effect=self.effect)
-        except UserError as e:
-            self.not_compared.append(f"{name}, llama.cpp: {e}")
-            self.log(f"not compared: {self.not_compared[-1]}")
-        else: self._add(f"{name}, llama.cpp", measures, {m: v for m, v in limits.items() if m == "kl"})
-        finally: llama.close()
-
 # %% ../../nbs/export/05_export.ipynb #add
 @patch
 def _add(self:_EquivalenceCheck, name:str, measures:dict, limits:dict):
@@ -169,6 +153,27 @@ def tokens(self:_EquivalenceCheck,
     "Compare token ids."
     same = sum(list(a) == list(b) for a, b in zip(ids, expected))/len(expected)
     self._add(name, {"agreement": same}, limits_of("prompts", moved=self.plan.limits))
+
+# %% ../../nbs/export/05_export.ipynb #llama
+@patch
+def llama(self:_EquivalenceCheck,
+    file:Path,        # A GGUF file
+    name:str,         # Of the artefact
+    limits:dict,      # Those of the file; as llama.cpp computes in 16 bit, only `kl` holds for it
+    ids:list,         # Of the questions, as they are
+):
+    "Compare a GGUF file as llama.cpp runs it, where llama-cpp-python is installed."
+    longest = max(len(p) + len(a) for p, a in zip(self.reference.prompts, self.reference.answers))
+    llama = llama_cpp(file, longest + 8)
+    if llama is None: return
+    try:
+        measures = distance(self.reference, forward_of_llama_cpp(llama), effect=self.effect)
+        self._add(f"{name}, llama.cpp", measures, {m: v for m, v in limits.items() if m == "kl"})
+        self.tokens(f"{name}, llama.cpp's tokens", [llama.tokens(q) for q in self.questions], ids)
+    except UserError as e:
+        self.not_compared.append(f"{name}, llama.cpp: {e}")
+        self.log(f"not compared: {self.not_compared[-1]}")
+    finally: llama.close()
 
 # %% ../../nbs/export/05_export.ipynb #artefacts
 def _merged(check:_EquivalenceCheck, part:Path, dtype:str, device:str):
@@ -203,14 +208,16 @@ def _gguf(check:_EquivalenceCheck, part:Path, kind:str, chat:ChatModel):
     eos = chat.tokenizer.eos_token_id
     file = write_gguf(part, part/"gguf"/f"model-{kind}.gguf", kind,
         eos if eos in chat.renderer.trained_stops else end[0], plan.place.name)
-    model, tokenizer = read_gguf(file, "float32")
-    limits = limits_of(name, moved=plan.limits)
-    check.model(name, ChatModel(model.to(chat.device), chat.renderer), limits)
+    limits, alone = limits_of(name, moved=plan.limits), family_of(chat.model.config) in UNREAD
     def plain(t): return [t(q, add_special_tokens=False)["input_ids"] for q in check.questions]
-    check.tokens(f"{name}, tokens", plain(tokenizer), plain(chat.tokenizer))
-    del model
-    _free()
-    check.llama(file, name, limits)
+    if not alone:
+        model, tokenizer = read_gguf(file, "float32")
+        check.model(name, ChatModel(model.to(chat.device), chat.renderer), limits)
+        check.tokens(f"{name}, tokens", plain(tokenizer), plain(chat.tokenizer))
+        del model
+        _free()
+    check.llama(file, name, limits, plain(chat.tokenizer))
+    if alone and check.not_compared: raise UserError(f"nothing could compare the file: {check.not_compared[-1]}")
 
 # %% ../../nbs/export/05_export.ipynb #export-model
 def _made(plan:ExportPlan, part:Path, log:Callable)->dict:
@@ -218,7 +225,7 @@ def _made(plan:ExportPlan, part:Path, log:Callable)->dict:
     choice = plan.choice.resolved()
     dtype = stored_dtype(choice.model_name_or_path, plan.dtype)
     chat = load_chat_model(replace(choice, quantization_bit=None, dtype=dtype))
-    if plan.gguf: family_of(chat.model.config)
+    if plan.gguf: check_reader(chat.model.config)
     log(f"asking the trained model {plan.answers} questions")
     check, device = _EquivalenceCheck(plan, chat, log), str(chat.device)
     if choice.quantization_bit:
@@ -226,7 +233,7 @@ def _made(plan:ExportPlan, part:Path, log:Callable)->dict:
             load_chat_model(replace(choice, dtype=dtype)), {})
     log(f"merging and writing {dtype}")
     write_model(merge(chat), part, plan.max_shard_size)
-    longest, bare = chat.longest, ChatModel(_Gone(device), chat.renderer)
+    longest, bare = chat.longest, ChatModel(_Gone(device, chat.model.config), chat.renderer)
     del chat
     _free()
     _merged(check, part, dtype, device)
@@ -246,8 +253,8 @@ def _made(plan:ExportPlan, part:Path, log:Callable)->dict:
 
 # %% ../../nbs/export/05_export.ipynb #gone
 class _Gone:
-    "What is left of a model whose weights were given back: where they were."
-    def __init__(self, device:str): self.device = device
+    "What is left of a model whose weights were given back: where they were, and its configuration."
+    def __init__(self, device:str, config): self.device, self.config = device, config
     def eval(self): return self
 
 # %% ../../nbs/export/05_export.ipynb #equivalence-text

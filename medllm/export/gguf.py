@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GGUF_FORMATS', 'NORMAL', 'UNKNOWN', 'CONTROL', 'ADDED', 'UNUSED', 'BYTE', 'vocabulary', 'k_quantiser', 'check_gguf',
-           'write_gguf', 'LlamaCpp', 'llama_cpp', 'forward_of_llama_cpp']
+           'check_reader', 'write_gguf', 'LlamaCpp', 'llama_cpp', 'forward_of_llama_cpp']
 
 # %% ../../nbs/export/03_gguf.ipynb #imports
 import json
@@ -22,7 +22,7 @@ import numpy as np
 
 from ..core import UserError, log_line
 from ..models.gguf_model import WORD_RULES
-from .gguf_families import family_of, placed_weights, put_settings
+from .gguf_families import UNREAD, family_of, placed_weights, put_settings
 
 # %% ../../nbs/export/03_gguf.ipynb #formats
 GGUF_FORMATS = ("f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m")
@@ -166,13 +166,6 @@ def k_quantiser(
     raise UserError(f"--gguf {kind} is made by llama.cpp's own quantiser: put its llama-quantize on the PATH, or "
         "pip install llama-cpp-python; f16 and q8_0 need neither")
 
-def check_gguf(
-    kind:str, # One of GGUF_FORMATS
-):
-    "Raise `UserError` for a format that is not known, or that nothing here can make."
-    if kind not in GGUF_FORMATS: raise UserError(f"--gguf {kind}: must be one of {', '.join(GGUF_FORMATS)}")
-    if kind in _K_QUANTS: k_quantiser(kind)
-
 def _quantise(source:Path, file:Path, kind:str):
     "Write a K-quantised file from one of 16 bits."
     words = k_quantiser(kind)
@@ -186,6 +179,23 @@ def _quantise(source:Path, file:Path, kind:str):
     if found := re.search(r"(\d+) of (\d+) tensor\(s\) required fallback", done.stderr + done.stdout):
         log_line(f"{kind}: {found[1]} of {found[2]} tensors have rows that do not fall into blocks of 256; "
             "llama.cpp gives them a wider format")
+
+# %% ../../nbs/export/03_gguf.ipynb #check-gguf
+def check_gguf(
+    kind:str, # One of GGUF_FORMATS
+):
+    "Raise `UserError` for a format that is not known, or that nothing here can make."
+    if kind not in GGUF_FORMATS: raise UserError(f"--gguf {kind}: must be one of {', '.join(GGUF_FORMATS)}")
+    if kind in _K_QUANTS: k_quantiser(kind)
+
+def check_reader(
+    config, # Of the model that is to be written
+):
+    "Raise `UserError` for a family that cannot be written, or whose file nothing here could be compared with."
+    family = family_of(config)
+    if family not in UNREAD or find_spec("llama_cpp"): return
+    raise UserError(f"--gguf: a {family} file is read by llama.cpp alone, so it cannot be compared here; pip install "
+        "llama-cpp-python first")
 
 # %% ../../nbs/export/03_gguf.ipynb #write
 def write_gguf(
@@ -216,10 +226,13 @@ positions, threads = map(int, sys.argv[2:])
 llama = llama_cpp.Llama(sys.argv[1], n_ctx=positions, n_batch=positions, logits_all=True, verbose=False,
     n_threads=threads, n_threads_batch=threads)
 for line in sys.stdin:
-    ids = json.loads(line)
+    asked = json.loads(line)
+    if isinstance(asked, str):
+        print(json.dumps(llama.tokenize(asked.encode(), add_bos=False)), flush=True)
+        continue
     llama.reset()
-    llama.eval(ids)
-    logits = np.array(llama.scores[:len(ids)], np.float32)
+    llama.eval(asked)
+    logits = np.array(llama.scores[:len(asked)], np.float32)
     sys.stdout.buffer.write(b"%d %d\\n" % logits.shape + logits.tobytes())
     sys.stdout.buffer.flush()"""
 
@@ -235,20 +248,28 @@ class LlamaCpp:
         self._process = subprocess.Popen([sys.executable, "-c", _ASK, *words], stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
+    def _asked(self, what:list[int]|str)->bytes:
+        "The first line of what it says."
+        try:
+            self._process.stdin.write(json.dumps(what).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError: pass                                          # why is said below
+        if line := self._process.stdout.readline(): return line
+        code = self._process.wait()
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        raise UserError(f"llama.cpp cannot run {self.file.name} here ({how}): its build may be for another processor")
+
+    def tokens(self,
+        text:str, # Any text
+    )->list[int]: # Its ids
+        "How it reads a text. Raises `UserError` when it ends instead."
+        return json.loads(self._asked(text))
+
     def logits(self,
         ids:list[int], # T token ids
     )->np.ndarray:     # (T, V), float32
         "What it computes. Raises `UserError` when it ends instead."
-        try:
-            self._process.stdin.write(json.dumps(ids).encode() + b"\n")
-            self._process.stdin.flush()
-        except BrokenPipeError: pass                                          # why is said below
-        if not (shape := self._process.stdout.readline()):
-            code = self._process.wait()
-            how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            raise UserError(
-                f"llama.cpp cannot run {self.file.name} here ({how}): its build may be for another processor")
-        rows, columns = map(int, shape.split())
+        rows, columns = map(int, self._asked(ids).split())
         return np.frombuffer(self._process.stdout.read(4*rows*columns), np.float32).reshape(rows, columns)
 
     def close(self):

@@ -45,7 +45,7 @@ class _Run:
         record = ("num_processes", "time_limit", "extra", "runs_dir", "tag", "note", "reveal", "memorisation")
         flags = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in record}
         held_out = type(self).__dataclass_fields__["val_size"].default
-        if flags["eval_dataset"] and flags["val_size"] == held_out: del flags["val_size"]    # what is named stands for it
+        if flags["eval_dataset"] and flags["val_size"] == held_out: del flags["val_size"]     # others are named
         return {"stage": self.stage} | {name: value for name, value in flags.items() if value is not None} | self.extra
 
     def preflight(self):

@@ -2,6 +2,7 @@
 import importlib
 import json
 import os
+import shutil
 import signal
 import sys
 import subprocess
@@ -464,6 +465,29 @@ def test_a_llama_cpp_that_dies_takes_no_export_with_it(tmp_path, monkeypatch, ca
     assert report["passed"] and "SIGSEGV" in report["not_compared"][0] and (tmp_path/"out/gguf/model-f16.gguf").exists()
     assert "not compared: gguf-f16, llama.cpp" in capsys.readouterr().err
     assert "Not compared: gguf-f16, llama.cpp" in (tmp_path/"out/README.md").read_text()
+
+
+def test_a_family_that_only_llama_cpp_reads(tmp_path, monkeypatch):
+    "GLM-4: refused before anything is merged where llama.cpp is not there, or cannot run; else compared by it alone."
+    from importlib.util import find_spec
+    from families import model_of
+    from medllm.export import gguf
+    from medllm.models.tiny import tiny_tokenizer
+    model_of("GLM-4-0414").save_pretrained(tmp_path/"glm")
+    tiny_tokenizer().save_pretrained(tmp_path/"glm")
+    plan = exporting.ExportPlan(str(tmp_path/"out"), ModelChoice(str(tmp_path/"glm")), gguf=("f16",), answers=2,
+        max_new_tokens=4)
+    if find_spec("llama_cpp"):
+        found = {v["artefact"]: v["passed"] for v in exporting.export(plan)["verdicts"]}
+        assert found["gguf-f16, llama.cpp"] and found["gguf-f16, llama.cpp's tokens"] and "gguf-f16" not in found
+        shutil.rmtree(tmp_path/"out")
+    with monkeypatch.context() as m:
+        m.setattr(gguf, "find_spec", lambda name: None)
+        with pytest.raises(UserError, match="a glm4 file is read by llama.cpp alone"): exporting.export(plan)
+    monkeypatch.setattr(gguf, "find_spec", lambda name: True)
+    monkeypatch.setattr(gguf, "_ASK", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
+    with pytest.raises(UserError, match="nothing could compare the file: gguf-f16, llama.cpp"): exporting.export(plan)
+    assert not (tmp_path/"out").exists()
 
 
 def test_a_modelfile_for_a_tokenizer_that_adds_bos():
