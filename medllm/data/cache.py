@@ -29,6 +29,7 @@ from .accounts import Account, OnBad, stream_examples
 from .formats import Example
 from .registry import Source
 from .rows import ROW_FILES, RowWriter, TokenRows, open_rows, tokenise
+from .jinja import told_day
 from .tokens import Renderer
 
 # %% ../../nbs/data/13_cache.ipynb #recipe
@@ -52,6 +53,7 @@ def renderer_hash(
     tokenizer = renderer.tokenizer
     parts = [tokenizer.backend_tokenizer.to_str(), renderer.jinja, json.dumps(renderer.options, sort_keys=True),
         json.dumps(tokenizer.special_tokens_map, default=str, sort_keys=True)]
+    if "strftime_now" in renderer.jinja: parts.append(str(told_day()))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 # %% ../../nbs/data/13_cache.ipynb #source-files

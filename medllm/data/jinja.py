@@ -246,8 +246,8 @@ def _environment():
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
         extensions=[Generation, loopcontrols])
     environment.filters["tojson"] = tojson
-    day = datetime.fromtimestamp(told_day(), timezone.utc)
-    environment.globals |= {"raise_exception": fail, "strftime_now": lambda form: day.strftime(form),
+    def strftime_now(form): return datetime.fromtimestamp(environment.globals["day"], timezone.utc).strftime(form)
+    environment.globals |= {"raise_exception": fail, "strftime_now": strftime_now, "day": DAY,
         "dict": Dict(), "namespace": Namespace}
     return environment
 
@@ -260,6 +260,7 @@ def _written(environment, known:dict, request:dict)->dict:
     try:
         if spent > SECONDS + PER_TEXT*count: return {"late": "over many texts"}
         compiled = compiled or environment.from_string(request["template"])
+        environment.globals["day"] = request["day"]
         text = compiled.render(**request["values"])
         return {"text": text} if len(text) <= most else {"error": f"it writes {len(text):,} characters of its own"}
     except MemoryError: return {"error": f"it wants more than {MEMORY//2**20} MiB of memory"}
@@ -287,10 +288,9 @@ def _serve_templates():
 class _Writer:
     "A process that writes templates."
     def __init__(self):
-        told_day()
         path = [os.path.abspath(p) for p in sys.path]
-        names = ("PATH", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "SYSTEMROOT", "SOURCE_DATE_EPOCH")
-        kept = {k: os.environ[k] for k in names if k in os.environ}
+        kept = {k: os.environ[k] for k in ("PATH", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "SYSTEMROOT")
+            if k in os.environ}
         self.pid = os.getpid()
         self.process = subprocess.Popen([sys.executable, "-I", "-c",
             f"import sys; sys.path[:] = {path!r}; from medllm.data.jinja import _serve_templates; _serve_templates()"],
@@ -351,7 +351,8 @@ def write_bounded(
      "Raises `ValueError` when it refuses, fails, or needs more time, memory or room than it may have.")
     values = json.dumps(values, default=str)
     late = "it takes too long to write a conversation"
-    line = f'{{"template": {json.dumps(template)}, "length": {len(values)}, "values": {values}}}\n'.encode()
+    asked = f'"template": {json.dumps(template)}, "length": {len(values)}, "day": {told_day()}, "values": {values}'
+    line = f"{{{asked}}}\n".encode()
     with _lock:
         if template in _late: raise ValueError(late)
         writer = _writer()

@@ -9,7 +9,7 @@ __all__ = ['Shape', 'shape_of', 'Span', 'rendered_template']
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -36,7 +36,9 @@ def _sentinel_text(number:int)->str:
 # %% ../../nbs/data/10_rendering.ipynb #sentinels
 class _Sentinels:
     "Gives out sentinels and keeps the texts that they stand for."
-    def __init__(self): self.texts, self.places, self.known = [], [], {}
+    def __init__(self):
+        self.texts, self.places = [], []
+        self.known, self.keys = {}, set()          # numbers by text; of those that are keys
 
     def __call__(self, text:str, message:int, kind:str)->str:
         at = (text, message, kind)
@@ -53,8 +55,13 @@ class _Sentinels:
         if isinstance(value, list): return [self.inside(v, message, kind, names) for v in value]
         if not isinstance(value, dict): return value
         def is_content(key): return names or key not in _SCHEMA
-        return {self(k, message, kind) if is_content(k) else k: self.inside(
-            v, message, kind, kind == "call" or (k == "properties" and not names)) for k, v in value.items()}
+        def key(k):
+            if not is_content(k): return k
+            text = self(k, message, kind)
+            self.keys.add(self.known[k, message, kind])
+            return text
+        return {key(k): self.inside(v, message, kind, kind == "call" or (k == "properties" and not names))
+            for k, v in value.items()}
 
 # %% ../../nbs/data/10_rendering.ipynb #parsed
 def _parsed(text:str, kind:type, what:str):
@@ -75,9 +82,8 @@ def _renumbered(value, numbers:Sequence[int]):
     return {_renumbered(k, numbers): _renumbered(v, numbers) for k, v in value.items()}
 
 def _in_order(messages:list, tools:list|None, sentinel:_Sentinels)->tuple[list, list|None, list, list[str]]:
-    "Messages, tools, places and texts, with the sentinels in JSON numbered so that they sort as their texts do."
-    inside = [i for i, place in enumerate(sentinel.places) if place.kind in ("call", "tools")]
-    numbers = list(range(len(sentinel.texts)))
+    "Messages, tools, places and texts, with the sentinels of keys numbered so that they sort as their texts do."
+    inside, numbers = sorted(sentinel.keys), list(range(len(sentinel.texts)))
     for number, i in zip(inside, sorted(inside, key=lambda i: sentinel.texts[i].lower())): numbers[i] = number
     places, texts = sentinel.places.copy(), sentinel.texts.copy()
     for i, number in enumerate(numbers): places[number], texts[number] = sentinel.places[i], sentinel.texts[i]
@@ -92,13 +98,23 @@ class Shape:
     sentinels:tuple[_Sentinel, ...] # What each stands for, by its number
     train:tuple[bool, ...]          # Whether each message is to be trained, if it is an answer
 
+def _call_ids(turns:Sequence[Turn])->Iterator[str]:
+    "Ids of calls and of what replies to them, in the order of the turns: nine letters and digits, as Mistral wants."
+    made, waiting = 0, []
+    for turn in turns:
+        for _ in turn.calls:
+            made += 1
+            waiting.append(f"call{made:05}")
+            yield waiting[-1]
+        if turn.role == "tool": yield waiting.pop(0) if waiting else "call00000"
+
 def shape_of(
     turns:Sequence[Turn], # Messages, a system text as the first of them
     tools:str = "",       # Tool definitions, text of a JSON list
 )->tuple[Shape, list[str]]: # Texts by the number of their sentinel
     ("The shape of a conversation and the texts behind its sentinels. "
      "Raises `UserError` for broken JSON or a strange role.")
-    sentinel, messages = _Sentinels(), []
+    sentinel, messages, ids = _Sentinels(), [], _call_ids(turns)
     def arguments(call): return _parsed(call.arguments, dict, "arguments of a tool call")
     for i, turn in enumerate(turns):
         if turn.role not in _ROLES:
@@ -106,8 +122,10 @@ def shape_of(
         message:dict = {"role": turn.role, "content": sentinel(turn.text, i, "text") if turn.text else ""}
         if turn.thought: message["reasoning_content"] = sentinel(turn.thought, i, "thought")
         if turn.calls:
-            message["tool_calls"] = [{"type": "function", "function": {"name": sentinel(c.name, i, "call"),
-                "arguments": sentinel.inside(arguments(c), i, "call")}} for c in turn.calls]
+            message["tool_calls"] = [{"type": "function", "id": next(ids), "function": {
+                "name": sentinel(c.name, i, "call"), "arguments": sentinel.inside(arguments(c), i, "call")}}
+                for c in turn.calls]
+        if turn.role == "tool": message["tool_call_id"] = next(ids)
         messages.append(message)
     defined = _parsed(tools, list, "tool definitions") if tools else []
     def wrap(t): return t if isinstance(t, dict) and "function" in t else {"type": "function", "function": t}
@@ -157,6 +175,7 @@ class _Rendered:
     def followed(self, role:str)->str:
         "The text with one more message."
         more = {"role": role, "content": _sentinel_text(len(self.shape.sentinels))}
+        if role == "tool": more["tool_call_id"] = self.shape.messages[-1]["tool_calls"][0]["id"]
         return self.render([*self.shape.messages, more], False)
 
     def lost(self, kind:str)->list[int]:
@@ -173,8 +192,9 @@ def _check(r:_Rendered):
     tools = [i for i, m in enumerate(places) if m.kind == "tools"]
     if tools and not set(tools) & set(r.numbers): raise UserError(f"the chat template leaves out the tools{_OTHER}")
     texts = [i for i in r.numbers if places[i].kind in ("text", "thought")]
-    order = [places[i].message for i in r.numbers
-        if places[i].kind != "tools" and r.roles[places[i].message] != "system"]
+    own = {m.start() for i in range(len(r.roles)) for m in r.of(i)[:r.written(i)]}    # not a reply that names a tool
+    order = [places[i].message for m, i in zip(r.matches, r.numbers)
+        if m.start() in own and r.roles[places[i].message] != "system"]
     if len(texts) != len(set(texts)) or order != sorted(order):
         raise UserError(f"the chat template repeats or reorders the messages{_OTHER}")
 
@@ -211,28 +231,41 @@ def _end(r:_Rendered, last:int, limit:int, control:re.Pattern, end:str, bos:str)
         f"the chat template ends an answer with no control token, so the model would never learn to stop{_OTHER}")
 
 # %% ../../nbs/data/10_rendering.ipynb #call-end
-def _tail(text:str)->str:
-    "What stands behind the last sentinel."
-    return text[max((m.end() for m in _SENTINEL.finditer(text)), default=0):]
+def _behind(text:str, count:int|None=None)->str:
+    "What stands behind so many sentinels; None: behind the last."
+    places = list(_SENTINEL.finditer(text))[:count]
+    return text[places[-1].end():] if len(places) == (count or len(places)) > 0 else ""
 
 def _ended_by_next(r:_Rendered, end:str)->bool:
     "Whether it is the next speaker's token that ends plain answers."
     n = len(r.shape.sentinels)
     talk = [{"role": role, "content": _sentinel_text(n + i)} for i, role in enumerate(("user", "assistant"))]
-    return bool(end) and end not in _tail(r.render(talk, False))
+    try: return bool(end) and end not in _behind(r.render(talk, False))
+    except UserError: return False
 
 def _call_end(r:_Rendered, message:int, last:int, control:re.Pattern, end:str)->tuple[int, str]|None:
     "As `_end`, behind a tool call; None where it is told as for other answers."
-    own, followed = _tail(r.render(r.shape.messages[:message + 1], False)), r.full[last:]
-    if message == len(r.roles) - 1: followed = r.followed("tool").rpartition(r.matches[-1][0])[2]
+    alone, followed = r.render(r.shape.messages[:message + 1], False), r.full[last:]
+    own = _behind(alone)
+    if message == len(r.roles) - 1:
+        try: followed = _behind(r.followed("tool"), len(r.matches))
+        except UserError: return None                              # a template that knows no replies
     shared = len(os.path.commonprefix([own, followed]))
     tokens = list(control.finditer(own, 0, shared))
     if any(t[0] == end for t in tokens): return None
-    if _ended_by_next(r, end):
-        token = control.match(followed, shared)
-        if token is None: return None
-        return (last + token.end(), "") if r.full.startswith(token[0], last + shared) else (last + shared, token[0])
+    following = control.match(followed, shared)
+    if following and (not tokens or _ended_by_next(r, end)):
+        here = r.full.startswith(following[0], last + shared)
+        return (last + following.end(), "") if here else (last + shared, following[0])
     return (last + tokens[-1].end(), "") if tokens else None
+
+# %% ../../nbs/data/10_rendering.ipynb #checked-end
+def _checked_end(r:_Rendered, message:int, last:int, limit:int, control:re.Pattern, end:str, bos:str)->tuple[int, str]:
+    "As `_end`, for any answer. Raises `UserError` for a call that no control token ends."
+    if not r.shape.messages[message].get("tool_calls"): return _end(r, last, limit, control, end, bos)
+    stop, closing = _call_end(r, message, last, control, end) or _end(r, last, limit, control, end, bos)
+    if closing or any(t.end() == stop for t in control.finditer(r.full, last, stop)): return stop, closing
+    raise UserError(f"the chat template ends this tool call with no control token of its own{_OTHER}")
 
 # %% ../../nbs/data/10_rendering.ipynb #ranges
 def _ranges(r:_Rendered, control:re.Pattern, end:str, bos:str)->tuple[list[tuple[int, int]], str]:
@@ -243,8 +276,7 @@ def _ranges(r:_Rendered, control:re.Pattern, end:str, bos:str)->tuple[list[tuple
         places = r.of(i)[:r.written(i)]
         first, last = places[0].start(), places[-1].end()
         limit = min((m.start() for m in r.matches if m.start() >= last), default=len(r.full))
-        called = r.shape.messages[i].get("tool_calls") and _call_end(r, i, last, control, end)
-        stop, closing = called or _end(r, last, limit, control, end, bos)
+        stop, closing = _checked_end(r, i, last, limit, control, end, bos)
         before = max((m.end() for m in r.matches if m.end() <= first), default=0)
         out.append((_begin(r, i, first, before, control), stop))
     return out, closing
@@ -284,14 +316,15 @@ def _with_calls(render:Callable, shape:Shape)->_Rendered:
 # %% ../../nbs/data/10_rendering.ipynb #rendered-2
 def _rendered(render:Callable, shape:Shape, thinks:bool)->_Rendered:
     "The shape rendered, with thoughts in the way that the template keeps them."
-    r = _with_calls(render, shape)
-    last = len(shape.messages) - 1
-    if last not in r.lost("thought"): return r
-    if not thinks: r = _with_calls(render, _inline(shape))
-    if last in r.lost("thought"):
-        raise UserError(
-            f"the chat template leaves out the thought of the last answer; drop thoughts{_OTHER.replace(';', ', or')}")
-    return r
+    r, last = _with_calls(render, shape), len(shape.messages) - 1
+    lost = r.lost("thought")
+    if not lost or thinks and last not in lost: return r
+    if not thinks:
+        inside = _with_calls(render, _inline(shape))
+        if not inside.lost("thought"): return inside
+    if last not in lost: return r
+    raise UserError(
+        f"the chat template leaves out the thought of the last answer; drop thoughts{_OTHER.replace(';', ', or')}")
 
 # %% ../../nbs/data/10_rendering.ipynb #cut-markup
 def _cut_markup(full:str, at:int, stop:int, control:re.Pattern, edges:list, inside:Callable)->Iterable[Span]:

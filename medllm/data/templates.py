@@ -83,7 +83,7 @@ _CHATML = Template("chatml", prefix="{bos}", control=("<|im_start|>", "<|im_end|
 _QWEN = replace(_CHATML, name="qwen", prefix="", tools=_QWEN_TOOLS,
     default_system="You are Qwen, created by Alibaba Cloud. You are a helpful assistant.")
 _QWEN3_5 = replace(_QWEN, name="qwen3_5", default_system="", reasoning=True, tools=_QWEN3_5_TOOLS,
-    note="the published file ends a prompt with <think>; here the answer begins with it")
+    note="the published file ends a prompt with <think>, here the answer begins with it; it writes True for true")
 _INTERN2 = (
     "You are an AI assistant whose name is InternLM (书生·浦语).\n"
     "- InternLM (书生·浦语) is a conversational language model that is developed by Shanghai AI Laboratory "
@@ -94,7 +94,8 @@ _CHATML_ROWS = (
     _CHATML, _QWEN,
     replace(_QWEN, name="qwen3", default_system="", reasoning=True),
     replace(_QWEN, name="qwen3_nothink", default_system=""), _QWEN3_5,
-    replace(_QWEN3_5, name="qwen3_5_nothink", reasoning=False), replace(_QWEN3_5, name="qwen3_6"),
+    replace(_QWEN3_5, name="qwen3_6"),
+    replace(_QWEN3_5, name="qwen3_5_nothink", reasoning=False, note="keeps what was thought earlier"),
     replace(_CHATML, name="yi", prefix="", tools=None),
     replace(_CHATML, name="intern2", default_system=_INTERN2, tools=None),
     replace(_CHATML, name="falcon_h1", tools=None),

@@ -167,6 +167,14 @@ class Renderer:
         if self.mask_history:
             last = max((i for i, m in enumerate(shape.messages) if m["role"] == "assistant"), default=-1)
             shape = replace(shape, train=tuple(t and i == last for i, t in enumerate(shape.train)))
+        return self._every(shape)
+
+    @property
+    def end_id(self)->int: # Of the token that plain answers end in
+        return self.plain.control[self._end]
+
+    def _every(self, shape:Shape)->tuple[Span, ...]:
+        "The same with every answer trained that the shape has trained."
         bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token      # where they are one, it may well be an end
         return rendered_template(self._text, shape, self.plain.control, self._end,
             "" if bos is None or bos == eos else bos, _knows_thoughts(self.jinja) is not None)
@@ -195,24 +203,26 @@ def _written(self:Renderer)->str:
 _warned = set()
 _PROBE = "A\r\nb\n\n\nc  d"
 
-def _eos_behind(spans:Sequence[Span], eos:str|None)->str:
-    "EOS, where it stands right behind the token that an answer seems to end in (Cohere); else an empty text."
-    end = max(i for i, p in enumerate(spans) if p.trained) + 1
-    return eos if eos and spans[end:] and (spans[end].kind, spans[end].text) == ("control", eos) else ""
+def _eos_behind(spans:Sequence[Span], eos:str|None)->bool:
+    "Whether EOS stands right behind the token that each answer seems to end in (Cohere), not once behind all (Phi-4)."
+    behind = [after for p, after in zip(spans, spans[1:]) if p.trained and not after.trained]
+    ends = len(behind) + (spans[-1].trained is True)
+    return bool(eos) and len(behind) == ends and all((p.kind, p.text) == ("control", eos) for p in behind)
 
 @patch
 def _stop_ids(self:Renderer)->list[int]:
     "Ids that end an answer: the template's own and the tokenizer's EOS."
     ask, answer = Turn("user", "?"), Turn("assistant", "!")
-    def last(spans): return [p.text for p in spans if p.kind == "control" and p.trained][-1]
-    spans = self.spans(shape_of([ask, answer])[0])
-    self._end = _eos_behind(spans, self.tokenizer.eos_token) or last(spans)
+    def last(spans): return next(p.text for p in [[p for p in spans if p.trained][-1]] if p.kind == "control")
+    self._end = last(self._every(shape_of([ask, answer])[0]))
+    eos = self.tokenizer.eos_token
+    if _eos_behind(self._every(shape_of([ask, answer]*2)[0]), eos): self._end = eos
     self.trained_stops = {self.plain.control[self._end]}
     try:
         call = Turn("assistant", "", (Call("f", "{}"),), train=True)
         shape = shape_of([ask, call, Turn("tool", "!"), answer._replace(train=False)])[0]
-        self.trained_stops.add(self.plain.control[last(self.spans(shape))])
-    except (UserError, IndexError): pass        # a family without tools
+        self.trained_stops.add(self.plain.control[last(self._every(shape))])
+    except (UserError, StopIteration, IndexError): pass        # a family without tools
     ids = self.trained_stops | {self.tokenizer.eos_token_id}
     return sorted(i for i in ids if i is not None)
 
@@ -259,10 +269,23 @@ def _misfits(self:Renderer, template:str)->list[str]:
 @patch
 def _rewrites(self:Renderer)->bool:
     "Whether the template changes texts in a way that sentinels do not show."
-    turns = [Turn("user", _PROBE), Turn("assistant", _PROBE)]
+    ask, words = Turn("user", _PROBE), {"a": f"it's {_PROBE} \\ \""}
+    call, said = Turn("assistant", "", (Call("f", json.dumps(words)),)), Turn("assistant", _PROBE)
+    if self._differs([ask, said]): return True
+    try: return self._differs([ask, call, Turn("tool", _PROBE), said])
+    except UserError: return False              # a family without tools
+
+@patch
+def _differs(self:Renderer, turns:list[Turn])->bool:
+    "Whether the template writes these turns otherwise than with sentinels in the place of their texts."
     shape, texts = shape_of(turns)
+    def said(turn):
+        calls = [{"name": c.name, "arguments": json.loads(c.arguments)} for c in turn.calls]
+        called = {"tool_calls": [{"type": "function", "id": "call00001", "function": call} for call in calls]}
+        replied = {"tool_call_id": "call00001"} if turn.role == "tool" else {}
+        return {"role": turn.role, "content": turn.text} | (called if calls else replied)
     ours = "".join(_content(p, texts[p.number]) if p.kind == "content" else p.text for p in self.spans(shape))
-    return not ours.startswith(self._text([{"role": t.role, "content": t.text} for t in turns], None, False))
+    return not ours.startswith(self._text([said(t) for t in turns], None, False))
 
 # %% ../../nbs/data/11_tokens.ipynb #warn
 @patch

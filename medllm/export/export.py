@@ -203,11 +203,11 @@ def _quantised(check:_EquivalenceCheck, part:Path, bits:int, chat:ChatModel, dty
 # %% ../../nbs/export/05_export.ipynb #gguf
 def _gguf(check:_EquivalenceCheck, part:Path, kind:str, chat:ChatModel):
     "Write and check a GGUF file."
-    name, plan, end = f"gguf-{kind}", check.plan, chat.renderer.stop_ids
+    name, plan = f"gguf-{kind}", check.plan
     (part/"gguf").mkdir(exist_ok=True)
     eos = chat.tokenizer.eos_token_id
     file = write_gguf(part, part/"gguf"/f"model-{kind}.gguf", kind,
-        eos if eos in chat.renderer.trained_stops else end[0], plan.place.name)
+        eos if eos in chat.renderer.trained_stops else chat.renderer.end_id, plan.place.name)
     limits, alone = limits_of(name, moved=plan.limits), family_of(chat.model.config) in UNREAD
     def plain(t): return [t(q, add_special_tokens=False)["input_ids"] for q in check.questions]
     if not alone:

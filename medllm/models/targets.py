@@ -74,6 +74,7 @@ def lora_modules(
     linear = _linear_names(model)
     known = sorted({_end(name) for name in linear})
     refused = _not_taken(model, known)
+    if not names(target): raise UserError("--lora_target: names no layer; all takes every linear one")
     named, every = [n for n in names(target) if n not in ("all", EXPERTS)], "all" in names(target)
     chosen = named + [n for n in known if every and n not in (*_ROUTERS, *named)]
     for name in chosen:

@@ -148,13 +148,15 @@ ASKED = (
 
 
 def as_messages(turns, system=""):
-    "Turns as other programs pass them."
-    out = [{"role": "system", "content": system}] if system else []
+    "Turns as other programs pass them, each reply with the id of its call."
+    out, made = [{"role": "system", "content": system}] if system else [], 0
+    ids = iter([f"call{n:05}" for n in range(1, 99)])
     for turn in turns:
         message = {"role": turn.role, "content": turn.text}
         if turn.thought: message["reasoning_content"] = turn.thought
-        if turn.calls: message["tool_calls"] = [{"type": "function", "function": {
+        if turn.calls: message["tool_calls"] = [{"type": "function", "id": f"call{(made := made + 1):05}", "function": {
             "name": c.name, "arguments": json.loads(c.arguments)}} for c in turn.calls]
+        if turn.role == "tool": message["tool_call_id"] = next(ids)
         out.append(message)
     return out
 
@@ -242,6 +244,96 @@ def test_auto_reads_what_is_shipped(file):
         assert tokenizer.decode(ids).removesuffix(tokenizer.decode(ids[-1:])) in text
         if "strftime_now" in tokenizer.chat_template: assert "2025" in text or file.stem == "muse_glimmer"
         else: assert text == tokenizer.apply_chat_template(messages, json.loads(row.tools) if row.tools else None, tokenize=False)
+
+
+def marked(renderer, *turns, tools=DESCRIBED):
+    "A row, what is trained of it between guillemets."
+    ids, trained = renderer.encode([Example(turns, "", json.dumps(tools) if tools else "")])[0]
+    edges = np.flatnonzero(np.diff(np.r_[False, trained, False]))
+    for at, mark in sorted(zip(edges, "«»"*len(edges)), reverse=True): ids = [*ids[:at], mark, *ids[at:]]
+    return "".join(i if isinstance(i, str) else renderer.tokenizer.decode([i]) for i in ids)
+
+
+def of_file(stem, **options):
+    files = [f for f in SHIPPED if f.stem == stem]
+    if not files: pytest.skip("TRL is not here: make trl")
+    return Renderer(shipped(files[0]), "auto", **options)
+
+
+def called(*calls): return Turn("assistant", "", tuple(Call(name, arguments) for name, arguments in calls))
+
+
+ASK = Turn("user", "How much?")
+
+
+@pytest.mark.parametrize("stem,calls,end", [
+    ("gemma4", [("now", "{}")], "«<|tool_call>call:now{}<tool_call|><|tool_response>»"),
+    ("gemma4", [("dose", '{"drug": "dose"}')], '<tool_call|><|tool_response>»'),
+    ("gemma4", [("dose", '{"kg": 3}'), ("now", "{}")], "call:now{}<tool_call|><|tool_response>»"),
+    ("gptoss", [("now", "{}")], "{}<|call|>»"), ("glm4moe", [("now", "{}")], "</tool_call><|observation|>»")])
+def test_a_call_as_the_last_message_ends_where_its_model_stops(stem, calls, end):
+    "Also one whose last text is the tool's name, which the reply would say once more."
+    assert marked(of_file(stem), ASK, called(*calls)).endswith(end)
+
+
+def test_replies_that_name_their_tools_are_read_in_order():
+    turns = ASK, called(("dose", '{"kg": 3}'), ("now", "{}")), Turn("tool", "one"), Turn("tool", "noon"), Turn("assistant", "So.")
+    text = marked(of_file("gemma4"), *turns)
+    assert text.count("«") == 2 and "<|tool_response>»response:dose{value:" in text and "response:now{value:" in text and text.rstrip().endswith("So.<turn|>»")
+
+
+@pytest.mark.parametrize("stem", ["gemma4", "gptoss", "glm4moe"])
+def test_where_generation_stops_does_not_depend_on_what_is_masked(stem):
+    assert of_file(stem, mask_history=True).stop_ids == of_file(stem).stop_ids
+
+
+def test_text_that_a_template_escapes_is_said_to_be_rewritten():
+    assert any("rewrites" in line for line in of_file("lfm2_v2").misfits)
+    assert not any("rewrites" in line for line in of_file("qwen3").misfits)
+
+
+def test_another_date_is_other_rows(monkeypatch):
+    from medllm.data.cache import renderer_hash
+    renderer = of_file("gptoss")
+    before = renderer_hash(renderer), marked(renderer, ASK, Turn("assistant", "3 mg."), tools=[])
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
+    renderer = of_file("gptoss")
+    assert renderer_hash(renderer) != before[0] and "1970-01-01" in marked(renderer, ASK, Turn("assistant", "3 mg."), tools=[])
+    assert "2025-01-01" in before[1]
+
+
+def own(jinja, *tokens):
+    tokenizer = byte_level()
+    tokenizer.add_tokens(list(tokens), special_tokens=True)
+    tokenizer.chat_template = jinja
+    return Renderer(tokenizer, "auto")
+
+
+def test_eos_behind_the_whole_conversation_ends_no_answer():
+    "Phi-4-mini's file writes it once, behind all."
+    renderer = own("{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% else %}{{ eos_token }}{% endif %}", "<|user|>", "<|assistant|>", "<|end|>")
+    text = marked(renderer, ASK, Turn("assistant", "A1"), ASK, Turn("assistant", "A2"), tools=[])
+    assert text.count("A1<|end|>»") == text.count("A2<|end|>»") == 1
+    assert renderer.trained_stops == {renderer.tokenizer.convert_tokens_to_ids("<|end|>")}
+
+
+CALLS = ("{% for m in messages %}{% if m['role'] == 'assistant' %}<|assistant|>{% if m['tool_calls'] %}"
+    "{% for c in m['tool_calls'] %}<|tool_call|>{{ c.function.name }} {{ c.function.arguments|tojson }}\n{% endfor %}"
+    "{% else %}{{ m['content'] }}<|end|>{% endif %}{% elif m['role'] == 'tool' %}REPLY<|tool|>{{ m['content'] }}<|end|>"
+    "{% else %}<|user|>{{ m['content'] }}<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
+KNOWN = "<|user|>", "<|assistant|>", "<|tool|>", "<|tool_call|>", "<|end|>"
+
+
+def test_a_call_that_nothing_of_its_own_ends():
+    "The tool's token does, and what opens a call is never a stop; where a template cannot write replies, the user's."
+    renderer = own(CALLS.replace("REPLY", ""), *KNOWN)
+    text = marked(renderer, ASK, called(("dose", '{"kg": 3}')), Turn("tool", "9"), Turn("assistant", "So."), tools=[])
+    assert text.count("«<|tool_call|>dose") == 1 and "<|tool|>»9" in text
+    stops = {renderer.tokenizer.decode([i]) for i in renderer.trained_stops}
+    assert stops == {"<|end|>", "<|tool|>"}
+    renderer = own(CALLS.replace("REPLY", "{{ raise_exception('no tools here') }}"), *KNOWN)
+    assert marked(renderer, ASK, called(("dose", '{"kg": 3}')), tools=[]).endswith("\n<|user|>»")
 
 
 NAMED = {"qwen3_5": "qwen3_5_think", "qwen3_5_nothink": "qwen3_5_nothink", "qwen3_6": "qwen3_6", "glm4_moe": "glm4moe",
