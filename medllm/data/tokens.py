@@ -9,6 +9,7 @@ __all__ = ['PlainText', 'Renderer', 'begin_ids']
 import json
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timezone
 from itertools import chain
@@ -23,7 +24,7 @@ from ..core import UserError, foreign, log_line
 from .formats import Example
 from .jinja import told_day
 from .messages import Call, Turn
-from .rendering import Span, Shape, shape_of, rendered_template
+from .rendering import Span, Shape, filled, shape_of, rendered_template
 from .templates import chat_jinja, control_tokens, write_messages
 
 # %% ../../nbs/data/11_tokens.ipynb #plain
@@ -135,7 +136,6 @@ def _split(self:PlainText, text:str, place:str)->np.ndarray:
 
 # %% ../../nbs/data/11_tokens.ipynb #renderer
 _knows_thoughts = re.compile(r"reasoning_content|message\.thinking").search
-
 class Renderer:
     "A chat template bound to a tokenizer: examples in, ids and trained positions out."
     def __init__(self,
@@ -168,10 +168,6 @@ class Renderer:
             last = max((i for i, m in enumerate(shape.messages) if m["role"] == "assistant"), default=-1)
             shape = replace(shape, train=tuple(t and i == last for i, t in enumerate(shape.train)))
         return self._every(shape)
-
-    @property
-    def end_id(self)->int: # Of the token that plain answers end in
-        return self.plain.control[self._end]
 
     def _every(self, shape:Shape)->tuple[Span, ...]:
         "The same with every answer trained that the shape has trained."
@@ -206,8 +202,7 @@ _PROBE = "A\r\nb\n\n\nc  d"
 def _eos_behind(spans:Sequence[Span], eos:str|None)->bool:
     "Whether EOS stands right behind the token that each answer seems to end in (Cohere), not once behind all (Phi-4)."
     behind = [after for p, after in zip(spans, spans[1:]) if p.trained and not after.trained]
-    ends = len(behind) + (spans[-1].trained is True)
-    return bool(eos) and len(behind) == ends and all((p.kind, p.text) == ("control", eos) for p in behind)
+    return bool(eos) and not spans[-1].trained and all((p.kind, p.text) == ("control", eos) for p in behind)
 
 @patch
 def _stop_ids(self:Renderer)->list[int]:
@@ -215,14 +210,14 @@ def _stop_ids(self:Renderer)->list[int]:
     ask, answer = Turn("user", "?"), Turn("assistant", "!")
     def last(spans): return next(p.text for p in [[p for p in spans if p.trained][-1]] if p.kind == "control")
     self._end = last(self._every(shape_of([ask, answer])[0]))
-    eos = self.tokenizer.eos_token
-    if _eos_behind(self._every(shape_of([ask, answer]*2)[0]), eos): self._end = eos
-    self.trained_stops = {self.plain.control[self._end]}
-    try:
+    with suppress(UserError):                                   # a template for a single question
+        if _eos_behind(self._every(shape_of([ask, answer]*2)[0]), eos := self.tokenizer.eos_token): self._end = eos
+    self.end_id = self.plain.control[self._end]
+    self.trained_stops = {self.end_id}
+    with suppress(UserError, StopIteration, IndexError):        # a family without tools
         call = Turn("assistant", "", (Call("f", "{}"),), train=True)
         shape = shape_of([ask, call, Turn("tool", "!"), answer._replace(train=False)])[0]
         self.trained_stops.add(self.plain.control[last(self._every(shape))])
-    except (UserError, StopIteration, IndexError): pass        # a family without tools
     ids = self.trained_stops | {self.tokenizer.eos_token_id}
     return sorted(i for i in ids if i is not None)
 
@@ -259,10 +254,8 @@ def _misfits(self:Renderer, template:str)->list[str]:
         out.append(f"template {template}: it writes the date into prompts; here that is {day} on every day, so "
             "that the same rows stay the same tokens (SOURCE_DATE_EPOCH, in seconds since 1970, sets another)")
     if self._rewrites():
-        out.append(
-            f"template {template}: it rewrites what people say (line breaks or blanks); "
-            "here texts stay as they are, so "
-            "ids can differ from those of other programs")
+        out.append(f"template {template}: it rewrites what people say (line breaks, blanks, quotes); here texts stay "
+            "as they are, so ids can differ from those of other programs")
     return out
 
 # %% ../../nbs/data/11_tokens.ipynb #rewrites
@@ -272,20 +265,15 @@ def _rewrites(self:Renderer)->bool:
     ask, words = Turn("user", _PROBE), {"a": f"it's {_PROBE} \\ \""}
     call, said = Turn("assistant", "", (Call("f", json.dumps(words)),)), Turn("assistant", _PROBE)
     if self._differs([ask, said]): return True
-    try: return self._differs([ask, call, Turn("tool", _PROBE), said])
-    except UserError: return False              # a family without tools
+    with suppress(UserError): return self._differs([ask, call, Turn("tool", _PROBE), said])
+    return False                                # a family without tools
 
 @patch
 def _differs(self:Renderer, turns:list[Turn])->bool:
     "Whether the template writes these turns otherwise than with sentinels in the place of their texts."
     shape, texts = shape_of(turns)
-    def said(turn):
-        calls = [{"name": c.name, "arguments": json.loads(c.arguments)} for c in turn.calls]
-        called = {"tool_calls": [{"type": "function", "id": "call00001", "function": call} for call in calls]}
-        replied = {"tool_call_id": "call00001"} if turn.role == "tool" else {}
-        return {"role": turn.role, "content": turn.text} | (called if calls else replied)
     ours = "".join(_content(p, texts[p.number]) if p.kind == "content" else p.text for p in self.spans(shape))
-    return not ours.startswith(self._text([said(t) for t in turns], None, False))
+    return not ours.startswith(self._text(filled(shape.messages, texts), None, False))
 
 # %% ../../nbs/data/11_tokens.ipynb #warn
 @patch
