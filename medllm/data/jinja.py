@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 
 from ..core import UserError, first_line
 
@@ -218,10 +219,13 @@ def told_day()->int: # [s since 1970]
 MEMORY, LONGEST = 2**29, 2**21              # of the process [bytes]; of a text without its contents [characters]
 SECONDS, PER_TEXT, WAIT = 1.0, 0.1, 60.0    # computing for one text; for each further one; by the clock [s]
 
+def _date(day:int, form:str)->str:
+    "What a template is told that asks for the date."
+    return time.strftime(form, time.gmtime(day))
+
 def _environment():
     "Jinja as transformers sets it up for chat templates."
     import jinja2
-    from datetime import datetime, timezone
     from jinja2.exceptions import SecurityError
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -246,8 +250,7 @@ def _environment():
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
         extensions=[Generation, loopcontrols])
     environment.filters["tojson"] = tojson
-    def strftime_now(form): return datetime.fromtimestamp(environment.globals["day"], timezone.utc).strftime(form)
-    environment.globals |= {"raise_exception": fail, "strftime_now": strftime_now, "day": DAY,
+    environment.globals |= {"raise_exception": fail, "strftime_now": partial(_date, DAY),
         "dict": Dict(), "namespace": Namespace}
     return environment
 
@@ -260,7 +263,7 @@ def _written(environment, known:dict, request:dict)->dict:
     try:
         if spent > SECONDS + PER_TEXT*count: return {"late": "over many texts"}
         compiled = compiled or environment.from_string(request["template"])
-        environment.globals["day"] = request["day"]
+        environment.globals["strftime_now"] = partial(_date, request["day"])
         text = compiled.render(**request["values"])
         return {"text": text} if len(text) <= most else {"error": f"it writes {len(text):,} characters of its own"}
     except MemoryError: return {"error": f"it wants more than {MEMORY//2**20} MiB of memory"}
