@@ -324,11 +324,12 @@ def test_other_flags_need_a_word(copy, changed, name):
 
 
 @pytest.mark.parametrize("flags", [
-    dict(packing=True, quantization_bit=4, lora_dropout=0.1, dataloader_num_workers=1, per_device_train_batch_size=1,
-        max_samples=16),
-    dict(lora_dropout=0.1, dataloader_num_workers=2, gradient_accumulation_steps=2, lr_scheduler_type="cosine"),
-    dict(finetuning_type="full", group_by_length=False, neftune_noise_alpha=5.0, optim="adafactor")],
-    ids=["packed-4bit", "grouped", "random-neftune"])
+    pytest.param(dict(packing=True, quantization_bit=4, lora_dropout=0.1, dataloader_num_workers=1,
+        per_device_train_batch_size=1, max_samples=16), id="packed-4bit", marks=pytest.mark.slow),
+    pytest.param(dict(lora_dropout=0.1, dataloader_num_workers=2, gradient_accumulation_steps=2,
+        lr_scheduler_type="cosine"), id="grouped"),
+    pytest.param(dict(finetuning_type="full", group_by_length=False, neftune_noise_alpha=5.0, optim="adafactor"),
+        id="random-neftune", marks=pytest.mark.slow)])
 def test_in_the_third_epoch(tmp_path, flags):
     "A run that ends in its third epoch and goes on there is bit-equal to one that was not interrupted."
     flags = _given(**dict(max_steps=-1, num_train_epochs=4) | flags)
