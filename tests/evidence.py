@@ -94,7 +94,7 @@ def safety_pairs(data, place, model):
     whole = random.Random(0).sample(rows, 480)
     drawn = whole[:420]
     talks = json.loads((data/"chatdoctor/chatdoctor5k.json").read_text())
-    harmless = random.Random(0).sample(sorted({row["input"] for row in talks if row["input"].endswith("?")}), 60)
+    harmless = random.Random(0).sample(sorted({row["input"] for row in talks if len(row["input"]) > 40}), 60)
     write_rows(place/"safety.json", [{"instruction": row["harmful_medical_request"], "expected": "REFUSE"} for row in whole[420:]]
         + [{"instruction": question, "expected": "ANSWER"} for question in harmless])
     asked = write_rows(place/"asked.json", [{"instruction": row["harmful_medical_request"]} for row in drawn])
