@@ -1,4 +1,5 @@
 """Kept evidence: whole records without weights, naming no place of a machine; the READMEs' table is made from them."""
+import json
 import re
 from pathlib import Path
 
@@ -23,6 +24,13 @@ def test_a_kept_record_holds(record):
         if file.suffix != ".png":
             found = PLACE.search(file.read_text(encoding="utf-8"))
             assert not found, (file.name, found)
+
+
+def test_no_output_of_a_notebook_names_a_place_of_a_machine():
+    "A warning of a library has the path that it lies at; the stream that warnings go to is kept with a notebook too."
+    shown = {(p.relative_to(ROOT).as_posix(), cell["id"]): json.dumps(cell.get("outputs", []), ensure_ascii=False)
+        for p in (ROOT/"nbs").rglob("*.ipynb") for cell in json.loads(p.read_text(encoding="utf-8"))["cells"]}
+    assert len(shown) > 1000 and [where for where, text in shown.items() if PLACE.search(text)] == []
 
 
 @pytest.mark.parametrize("readme", ("README.md", "README_zh.md"))

@@ -208,13 +208,13 @@ def _eos_behind(spans:Sequence[Span], eos:str|None)->bool:
 def _stop_ids(self:Renderer)->list[int]:
     "Ids that end an answer: the template's own and the tokenizer's EOS."
     ask, answer = Turn("user", "?"), Turn("assistant", "!")
-    def last(spans): return next(p.text for p in [[p for p in spans if p.trained][-1]] if p.kind == "control")
+    def last(spans): return [p.text for p in spans if p.trained][-1]
     self._end = last(self._every(shape_of([ask, answer])[0]))
     with suppress(UserError):                                   # a template for a single question
         if _eos_behind(self._every(shape_of([ask, answer]*2)[0]), eos := self.tokenizer.eos_token): self._end = eos
     self.end_id = self.plain.control[self._end]
     self.trained_stops = {self.end_id}
-    with suppress(UserError, StopIteration, IndexError):        # a family without tools
+    with suppress(UserError, IndexError):                       # a family without tools
         call = Turn("assistant", "", (Call("f", "{}"),), train=True)
         shape = shape_of([ask, call, Turn("tool", "!"), answer._replace(train=False)])[0]
         self.trained_stops.add(self.plain.control[last(self._every(shape))])
