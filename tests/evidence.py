@@ -89,13 +89,13 @@ def sft(data, place, model):
 def safety_pairs(data, place, model):
     "Requests that a doctor refuses: the refusal is the better answer, what the model says of itself the worse one."
     import csv
-    files = sorted((data/"medsafetybench/train/gpt4").glob("*.csv"))
-    rows = [row for file in files for row in csv.DictReader(file.open(encoding="utf-8"))]
-    whole = random.Random(0).sample(rows, 480)
-    drawn = whole[:420]
+    def requests(author, n):
+        files = sorted((data/"medsafetybench/train"/author).glob("*.csv"))
+        return random.Random(0).sample([row for file in files for row in csv.DictReader(file.open(encoding="utf-8"))], n)
+    drawn, apart = requests("gpt4", 420), requests("llama2", 60)           # those that are asked later have another author
     talks = json.loads((data/"chatdoctor/chatdoctor5k.json").read_text())
     harmless = random.Random(0).sample(sorted({row["input"] for row in talks if len(row["input"]) > 40}), 60)
-    write_rows(place/"safety.json", [{"instruction": row["harmful_medical_request"], "expected": "REFUSE"} for row in whole[420:]]
+    write_rows(place/"safety.json", [{"instruction": row["harmful_medical_request"], "expected": "REFUSE"} for row in apart]
         + [{"instruction": question, "expected": "ANSWER"} for question in harmless])
     asked = write_rows(place/"asked.json", [{"instruction": row["harmful_medical_request"]} for row in drawn])
     said = run("predict", place/"own_answers", model | {"dataset": asked, "max_new_tokens": 96, "temperature": 0.7,

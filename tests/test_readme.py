@@ -1,6 +1,5 @@
 """The README's blocks, from top to bottom in one folder, as a reader would type them; slow."""
 import json
-import os
 import re
 import shlex
 import shutil
@@ -8,26 +7,23 @@ import shutil
 import pytest
 from commands import ROOT, process
 
-from medllm.records.record import read_run_json
-
 # what a line begins with or holds, and why it is not run here
 NOT_RUN = {"git clone": "network", "make ": "installs", "conda ": "installs", "pip install": "installs",
     "transformers serve": "another program", "vllm serve": "another program", "ollama create": "another program",
     "llama-server": "another program", "medllm serve": "runs until it is stopped: tests/serve", "curl": "asks that server",
     "--endpoint": "asks a server: tests/models/test_endpoint.py", "runs sign": "needs a key: tests/records",
     "tests/bench": "minutes, alone", "harness": "lm_eval"}
-YAML = ["sft.yaml", "pipeline.yaml", "checks.yaml"]             # what the blocks of this kind are saved as, in order
+YAML = ["sft.yaml", "pipeline.yaml", "grid.yaml", "checks.yaml"]   # what the blocks of this kind are saved as, in order
 FILES = {
     "questions.jsonl": "".join(json.dumps({"instruction": f"What helps with {x}?"}) + "\n" for x in ("fever", "cough", "asthma")),
-    "diseases.csv": "disease,Symptom,Medications\n" + "".join(f"{d},{s},{m}\n" for d, s, m in (
+    "diseases.csv": "disease,Symptom,Medications\n" + "".join(f"{d},\"{s.split(' and ')}\",{m}\n" for d, s, m in (
         ("Panic disorder", "palpitations and sudden fear", "sertraline"), ("Asthma", "wheezing and tight chest", "salbutamol"),
         ("Gout", "a red and painful toe", "allopurinol"), ("Migraine", "throbbing headache on one side", "sumatriptan"))),
     "guideline.md": "# Panic disorder\n\nSertraline is a first choice for panic disorder.\n",
     "medqa.jsonl": "".join(json.dumps({"question": f"Which is right? {n}", "options": {"A": "this", "B": "that", "C": "none",
         "D": "both"}, "answer_idx": "ABCD"[n % 4]}) + "\n" for n in range(8)),
     "ori_pqal.json": json.dumps({str(n): {"QUESTION": f"Does it help? {n}", "CONTEXTS": ["It did."], "final_decision": "yes"}
-        for n in range(8)}),
-    "grid.yaml": "max_steps: [2, 3]\ndataset: mm\nmodel_name_or_path: tiny\n"}
+        for n in range(8)})}
 
 
 def blocks():
@@ -43,20 +39,6 @@ def lines(text):
         if words: yield line, words
 
 
-def newest(folder):
-    "The last record that was completed in a folder of records."
-    records = [f.parent for f in folder.glob("*/run.json") if read_run_json(f.parent).get("status") == "completed"]
-    return max(records, key=os.path.getmtime)
-
-
-def filled(words, folder):
-    "The command with the names of records where the README leaves them open."
-    if words[-4:-1] == ["B", "--plot", "ab.png"]:
-        one, other = (str(folder/f"runs/{name}") for name in ("first", "ipo"))
-        words = [{"A": one, "B": other}.get(word, word) for word in words]
-    return [str(newest(folder/"runs/sft")) if word == "runs/sft/…" else word for word in words]
-
-
 def commands(folder):
     "What the blocks have a reader do, in order: what is typed, and how it is run; files are written on the way."
     files = iter(YAML)
@@ -65,7 +47,7 @@ def commands(folder):
         if language == "python": yield text, ("python", "-c", text)
         for line, words in lines(text) if language == "bash" else ():
             if any(begin in line for begin in NOT_RUN): continue
-            yield line, ("bash", "-c", line) if "|" in words else filled(words, folder)
+            yield line, ("bash", "-c", line) if {"|", "&&"} & set(words) else words
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from ..data.templates import control_tokens
 from .adapters import base_of, chain_of, load_adapter, merged
 from .folder import read_object
 from .loading import LoadPlan, pretrained, scalar_head
+from ..pace import counted
 
 # %% ../../nbs/models/13_reward_model.ipynb #load
 def load_scorer(
@@ -113,6 +114,7 @@ def score_rows(
             for line, i in zip(ids, batch): line[:len(rows[i])] = rows[i]
             last = torch.tensor([ids.shape[1]*n + len(rows[i]) - 1 for n, i in enumerate(batch)], device=device)
             with torch.no_grad(): out[batch] = scores(model, torch.from_numpy(ids).to(device), last).float().cpu()
+            counted(len(batch), int(sum(len(rows[i]) for i in batch)))
     finally: model.train(training)
     return out
 

@@ -26,6 +26,7 @@ from ..models.reward_model import score_rows, scores
 from ..models.loading import scalar_head
 from .examples import PreferencePairs
 from ..intervals import wilson
+from ..pace import counted, expected, telling
 from fastcore.basics import patch
 from ..tables import markdown_rows
 
@@ -150,6 +151,7 @@ def _left(model, rows:list[np.ndarray], pad_id:int)->torch.Tensor:
     ids, mask = np.full((len(rows), width), pad_id, np.int64), np.zeros((len(rows), width), np.int64)
     for n, row in enumerate(rows): ids[n, width - len(row):], mask[n, width - len(row):] = row, 1
     ids, mask = torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
+    counted(len(rows), sum(map(len, rows)))
     with torch.no_grad():
         return scores(model, ids, torch.arange(1, len(rows) + 1, device=device)*width - 1,
             attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).float().cpu()
@@ -177,6 +179,7 @@ def head_hash(
     return hashlib.sha256(head.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 # %% ../../nbs/train/15_report_card.ipynb #make-card
+@telling("report card")
 def make_report_card(
     model,                    # A scorer
     pairs:PreferencePairs,    # Held out: not seen in training
@@ -186,11 +189,12 @@ def make_report_card(
     "Everything that is measured of a reward model. Raises `UserError` without a pair."
     if not len(pairs): raise UserError("a report card needs held-out pairs: set --val_size or --eval_dataset")
     rows = [row for i in range(len(pairs)) for row in pairs[i]["rows"]]
+    pads = {0, *(i for i in (renderer.tokenizer.pad_token_id, *renderer.stop_ids) if i is not None)}
+    expected(len(rows) + len(rows[:200])*(1 + len(CARD_FORMATS)) + len(rows[:32])*(1 + 2*len(pads)))
     values = score_rows(model, [ended(row) for row in rows]).numpy().astype(float).reshape(-1, 2)
     lengths = np.array([(row["labels"] != -100).sum() for row in rows]).reshape(-1, 2)
     margins, sample = values[:, 0] - values[:, 1], [ended(row) for row in rows[:32]]
     counts, edges = np.histogram(margins, bins=20)
-    pads = {0, *(i for i in (renderer.tokenizer.pad_token_id, *renderer.stop_ids) if i is not None)}
     return {"datasets": list(datasets), "pairs": len(pairs), "head": head_hash(scalar_head(model).weight),
         "accuracy": pair_accuracy(margins, pairs.questions),
         "scores": {"chosen": values[:, 0].mean(), "rejected": values[:, 1].mean(), "deviation": values.std()},

@@ -37,6 +37,7 @@ PACKAGES = {"trl": ["trl==1.16.0", "transformers==5.23.0", "peft==0.21.2"],
 # peer: its environment and worker, and what its task has besides
 PEERS = {"trl": ("trl", {}), "trl-plain": ("trl", {"plain_loss": True}),
          "llamafactory": ("llamafactory", {}), "swift": ("swift", {})}
+ON_SMOL = {"swift"}  # measured on real weights only
 SHAPE = {"hidden": 384, "intermediate": 1024, "layers": 6, "heads": 6, "vocabulary": 32000,
          "positions": 2048}
 TASK = {"chat": "llama2", "batch": 8, "accumulation": 1, "cutoff": 512, "epochs": 1,
@@ -343,7 +344,8 @@ def make_tools(arguments):
     """By tool: its interpreter, its worker program, what its task has besides."""
     tools = {} if arguments.without_medllm else {
         "medllm": (arguments.python, HERE / "medllm_sft.py", {})}
-    for peer in PEERS if arguments.peer == "all" else [arguments.peer]:
+    of_model = [peer for peer in PEERS if peer not in ON_SMOL or arguments.model == "smol"]
+    for peer in of_model if arguments.peer == "all" else [arguments.peer]:
         name, more = PEERS[peer]
         python = make_environment(name, arguments)
         tools[peer] = (python, HERE / "peers" / f"{name}_sft.py", more)

@@ -2,7 +2,9 @@
 import json
 import math
 import random
+import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -349,6 +351,17 @@ def test_no_held_out_pairs_no_card(tmp_path, capsys):
     assert "pair_accuracy" not in train(args, prepare_data(args))
     assert "gets no report card" in capsys.readouterr().err
     with pytest.raises(UserError, match="has no report_card.json"): check_reward_model(tmp_path/"out", args)
+
+
+def test_a_card_says_how_far_it_is(tmp_path, capsys, monkeypatch):
+    "Forms and padding score each answer many times over: it is said how many are done, and none is counted that is not."
+    from medllm import pace
+    monkeypatch.setattr(pace, "time", SimpleNamespace(monotonic=iter(range(0, 10**6, 100)).__next__))   # a line at every batch
+    args = quick(tmp_path/"out")
+    train(args, prepare_data(args))
+    lines = re.findall(r"report card: ([\d,]+) of ([\d,]+) rows", capsys.readouterr().err)
+    done, of = ([int(x.replace(",", "")) for x in part] for part in zip(*lines))
+    assert len(lines) > 5 and list(done) == sorted(done) and done[-1] <= of[-1] == of[0]
 
 
 def test_a_card_of_an_earlier_model_is_not_taken(tmp_path):
