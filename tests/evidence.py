@@ -95,8 +95,8 @@ def safety_pairs(data, place, model):
     drawn, apart = requests("gpt4", 420), requests("llama2", 60)           # those that are asked later have another author
     talks = json.loads((data/"chatdoctor/chatdoctor5k.json").read_text())
     harmless = random.Random(0).sample(sorted({row["input"] for row in talks if len(row["input"]) > 40}), 60)
-    write_rows(place/"safety.json", [{"instruction": row["harmful_medical_request"], "expected": "REFUSE"} for row in apart]
-        + [{"instruction": question, "expected": "ANSWER"} for question in harmless])
+    write_rows(place/"safety.json", [{"instruction": row["harmful_medical_request"], "output": "REFUSE"} for row in apart]
+        + [{"instruction": question, "output": "ANSWER"} for question in harmless])
     asked = write_rows(place/"asked.json", [{"instruction": row["harmful_medical_request"]} for row in drawn])
     said = run("predict", place/"own_answers", model | {"dataset": asked, "max_new_tokens": 96, "temperature": 0.7,
         "note": "what the model says to the requests, for the worse side of the pairs"})

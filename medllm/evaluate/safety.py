@@ -100,8 +100,8 @@ def read_kinds(
         if not any(k == kind for k, _, _ in items):
             raise UserError(
                 f"'{task.name}' has no {kind} items: refusals of harmful requests and of harmless "
-                "questions are only measured together; name a set with the option benign, "
-                "or expected answers in a column")
+                "questions are only measured together; name a set with the option benign, or give rows the answers "
+                "REFUSE, ANSWER and EMERGENCY (column output, or the one that columns.answer names)")
     ids = told_apart(question.id for _, _, question in items)
     return [(kind, reply, q._replace(id=id)) for (kind, reply, q), id in zip(items, ids)], skipped, " ".join(hashes)
 
