@@ -58,7 +58,7 @@ class _Progress:
     def __init__(self, folder:Path, period:float=30.0):
         self.file, self.period, self.stop = folder/"history.jsonl", period, threading.Event()
         self.tty, self.last = sys.stderr.isatty(), ""
-        self.stage, self.began = "", time.monotonic()
+        self.stage, self.seen = "", []
 
     def line(self)->str:
         "The newest logged step in one line; of a pipeline, that of its running stage."
@@ -66,7 +66,7 @@ class _Progress:
         now = next((n for n, s in enumerate(stages, 1) if s.get("status") == "running"), 0)
         if not now: return self._step(self.file)
         stage = stages[now - 1]
-        if stage["name"] != self.stage: self.stage, self.began = stage["name"], time.monotonic()
+        if stage["name"] != self.stage: self.stage, self.seen = stage["name"], []
         logged = self._step(Path(stage.get("folder") or ".")/"history.jsonl")
         return f"stage {now}, {stage['name']}: {logged or 'begins'}"
 
@@ -81,9 +81,16 @@ class _Progress:
         if not logged: return ""
         if "rows" in logged[-1]: return pace_line(logged[-1])
         h, share = logged[-1], logged[-1].get("progress") or 0
-        left = (time.monotonic() - self.began)*(1 - share)/share if share else 0
         return (f"step {h['step']} ({share:.0%}), loss {h['loss']:.3f}, "
-            f"{h.get('tokens_per_second', 0):,.0f} tokens/s, about {left/60:.1f} min left")
+            f"{h.get('tokens_per_second', 0):,.0f} tokens/s{self._left(share)}")
+
+    def _left(self, share:float)->str:
+        "The time left, from two steps at least: the first one loads, and is no measure of the others."
+        now = time.monotonic()
+        if not self.seen or self.seen[-1][0] != share: self.seen.append((share, now))
+        (first, began), (last, logged) = self.seen[0], self.seen[-1]
+        if last <= first: return ""
+        return f", about {max((1 - last)*(logged - began)/(last - first) - (now - logged), 0)/60:.1f} min left"
 
     def _watch(self):
         waited = 0.0
