@@ -161,7 +161,7 @@ def pipeline(data, place, model):
         "sft": {"dataset": write_rows(place/"talks.json", random.Random(1).sample(talks, 250)), "num_train_epochs": 1},
         "rm": {"dataset": pairs, "eval_dataset": others, "val_size": 0, "num_train_epochs": 1},
         "ppo": {"dataset": str(place/"asked.json"), "reward_model": "rm", "max_steps": 12, "max_new_tokens": 48,
-            "reward_funcs": None}}
+            "reward_funcs": ""}}
     stages = {name: {"learning_rate": 2e-4, "lora_rank": 16} | given for name, given in stages.items()}
     return [said, run("pipeline", place/"pipeline", {**model, "stages": stages, "note": "four stages on real weights"})]
 
