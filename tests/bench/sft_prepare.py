@@ -136,10 +136,20 @@ def count_parameters(folder):
         return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())
 
 
-def save_rows(rows, folder):
-    """Write the rows, and once more for LLaMA-Factory, whose `llama2` adds no edge blanks."""
+def widen(folder):
+    """Rewrite a model in float32: some tools load it in the precision that it is written in."""
+    with safe_open(str(folder / "model.safetensors"), "pt") as weights:
+        wide = {name: weights.get_tensor(name).float() for name in weights.keys()}
+    save_file(wide, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    write_json(folder / "config.json", {**config, "dtype": "float32", "torch_dtype": "float32"})
+
+
+def save_rows(rows, folder, chat):
+    """Write the rows; for LLaMA-Factory with blanks around answers, which its `llama2` does not add."""
     write_json(folder / "rows.json", rows)
-    spaced = [{**row, "output": f" {row['output']} "} for row in rows]
+    blank = " " if chat == "llama2" else ""
+    spaced = [{**row, "output": f"{blank}{row['output']}{blank}"} for row in rows]
     write_json(folder / "rows_spaced.json", spaced)
     write_json(folder / "dataset_info.json", {"bench": {"file_name": "rows_spaced.json"}})
 
@@ -155,13 +165,14 @@ def main():
     if task["chat"] == "smol":
         tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
         parameters = count_parameters(model_dir)
+        widen(model_dir)
     else:
         tokenizer = train_tokenizer([text for row in everything for text in row.values()],
                                     shape["vocabulary"])
         save_tokenizer(tokenizer, model_dir, shape["positions"])
         parameters = save_model(shape, model_dir)
     rows, lengths = first_that_fit(tokenizer, everything, task)
-    save_rows(rows, data_dir)
+    save_rows(rows, data_dir, task["chat"])
     print(json.dumps({"parameters": parameters, "tokenizer_size": tokenizer.get_vocab_size(),
                       "rows": len(rows), "lengths": lengths}))
 

@@ -22,7 +22,7 @@ def arguments(task):
     if task["chat"] != "smol":
         raise SystemExit("ms-swift is measured on smol: --model smol")
     return SftArguments(
-        model=task["model"], model_type="llama3", template="chatml", system=SYSTEM,
+        model=task["model"], model_type="llama", template="chatml", system=SYSTEM,
         dataset=[str(Path(task["data_dir"]) / "rows.json")], split_dataset_ratio=0.0,
         max_length=task["cutoff"], dataset_num_proc=1, tuner_type="lora", lora_rank=task["rank"],
         lora_alpha=task["alpha"], lora_dropout=0.0, target_modules=task["targets"],
