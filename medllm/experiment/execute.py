@@ -84,14 +84,6 @@ class _Progress:
         return (f"step {h['step']} ({share:.0%}), loss {h['loss']:.3f}, "
             f"{h.get('tokens_per_second', 0):,.0f} tokens/s{self._left(share)}")
 
-    def _left(self, share:float)->str:
-        "The time left, from two steps at least: the first one loads, and is no measure of the others."
-        now = time.monotonic()
-        if not self.seen or self.seen[-1][0] != share: self.seen.append((share, now))
-        (first, began), (last, logged) = self.seen[0], self.seen[-1]
-        if last <= first: return ""
-        return f", about {max((1 - last)*(logged - began)/(last - first) - (now - logged), 0)/60:.1f} min left"
-
     def _watch(self):
         waited = 0.0
         while not self.stop.wait(1.0):
@@ -100,6 +92,16 @@ class _Progress:
             if not text or text == self.last or (not self.tty and waited < self.period): continue
             progress_line(text) if self.tty else log_line(text)
             self.last, waited = text, 0.0
+
+# %% ../../nbs/experiment/03_execute.ipynb #time-left
+@patch
+def _left(self:_Progress, share:float)->str:
+    "The time left, from two steps at least: the first one loads, and is no measure of the others."
+    now = time.monotonic()
+    if not self.seen or self.seen[-1][0] != share: self.seen.append((share, now))
+    (first, began), (last, logged) = self.seen[0], self.seen[-1]
+    if last <= first: return ""
+    return f", about {max((1 - last)*(logged - began)/(last - first) - (now - logged), 0)/60:.1f} min left"
 
 # %% ../../nbs/experiment/03_execute.ipynb #enter
 @patch
