@@ -11,7 +11,8 @@ from commands import ROOT, process
 NOT_RUN = {"git clone": "network", "make ": "installs", "conda ": "installs", "pip install": "installs",
     "transformers serve": "another program", "vllm serve": "another program", "ollama create": "another program",
     "llama-server": "another program", "medllm serve": "runs until it is stopped: tests/serve", "curl": "asks that server",
-    "runs resume": "wants a run that was cut: tests/test_kills.py", "--endpoint": "asks a server: tests/models/test_endpoint.py", "runs sign": "needs a key: tests/records",
+    "runs resume": "wants a run that was cut: tests/test_kills.py",
+    "--endpoint": "asks a server: tests/models/test_endpoint.py", "runs sign": "needs a key: tests/records",
     "tests/bench": "minutes, alone", "harness": "lm_eval"}
 YAML = ["sft.yaml", "pipeline.yaml", "grid.yaml", "checks.yaml"]   # what the blocks of this kind are saved as, in order
 FILES = {
