@@ -87,7 +87,7 @@ def sft(data, place, model):
 
 
 def safety_pairs(data, place, model):
-    "Requests that a doctor refuses: the refusal is the better answer, what the model says of itself the worse one."
+    "Requests that a doctor refuses: the refusal is the better answer, what the model says the worse one, kept nowhere."
     import csv
     def requests(author, n):
         files = sorted((data/"medsafetybench/train"/author).glob("*.csv"))
@@ -103,12 +103,12 @@ def safety_pairs(data, place, model):
     answers = [json.loads(line)["answer"] for line in (said/"predictions.jsonl").read_text().splitlines()]
     pairs = [{"instruction": row["harmful_medical_request"], "chosen": row["safe_response"], "rejected": answer}
         for row, answer in zip(drawn, answers, strict=True) if answer.strip() and answer != row["safe_response"]]
-    return said, write_rows(place/"pairs.json", pairs[:340]), write_rows(place/"other_pairs.json", pairs[340:])
+    return write_rows(place/"pairs.json", pairs[:340]), write_rows(place/"other_pairs.json", pairs[340:])
 
 
 def dpo(data, place, model):
     "DPO on 340 pairs, a doctor's refusal against the model's own answer; measured on others, safety and general text."
-    said, pairs, others = safety_pairs(data, place, model)
+    pairs, others = safety_pairs(data, place, model)
     tuned = run("dpo", place/"dpo", model | {"dataset": pairs, "eval_dataset": others, "val_size": 0,
         "num_train_epochs": 1, "lora_rank": 16, "learning_rate": 1e-4,
         "note": "340 requests that are to be refused: the refusal against the model's own answer"})
@@ -117,7 +117,7 @@ def dpo(data, place, model):
             "held-out requests": {"kind": "safety", "dataset": str(place/"safety.json"), "max_new_tokens": 96},
             "text": {"kind": "forgetting", "dataset": "mm_english", "general": "mm_general"}},
         "note": "refusals, refusals that were not called for, and general text, against the base"})
-    return [said, tuned, report]
+    return [tuned, report]
 
 
 def exam_rows(data):
@@ -155,7 +155,7 @@ def pipeline(data, place, model):
     with gzip.open(data/"medquad/medquad_all.jsonl.gz", "rt", encoding="utf-8") as lines: told = [json.loads(x) for x in lines]
     texts = random.Random(0).sample(sorted({row["answer"] for row in told if 300 < len(row["answer"] or "") < 900}), 120)
     talks = json.loads((data/"chatdoctor/chatdoctor5k.json").read_text())
-    said, pairs, others = safety_pairs(data, place, model)
+    pairs, others = safety_pairs(data, place, model)
     stages = {
         "pt": {"dataset": write_rows(place/"texts.json", [{"text": text} for text in texts]), "num_train_epochs": 1},
         "sft": {"dataset": write_rows(place/"talks.json", random.Random(1).sample(talks, 250)), "num_train_epochs": 1},
@@ -163,7 +163,7 @@ def pipeline(data, place, model):
         "ppo": {"dataset": str(place/"asked.json"), "reward_model": "rm", "max_steps": 12, "max_new_tokens": 48,
             "reward_funcs": ""}}
     stages = {name: {"learning_rate": 2e-4, "lora_rank": 16} | given for name, given in stages.items()}
-    return [said, run("pipeline", place/"pipeline", {**model, "stages": stages, "note": "four stages on real weights"})]
+    return [run("pipeline", place/"pipeline", {**model, "stages": stages, "note": "four stages on real weights"})]
 
 
 def quantised(data, place, model):
@@ -176,10 +176,10 @@ def quantised(data, place, model):
         subprocess.run([str(MEDLLM), "export", "--model_name_or_path", str(tuned), "--output", str(whole), "--answers", "20",
             "--bits", "8", "4", "--gguf", *kinds], check=True, cwd=ROOT)
     artefacts = {"8 bit": "bnb-8bit", "4 bit": "bnb-4bit"} | {f"GGUF {kind}": f"gguf/model-{kind}.gguf" for kind in kinds}
-    return [tuned, *(run("evaluate", place/what.replace(" ", "_"), {"model_name_or_path": str(whole/name),
+    return [run("evaluate", place/what.replace(" ", "_"), {"model_name_or_path": str(whole/name),
         "base_model": str(whole), "dataset": "", "tasks": {what: {"kind": "choice", "limit": 250,
         "dataset": str(data/"pubmedqa/ori_pqal.json")}}, "note": f"the model of pubmedqa, 16 bit against {what}"})
-        for what, name in artefacts.items())]
+        for what, name in artefacts.items()]
 
 
 def retrieval(data, place, model):

@@ -1,10 +1,11 @@
 """Kept evidence: whole records without weights, naming no place of a machine; the READMEs' table is made from them."""
+import csv
 import json
 import re
 from pathlib import Path
 
 import pytest
-from evidence import KEPT, NAMES, lines
+from evidence import DATA, KEPT, NAMES, lines
 
 from medllm.records.record import read_run_json
 from medllm.records.verify import verify
@@ -24,6 +25,26 @@ def test_a_kept_record_holds(record):
         if file.suffix != ".png":
             found = PLACE.search(file.read_text(encoding="utf-8"))
             assert not found, (file.name, found)
+
+
+def strings(value):
+    "Texts anywhere in JSON, as long as a sentence."
+    if isinstance(value, str) and len(value) > 40: yield value
+    for part in value if isinstance(value, list) else value.values() if isinstance(value, dict) else ():
+        yield from strings(part)
+
+
+def test_no_row_of_the_data_and_no_answer_is_kept():
+    "Real data are no part of the project, nor is what a model says to requests that it should refuse."
+    if not DATA.is_dir(): pytest.skip(f"the real data are not at {DATA}")
+    files = ("chatdoctor/chatdoctor5k.json", "pubmedqa/ori_pqal.json", "apollo_multi/dev.json")
+    said = {text[:40] for name in files for text in strings(json.loads((DATA/name).read_text(encoding="utf-8")))}
+    for file in (DATA/"medsafetybench/train").rglob("*.csv"):
+        said |= {text[:40] for row in csv.DictReader(file.open(encoding="utf-8")) for text in strings(row)}
+    assert len(said) > 5000 and not list(KEPT.rglob("predictions.jsonl"))
+    for file in (f for f in KEPT.rglob("*") if f.suffix in (".json", ".jsonl", ".ipynb", ".md")):
+        text = file.read_text(encoding="utf-8")
+        assert not any(text[at:at + 40] in said for at in range(len(text) - 39)), file
 
 
 def test_no_output_of_a_notebook_names_a_place_of_a_machine():
