@@ -150,7 +150,8 @@ def settings(
         whole = "model_name_or_path" if given["finetuning_type"] != "lora" else "adapter_name_or_path"
         given[whole] = ",".join(chain_of(made[stage.parent])) if stage.parent in made else given.get(whole)
     given |= {flag: str(made[name]) for flag, name in stage.others.items() if name in made}
-    given = {k: v for k, v in given.items() if v is not None or k in stage.given}          # null is said, not left out
+    said = {*config.extra, *stage.given}                                   # null is said there, not left out
+    given = {k: v for k, v in given.items() if v is not None or k in said}
     try: return run_parameters(STAGE_RUNS[stage.stage], given)
     except UserError as e: raise UserError(f"stage '{stage.name}': {e}") from None
 
