@@ -7,14 +7,16 @@ __all__ = ['MessagesPrompt', 'MessagesWriter', 'Endpoint', 'ServedAnswer', 'Endp
 
 # %% ../../nbs/models/15_endpoint.ipynb #imports
 import json
-from collections.abc import Sequence
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit, urlunsplit
 
 from fastcore.basics import patch
 
-from ..core import UserError, nearest
+from ..core import UserError, log_line, nearest
 from ..data.formats import Example, Turn
 from .sampling import Sampling
 from ..pace import counted, expected
@@ -59,7 +61,7 @@ class Endpoint:
     "Where a model is served, and how it is asked."
     url:str               # Of the API: http://host:8000/v1
     key:str = ""          # env:NAME of a variable that holds the key; "" for none
-    model:str = ""        # Its name there; "": the first that is served
+    model:str = ""        # Its name there; "": the only one that is served
     concurrency:int = 8   # Questions that are asked at once
     timeout:float = 300.0 # Longest time of one answer [s]
     attempts:int = 6      # Until an answer is given up
@@ -94,18 +96,31 @@ class ServedAnswer:
     tokens:range                            # As many as the server counted; 0 where it does not
     ended:bool                              # Whether the model ended it by itself
     model:str = field(default="", compare=False) # Name of the model that the server says has answered
+    refused:str = ""                        # Why the server gave none to this question: endpoint_refuses, content_filter
 
+_ENDED = ("stop", "eos", "eos_token", "end_turn", "stop_sequence")   # the words of OpenAI, of TGI and of others
+
+def _text_of(message)->tuple[str|None, bool]:
+    "The text of a message, None where it has none, and whether there are thoughts beside it."
+    text, thoughts = message.content, [getattr(message, name, None) for name in ("reasoning_content", "reasoning")]
+    if isinstance(text, list) and all(isinstance(part, dict) for part in text):
+        said = [part["text"] for part in text if part.get("type", "text") == "text" and "text" in part]
+        text = "".join(said) if all(isinstance(part, str) for part in said) else text
+    return getattr(message, "refusal", None) if text is None else text, any(thoughts)
+
+# %% ../../nbs/models/15_endpoint.ipynb #answer-in
 def _answer_in(reply, place:str)->ServedAnswer:
     "What a server's reply holds. Raises `UserError` for one without an answer."
     try:
         choice = reply.choices[0]
-        text, why, model = choice.message.content, choice.finish_reason, reply.model
+        (text, thought), why, model = _text_of(choice.message), choice.finish_reason, reply.model
         count = reply.usage.completion_tokens if reply.usage else 0
-    except (AttributeError, IndexError, TypeError): text = why = model = count = None
-    if text is None and why in ("length", "content_filter"): text = ""
+    except (AttributeError, IndexError, TypeError): text = why = model = count = thought = None
+    tokens, name = range(count if isinstance(count, int) and count > 0 else 0), model if isinstance(model, str) else ""
+    if not text and why == "content_filter": return ServedAnswer("", tokens, False, name, "content_filter")
+    if text is None and (why == "length" or thought): return ServedAnswer("", tokens, False, name)
     if not isinstance(text, str): raise UserError(f"the endpoint {place} gave a reply without an answer in it")
-    return ServedAnswer(text.strip(), range(count if isinstance(count, int) and count > 0 else 0), why == "stop",
-        model if isinstance(model, str) else "")
+    return ServedAnswer(text.strip(), tokens, why in _ENDED, name)
 
 # %% ../../nbs/models/15_endpoint.ipynb #failed
 _ADVICE = {400: "it refuses the question, which may be too long for the model",
@@ -132,6 +147,7 @@ class EndpointModel:
     ):
         self.endpoint, self.system, self.renderer = endpoint, system, MessagesWriter(system)
         self._client, self.answered_by = endpoint.client(), set()
+        self._lock, self._takes = threading.Lock(), {}
         self.name = self._served()
 
     def _served(self)->str:
@@ -148,6 +164,9 @@ class EndpointModel:
         if self.endpoint.model and names and self.endpoint.model not in names:
             raise UserError(f"the endpoint {self.endpoint.place} serves no model {self.endpoint.model}"
                 f"{nearest(self.endpoint.model, names)}; it serves {', '.join(names[:5])}")
+        if len(names) > 1 and not self.endpoint.model:
+            raise UserError(f"the endpoint {self.endpoint.place} serves {len(names)} models: name one with "
+                f"--model_name_or_path, of a judge with its option judge_model; it serves {', '.join(names[:5])}")
         return self.endpoint.model or names[0]
 
     def prompt(self,
@@ -163,6 +182,64 @@ class EndpointModel:
         return {"endpoint": self.endpoint.place, "model": self.name, "answered_by": sorted(self.answered_by)}
 
 # %% ../../nbs/models/15_endpoint.ipynb #answers
+_REFUSING = (400, 413, 422)   # of a question that is too long, or that a filter refuses: or of all, for a setting
+
+@patch
+def _settings(self:EndpointModel, sampling:Sampling)->dict:
+    "How an answer is drawn, as the client takes it."
+    given:dict = {"max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
+    if sampling.top_p < 1: given["top_p"] = sampling.top_p
+    if sampling.top_k: given["extra_body"] = {"top_k": sampling.top_k}      # of vLLM, SGLang, llama.cpp, and of ours
+    return given
+
+@patch
+def _ask(self:EndpointModel, messages:Sequence[dict], seed:int, sampling:Sampling):
+    "A reply of the server."
+    return self._client.chat.completions.create(
+        model=self.name, messages=list(messages), seed=int(seed) % 2**31, **self._settings(sampling))
+
+# %% ../../nbs/models/15_endpoint.ipynb #refused
+@patch
+def _refuses_one(self:EndpointModel, sampling:Sampling)->bool:
+    "Whether a short question is answered with these settings; it is asked once."
+    import openai
+    with self._lock:
+        if sampling not in self._takes:
+            try: self._takes[sampling] = bool(self._ask([{"role": "user", "content": "Hello"}], 0, sampling))
+            except (openai.OpenAIError, ValueError): self._takes[sampling] = False
+        return self._takes[sampling]
+
+@patch
+def _one(self:EndpointModel, prompt:MessagesPrompt, seed:int, sampling:Sampling)->ServedAnswer:
+    "The answer to a question. Raises `UserError` when the server gives none to any."
+    import openai
+    try: reply = self._ask(prompt.messages, seed, sampling)
+    except (openai.OpenAIError, ValueError) as e:
+        if getattr(e, "status_code", None) in _REFUSING and self._refuses_one(sampling):
+            return ServedAnswer("", range(0), False, self.name, "endpoint_refuses")
+        raise _failed(self.endpoint, e) from None
+    return _answer_in(reply, self.endpoint.place)
+
+# %% ../../nbs/models/15_endpoint.ipynb #stream
+@patch
+def stream(self:EndpointModel,
+    prompts:Sequence[MessagesPrompt], # P prompts, from `prompt`
+    sampling:Sampling,                # Length, temperature, cuts
+    seeds:Sequence[int],              # One for each prompt
+)->Iterator[ServedAnswer]:            # In their order, as they come
+    "Answers of the server, one after the other. Raises `UserError` when one cannot be had."
+    pool, ahead = ThreadPoolExecutor(self.endpoint.concurrency), deque()
+    def next_one()->ServedAnswer:
+        answer = ahead.popleft().result()
+        if answer.model and not answer.refused: self.answered_by.add(answer.model)
+        return answer
+    try:
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            ahead.append(pool.submit(self._one, prompt, seed, sampling))
+            if len(ahead) == 4*self.endpoint.concurrency: yield next_one()
+        while ahead: yield next_one()
+    finally: pool.shutdown(wait=False, cancel_futures=True)                 # asked to stop: nothing is waited for
+
 @patch
 def answers(self:EndpointModel,
     prompts:Sequence[MessagesPrompt], # P prompts, from `prompt`
@@ -170,24 +247,13 @@ def answers(self:EndpointModel,
     seeds:Sequence[int] = (),         # One for each prompt; default 0, 1, 2 …
     rows:int = 0,                     # Not used: as many are asked at once as the endpoint allows
 )->list[ServedAnswer]:                # One for each prompt
-    "Answers of the server. Raises `UserError` when one cannot be had; none of the others is lost in a file of answers."
-    import openai
-    given:dict = {"max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
-    if sampling.top_p < 1: given["top_p"] = sampling.top_p
-    if sampling.top_k: given["extra_body"] = {"top_k": sampling.top_k}      # of vLLM, SGLang, llama.cpp, and of ours
-    def one(prompt, seed):
-        try:
-            reply = self._client.chat.completions.create(
-                model=self.name, messages=list(prompt.messages), seed=int(seed) % 2**31, **given)
-        except (openai.OpenAIError, ValueError) as e: raise _failed(self.endpoint, e) from None
-        return _answer_in(reply, self.endpoint.place)
-    pool = ThreadPoolExecutor(self.endpoint.concurrency)
-    found:list = []
+    "All answers of the server. Raises `UserError` when one cannot be had."
+    found:list[ServedAnswer] = []
     expected(len(prompts))
-    try:
-        for answer in pool.map(one, prompts, list(seeds) or range(len(prompts))):
-            found.append(answer)
-            counted(1, len(answer.tokens))
-    finally: pool.shutdown(wait=False, cancel_futures=True)                 # asked to stop: nothing is waited for
-    self.answered_by |= {answer.model for answer in found if answer.model}
+    for answer in self.stream(prompts, sampling, list(seeds) or range(len(prompts))):
+        found.append(answer)
+        counted(1, len(answer.tokens))
+    if refused := sum(bool(answer.refused) for answer in found):
+        log_line(f"the endpoint {self.endpoint.place} refused {refused} of {len(found)} questions; "
+            "they count as empty answers")
     return found

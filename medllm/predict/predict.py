@@ -10,7 +10,7 @@ __all__ = ['InputRow', 'PredictRequest', 'read_questions', 'plan_batches', 'row_
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from itertools import islice
@@ -174,7 +174,8 @@ def output_row(
 )->dict:          # Row, where, header, answer, and how it ended or why there is none
     "A line of the output."
     front = {"row": row, "where": question.where, **question.kept, "header": _header(job, row, question.prompt)}
-    if completion is None: return front | {"answer": None, "skipped": question.reason}
+    refused = getattr(completion, "refused", "")             # by a server that answers others
+    if completion is None or refused: return front | {"answer": None, "skipped": refused or question.reason}
     by = getattr(completion, "model", "")                    # of a served model, the name that the server gave
     return front | {"answer": completion.text, "ended": completion.ended, "tokens": len(completion.tokens),
         **({"answered_by": by} if by else {})}
@@ -215,11 +216,15 @@ def _finish(part:PartFile)->dict:
     return summary_of(part.output)
 
 # %% ../../nbs/predict/01_predict.ipynb #predict
-def _answer_batch(chat:ChatModel, questions:Sequence[InputRow], batch:list[int], job:dict, rows:int)->list[dict]:
-    "The output rows of a batch."
-    prompts = [questions[i].prompt for i in batch]
-    completions = chat.answers(prompts, Sampling(**job["sampling"]), [row_seed(job["seed"], i) for i in batch], rows)
-    return [output_row(job, i, questions[i], c) for i, c in zip(batch, completions)]
+def _answered_rows(request:PredictRequest, plan:list[list[int]], job:dict, rows:int)->Iterator[list[dict]]:
+    "The output rows of each batch."
+    chat, questions, sampling = request.chat, request.questions, Sampling(**job["sampling"])
+    def asked(batch): return [questions[i].prompt for i in batch], sampling, [row_seed(job["seed"], i) for i in batch]
+    served = isinstance(chat, EndpointModel)
+    ahead = chat.stream(*asked([i for batch in plan for i in batch])) if served else iter(())
+    for batch in plan:
+        completions = islice(ahead, len(batch)) if served else chat.answers(*asked(batch), rows)
+        yield [output_row(job, i, questions[i], c) for i, c in zip(batch, completions)]
 
 # %% ../../nbs/predict/01_predict.ipynb #unless-asked
 def _unless_asked(part:PartFile, pace:Pace, work:Callable):
@@ -233,7 +238,7 @@ def _unless_asked(part:PartFile, pace:Pace, work:Callable):
 # %% ../../nbs/predict/01_predict.ipynb #predict-2
 def _at_a_time(chat:ChatModel|EndpointModel, width:int)->int:
     "How many rows are answered before they are written down."
-    if isinstance(chat, EndpointModel): return 4*chat.endpoint.concurrency
+    if isinstance(chat, EndpointModel): return 1
     return rows_that_fit(chat.model, min(width, chat.longest))
 
 def predict(
@@ -258,9 +263,11 @@ def predict(
         plan = [unable]*bool(unable) + plan                            # what cannot be asked is written first
         done = answered(part, plan)
         pace = Pace(len(questions), sum(map(len, plan[:done])))
-        for batch in plan[done:]:
+        left = plan[done:]
+        answers = _answered_rows(request, [batch for batch in left if batch is not unable], job, rows)
+        for batch in left:
             if batch is unable: lines = [output_row(job, i, questions[i]) for i in batch]
-            else: lines = _unless_asked(part, pace, lambda: _answer_batch(chat, questions, batch, job, rows))
+            else: lines = _unless_asked(part, pace, lambda: next(answers))
             part.append(lines)
             (tell or pace.tell)(pace(len(lines), sum(line.get("tokens", 0) for line in lines)))
         return _finish(part)

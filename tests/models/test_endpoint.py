@@ -91,9 +91,31 @@ def test_a_broken_server_is_one_sentence(name, plan, says):
     assert says in str(told.value) and "\n" not in str(told.value) and "PATIENT" not in str(told.value)
 
 
-def test_a_cut_answer_is_no_whole_one():
-    with stand_in(lambda n, asked: reply("half of", "length")) as server: assert not ask(server)[0].ended
-    with stand_in(lambda n, asked: reply(None, "content_filter")) as server: assert ask(server)[0].text == ""
+@pytest.mark.parametrize("why,message,text,ended", [
+    ("length", {"content": "half of"}, "half of", False),
+    ("length", {"content": None}, "", False),                                       # it only thought
+    ("stop", {"content": None, "reasoning_content": "First …"}, "", False),
+    ("stop", {"content": None, "refusal": "I cannot help."}, "I cannot help.", True),   # as OpenAI gives a refusal
+    ("stop", {"content": [{"type": "text", "text": "in "}, {"type": "text", "text": "parts"}]}, "in parts", True),
+    ("eos", {"content": "whole"}, "whole", True),
+    ("content_filter", {"content": None}, "", False)])
+def test_replies_of_many_servers(why, message, text, ended):
+    code, whole = reply("")
+    whole["choices"][0] |= {"message": {"role": "assistant"} | message, "finish_reason": why}
+    with stand_in(lambda n, asked: (code, whole)) as server: said = ask(server)[0]
+    assert (said.text, said.ended, said.refused) == (text, ended, "content_filter" if why == "content_filter" else "")
+
+
+def one_refused(n, asked):
+    return (400, {"error": "PATIENT TEXT"}) if asked["messages"][-1]["content"] == "question 5" else reply("yes")
+
+
+def test_a_question_that_a_server_refuses_takes_no_other_with_it(capsys):
+    with stand_in(one_refused) as server: said = ask(server, 40)
+    assert [n for n, a in enumerate(said) if a.refused] == [5] and said[5].text == "" and not said[5].ended
+    assert sum(a.text == "yes" for a in said) == 39
+    told = capsys.readouterr().err
+    assert "refused 1 of 40 questions" in told and "PATIENT" not in told
 
 
 def test_the_key_is_named_and_never_written(monkeypatch, tmp_path):
@@ -130,8 +152,18 @@ def test_predict_goes_on_where_a_server_broke_off(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path/"answers.jsonl").read_text().splitlines()]
     assert len(rows) == 80 and {r["answer"] for r in rows} == {"yes"} and {r["answered_by"] for r in rows} == {"served-7b"}
-    assert len(again.asked) == 80 - 32                                  # the first batch of 4 x 8 was not asked again
+    assert len(again.asked) <= 48                                       # answers were written down one after the other
     assert rows[0]["header"]["model"] == "served-7b"
+
+
+def test_predict_writes_down_why_a_server_gave_no_answer(tmp_path):
+    words = ["predict", "--dataset", questions(tmp_path, 40), "--output", tmp_path/"answers.jsonl", "--endpoint"]
+    with stand_in(one_refused) as server:
+        done = run("medllm", *words, server.url)
+        assert done.returncode == 0 and "PATIENT" not in done.stdout + done.stderr, done.stderr
+        assert len(server.asked) == 41                                 # each once, and one to see whose fault it is
+    rows = [json.loads(line) for line in (tmp_path/"answers.jsonl").read_text().splitlines()]
+    assert [r["row"] for r in rows if r["answer"] is None] == [5] and rows[5]["skipped"] == "endpoint_refuses"
 
 
 def test_evaluate_reads_written_answers_and_refuses_likelihoods(tmp_path):
