@@ -240,7 +240,7 @@ def judge_answers(
         judged = [{"points": c.points, **_outcome([next(r) for r in rounds], reveal),
             **({"criterion": c.text} if reveal else {})}
             for c in criteria]
-        items.append({"id": question.id, "group": question.group, "empty": not answer, "criteria": judged,
+        items.append({"id": question.id, "group": question.group, "empty": not said(answer), "criteria": judged,
             "score": rubric_score(criteria, [c["met"][0] for c in judged])} | ({"answer": answer} if reveal else {}))
     return items
 
