@@ -63,4 +63,4 @@ def test_every_block_runs_from_top_to_bottom(tmp_path):
         print(done.returncode, line, flush=True)
         if done.returncode: wrong.append(f"{line}: {done.returncode}\n{(done.stdout + done.stderr)[-600:]}")
     assert not wrong, "\n\n".join(wrong)
-    assert ran > 40
+    assert ran >= 38

@@ -168,6 +168,16 @@ def _config(reader, file:Path):
     return config
 
 # %% ../../nbs/models/03_gguf_model.ipynb #tokenizer
+_WHOLE_WORDS = {"llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "lfm2", "tekken"}
+
+def _as_said(backend, pieces:bool, pre:str, prefix:bool):
+    "Let a tokenizer put a blank in front, and take words that are tokens whole, as llama.cpp does it by a file's settings."
+    from tokenizers import decoders, normalizers
+    if pre in _WHOLE_WORDS: backend.model.ignore_merges = True
+    if prefix or not pieces or not backend.encode("ab", add_special_tokens=False).tokens[0].startswith("▁"): return
+    backend.normalizer, backend.pre_tokenizer = normalizers.Replace(" ", "▁"), None
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+
 def _tokenizer(reader, file:Path, config):
     "The tokenizer of an open file."
     from tokenizers import processors
@@ -179,6 +189,7 @@ def _tokenizer(reader, file:Path, config):
     backend, pieces = tokenizer.backend_tokenizer, said("model") == "llama"
     if said("model") == "gpt2": backend.pre_tokenizer = word_splitter(said("pre") or "of before 2024", "it")
     elif not pieces: raise UserError(f"its tokenizer of the kind {said('model')} cannot be read")
+    _as_said(backend, pieces, said("pre"), said("add_space_prefix") is not False)
     first, bos = said("add_bos_token"), tokenizer.bos_token
     if first is None: first = pieces or _RULE_OF.get(said("pre")) == "llama-bpe"
     put = [bos] if first and bos else []
@@ -268,14 +279,14 @@ def add_sampled(
     whole,    # A hash of `hashlib`
     file:Path,# Whose name and bytes go into it
 ):
-    "Add a file to a hash: all of it, or 66 pieces of a large one."
+    "Add a file to a hash: all of it; of a large one the first 64 MiB, where its tables are, and 66 pieces."
     size = file.stat().st_size
     whole.update(f"{file.name} {size}".encode())
-    places = [0] if size <= _LARGE else np.linspace(0, size - _PIECE, 66).astype(int).tolist()
     with open(file, "rb") as f:
-        for place in places:
+        whole.update(f.read(_LARGE))
+        for place in np.linspace(0, size - _PIECE, 66).astype(int).tolist() if size > _LARGE else ():
             f.seek(place)
-            whole.update(f.read(_LARGE if size <= _LARGE else _PIECE))
+            whole.update(f.read(_PIECE))
 
 # %% ../../nbs/models/03_gguf_model.ipynb #write
 _AS_WRITTEN = "2"     # of the conversion below: another way of it makes other folders

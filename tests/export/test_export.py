@@ -374,14 +374,14 @@ def test_a_tuned_smol_in_four_bits_runs_in_llama_cpp(tmp_path):
 
 # Families and tokenizers of GGUF files
 
-def pieces():
-    "A tokenizer of the Llama-2 kind: BPE over SentencePiece's blanks, with single bytes for what it does not know."
+def pieces(blank=True):
+    "A tokenizer of the Llama-2 kind, or Gemma's, without a blank in front: BPE over SentencePiece's blanks, and single bytes."
     from tokenizers import Tokenizer, models, normalizers, decoders, processors, trainers
     from transformers import PreTrainedTokenizerFast
     backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    backend.normalizer = normalizers.Sequence([*[normalizers.Prepend("▁")]*blank, normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+        *[decoders.Strip(" ", 1, 0)]*blank])
     control = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "<|im_start|>", "<|im_end|>"]
     texts = json.loads((ROOT/"data/mm.json").read_text(encoding="utf-8"))
     backend.train_from_iterator([w for t in texts for w in (t["instruction"] + " " + t["output"]).split()], trainers.BpeTrainer(
@@ -429,12 +429,13 @@ def some_model(family, tokenizer):
     return model
 
 
-@pytest.mark.parametrize("family,words", [("llama", "pieces"), ("wide", "gpt-2"), ("llama3", "llama-bpe"),
+@pytest.mark.parametrize("family,words", [("llama", "pieces"), ("llama", "no blank"), ("wide", "gpt-2"), ("llama3", "llama-bpe"),
     ("linear", "llama-bpe"), ("mistral", "pieces"), ("mistral", "tekken"), ("qwen2", "qwen2"), ("yarn", "qwen2"),
     ("qwen3", "qwen2")])
 def test_families_of_gguf(family, words, tiny, tmp_path):
     "Weights, positions and tokenizer survive; llama.cpp, where it is installed, agrees."
-    tokenizer = tiny if words == "gpt-2" else pieces() if words == "pieces" else words_like(words)
+    kinds = {"gpt-2": lambda: tiny, "pieces": pieces, "no blank": lambda: pieces(blank=False)}
+    tokenizer = kinds.get(words, lambda: words_like(words))()
     chat = ChatModel(some_model(family, tokenizer), Renderer(tokenizer, "chatml"))
     write_model(chat, tmp_path)
     file = write_gguf(tmp_path, tmp_path/"model.gguf", "f16")
@@ -444,6 +445,7 @@ def test_families_of_gguf(family, words, tiny, tmp_path):
     assert found["kl"] < 1e-4 and found["logit"] < 2e-2
     for text in NASTY:
         assert again(text, add_special_tokens=False).input_ids == tokenizer(text, add_special_tokens=False).input_ids, text
+    assert again.backend_tokenizer.model.ignore_merges == (words in ("llama-bpe", "tekken"))
     from medllm.export.gguf import forward_of_llama_cpp, llama_cpp
     if (llama := llama_cpp(file, 256)) is None: return
     found = distance(said, forward_of_llama_cpp(llama))
