@@ -23,7 +23,7 @@ from .rope_scaling import stretch_by
 from .loading import from_cache, model_location, scalar_head
 from .smol import MADE_HERE
 from .targets import (
-    expert_arrays, language_part, lora_experts, lora_modules, names, trainable_by_text)
+    expert_arrays, language_part, lora_experts, lora_modules, names, passed_over, trainable_by_text)
 
 # %% ../../nbs/models/09_adapters.ipynb #plan
 @dataclass(frozen=True)
@@ -277,6 +277,15 @@ def _say_experts(model):
     how = "--lora_target all,experts, full and freeze train" if expert_arrays(model) else "full and freeze train"
     log_line(f"LoRA leaves the experts as they are, {share:.0%} of the parameters: {how} them")
 
+def _say_passed_over(model, layers:list[str]):
+    "Say which linear layers no adapter can be on, and what share of a model they are."
+    if not layers: return
+    sizes = {name: sum(p.numel() for p in model.get_submodule(name).parameters()) for name in layers}
+    share = sum(sizes.values())/sum(p.numel() for p in model.parameters())
+    ends = ", ".join(dict.fromkeys(name.rsplit(".", 1)[-1] for name in layers))
+    log_line(f"LoRA leaves {len(layers)} linear layers as they are, {share:.1%} of the parameters: "
+        f"{ends} of a {model.config.model_type} model cannot carry an adapter of peft")
+
 def _new_lora(model, plan:AdaptPlan):
     "A fresh adapter on the model."
     from peft import LoraConfig
@@ -285,6 +294,7 @@ def _new_lora(model, plan:AdaptPlan):
     if experts and (plan.dropout or plan.dora):
         given = "--use_dora" if plan.dora else f"--lora_dropout {plan.dropout}"
         raise UserError(f"{given}: not for LoRA on experts; leave it out, or take experts out of --lora_target")
+    _say_passed_over(model, passed_over(model, plan.target))
     model = _wrap(model, LoraConfig(
         r=plan.rank, lora_alpha=alpha, lora_dropout=plan.dropout,
         target_modules=lora_modules(model, plan.target), use_dora=plan.dora, use_rslora=plan.rslora,
