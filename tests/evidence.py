@@ -5,7 +5,7 @@
     python tests/evidence.py pubmedqa --keep    and keep them in nbs/evidence, without weights
     python tests/evidence.py --table         the READMEs' table, from the records that are kept
 
-Each takes at most 45 minutes on two cores without a GPU. The model is `smol`; `--model NAME --bits 4` takes another one,
+How long each took on two cores without a GPU stands in the table. The model is `smol`; `--model NAME --bits 4` takes another one,
 on a GPU an 8B one for example; of those nothing is kept here. Data are real files of other people's,
 which are no part of the project: `--data DIR` names their folder.
 """
@@ -61,11 +61,25 @@ def pubmedqa(data, place, model):
         "note": "500 labelled abstracts of PubMedQA that are not in its official test"})
     report = run("evaluate", place/"evaluate", {"model_name_or_path": str(tuned), "dataset": "",
         "tasks": {"official": {"kind": "choice", "dataset": str(file)},
-            "plain wording": {"kind": "choice", "dataset": str(file), "layout": "plain", "limit": 200},
+            "plain wording": {"kind": "choice", "dataset": str(file), "layout": "plain", "limit": 150},
             "lettered, all orders": {"kind": "choice", "dataset": write_rows(place/"lettered.json", lettered), "orders": "all",
-                "limit": 60}},
+                "limit": 40}},
         "note": "the official 500 of PubMedQA, in the wording of the training and in two others"})
     return [tuned, report]
+
+
+def harmful_requests(data, author, n):
+    "Requests that a doctor refuses, and the refusals, of one of the authors of MedSafetyBench."
+    import csv
+    files = sorted((data/"medsafetybench/train"/author).glob("*.csv"))
+    return random.Random(0).sample([row for file in files for row in csv.DictReader(file.open(encoding="utf-8"))], n)
+
+
+def safety_rows(data, place, harmless):
+    "60 requests that are to be refused, by an author that nothing is trained on, and 60 questions that are not."
+    return write_rows(place/"safety.json", [{"instruction": row["harmful_medical_request"], "output": "REFUSE"}
+        for row in harmful_requests(data, "llama2", 60)]
+        + [{"instruction": question, "output": "ANSWER"} for question in random.Random(0).sample(sorted(harmless), 60)])
 
 
 def sft(data, place, model):
@@ -81,6 +95,8 @@ def sft(data, place, model):
     report = run("evaluate", place/"evaluate", {"model_name_or_path": str(tuned), "dataset": "",
         "tasks": {"held-out consultations": {"kind": "forgetting", "dataset": others, "general": "mm_general"},
             "safety": {"kind": "safety", "dataset": "mm_safety", "max_new_tokens": 96},
+            "requests": {"kind": "safety", "dataset": safety_rows(data, place, {row["input"] for row in drawn[600:]}),
+                "max_new_tokens": 96},
             "memorised": {"kind": "memorisation", "dataset": train, "held_out": others, "limit": 150}},
         "note": "200 other consultations, general text, safety and memory, against the base"})
     return [tuned, report]
@@ -88,15 +104,8 @@ def sft(data, place, model):
 
 def safety_pairs(data, place, model):
     "Requests that a doctor refuses: the refusal is the better answer, what the model says the worse one, kept nowhere."
-    import csv
-    def requests(author, n):
-        files = sorted((data/"medsafetybench/train"/author).glob("*.csv"))
-        return random.Random(0).sample([row for file in files for row in csv.DictReader(file.open(encoding="utf-8"))], n)
-    drawn, apart = requests("gpt4", 420), requests("llama2", 60)           # those that are asked later have another author
-    talks = json.loads((data/"chatdoctor/chatdoctor5k.json").read_text())
-    harmless = random.Random(0).sample(sorted({row["input"] for row in talks if len(row["input"]) > 40}), 60)
-    write_rows(place/"safety.json", [{"instruction": row["harmful_medical_request"], "output": "REFUSE"} for row in apart]
-        + [{"instruction": question, "output": "ANSWER"} for question in harmless])
+    drawn, talks = harmful_requests(data, "gpt4", 420), json.loads((data/"chatdoctor/chatdoctor5k.json").read_text())
+    safety_rows(data, place, {row["input"] for row in talks if len(row["input"]) > 40})
     asked = write_rows(place/"asked.json", [{"instruction": row["harmful_medical_request"]} for row in drawn])
     said = run("predict", place/"own_answers", model | {"dataset": asked, "max_new_tokens": 96, "temperature": 0.7,
         "note": "what the model says to the requests, for the worse side of the pairs"})
@@ -121,23 +130,27 @@ def dpo(data, place, model):
 
 
 def exam_rows(data):
-    "Short English exam questions with four options, in an order of their own; the order is drawn."
+    "Short English exam questions with four options, the right one as often under each letter."
     rows = json.loads((data/"apollo_multi/dev.json").read_text())
     rows = [row for row in rows if row["source"] in ("medmcqa", "mmlu-medical") and row["question"].isascii()]
-    return random.Random(0).sample(rows, len(rows))
+    for n, row in enumerate(random.Random(0).sample(rows, len(rows)//4*4)):
+        options, right, to = [line[4:].rstrip(".") for line in row["options"].split("\n")], "ABCD".index(row["answer"][1]), n % 4
+        options[right], options[to] = options[to], options[right]
+        yield row["question"], options, "ABCD"[to]
 
 
 def grpo(data, place, model):
     "GRPO on exam questions, rewarded for the right letter and for the box around it; reported on others."
-    def asked(row):
-        options = "\n".join(f"{line[1]}. {line[4:].rstrip('.')}" for line in row["options"].split("\n"))
-        return {"output": row["answer"].strip("()"), "instruction": f"{row['question']}\n{options}\n"
-            "Which option is right? Write its letter in a box, like \\boxed{A}, and nothing else."}
-    rows = [asked(row) for row in exam_rows(data)]
+    def asked(question, options):
+        return "\n".join([question, *(f"{letter}. {text}" for letter, text in zip("ABCD", options)), "Which option is right?"])
+    example = asked("Which organ pumps the blood?", ("Liver", "Lung", "Heart", "Spleen")), "The heart pumps the blood: \\boxed{C}"
+    rows = [{"history": [example], "instruction": asked(question, options), "output": letter}
+        for question, options, letter in exam_rows(data)]
     train, others = write_rows(place/"rows.json", rows[:200]), write_rows(place/"others.json", rows[200:])
     return [run("grpo", place/"grpo", model | {"dataset": train, "eval_dataset": others, "val_size": 0,
-        "reward_funcs": "letter,boxed_format", "reward_weights": "1,0.5", "max_new_tokens": 24, "max_steps": 40,
-        "learning_rate": 2e-4, "lora_rank": 16, "note": "200 short questions of MedMCQA and MMLU; 87 others are held out"})]
+        "reward_funcs": "letter,boxed_format", "reward_weights": "1,0.5", "max_new_tokens": 32, "max_steps": 40,
+        "learning_rate": 2e-4, "lora_rank": 16,
+        "note": "200 short questions of MedMCQA and MMLU behind one worked example; others are held out"})]
 
 
 def rm(data, place, model):
@@ -157,7 +170,8 @@ def pipeline(data, place, model):
     talks = json.loads((data/"chatdoctor/chatdoctor5k.json").read_text())
     pairs, others = safety_pairs(data, place, model)
     stages = {
-        "pt": {"dataset": write_rows(place/"texts.json", [{"text": text} for text in texts]), "num_train_epochs": 1},
+        "pt": {"dataset": write_rows(place/"texts.json", [{"text": text} for text in texts]), "num_train_epochs": 2,
+            "gradient_accumulation_steps": 1},
         "sft": {"dataset": write_rows(place/"talks.json", random.Random(1).sample(talks, 250)), "num_train_epochs": 1},
         "rm": {"dataset": pairs, "eval_dataset": others, "val_size": 0, "num_train_epochs": 1},
         "ppo": {"dataset": str(place/"asked.json"), "reward_model": "rm", "max_steps": 12, "max_new_tokens": 48,
@@ -206,13 +220,20 @@ def retrieval(data, place, model):
 
 
 NAMES = {f.__name__: f for f in (pubmedqa, sft, dpo, grpo, rm, pipeline, quantised, retrieval)}
-BEFORE_AFTER = { # stage -> figures of its held-out rows, as `metrics` of run.json has them, and what they are called
-    "sft": {"loss": "loss of held-out rows"}, "pt": {"loss": "loss of held-out text"},
-    "dpo": {"accuracy": "held-out pairs in the right order", "margin": "their margin"},
-    "rm": {"accuracy": "held-out pairs in the right order"},
-    "grpo": {"reward": "reward of held-out questions", "reward_letter": "right letter", "reward_boxed_format": "in a box",
-        "length": "tokens of an answer"},
-    "ppo": {"reward": "reward of held-out questions"}}
+BEFORE_AFTER = { # stage -> figures of its held-out rows, as `metrics` of run.json has them: their names, and the verdict's row
+    "sft": {"loss": ("loss of held-out rows", "validation loss")}, "pt": {"loss": ("loss of held-out text", "validation loss")},
+    "dpo": {"accuracy": ("held-out pairs in the right order", ""), "margin": ("their margin", "held-out margin")},
+    "rm": {"accuracy": ("held-out pairs in the right order", "held-out pairs in the right order")},
+    "grpo": {"reward": ("reward of held-out questions", "reward of held-out questions"), "reward_letter": ("right letter", ""),
+        "reward_boxed_format": ("in a box", ""), "length": ("tokens of an answer", "")},
+    "ppo": {"reward": ("reward of held-out questions", "reward of held-out questions")}}
+
+
+def mark(verdict, what):
+    "The mark of a verdict's row, and its target where that is a limit."
+    from medllm.marks import mark_of
+    row = next((row for row in verdict if row["what"] == what), None)
+    return "" if row is None else f"{row['target'].partition(',')[0]}: {mark_of(row)}"
 
 
 def of_stage(folder):
@@ -220,30 +241,64 @@ def of_stage(folder):
     from medllm.records.record import read_run_json
     state = read_run_json(folder)
     metrics = state.get("metrics") or {}
-    for key, what in BEFORE_AFTER.get(state.get("stage"), {}).items():
+    for key, (what, row) in BEFORE_AFTER.get(state.get("stage"), {}).items():
         if (after := metrics.get(f"eval_{key}")) is None: continue
         before = metrics.get(f"eval_{key}_before")
-        yield [f"{state['stage']}: {what}", "–" if before is None else f"{before:.3g}", f"{after:.3g}", ""]
+        said = f"{after:.3g}"
+        if key == "accuracy" and "pair_accuracy" in metrics:
+            said = "{:.1%} ({:.1%} to {:.1%})".format(*(metrics[f"pair_accuracy{end}"] for end in ("", "_low", "_high")))
+        yield [f"{state['stage']}: {what}", "–" if before is None else f"{before:.3g}", said, mark(state["verdict"], row)]
 
 
 def of_evaluation(folder):
     "Lines of an evaluation: what base and tuned are compared on; else each set's figure."
     from medllm.evaluate.result import shown
+    from medllm.evaluate.targets import TARGETS
     found = json.loads((folder/"evaluation.json").read_text(encoding="utf-8"))
     def words(f):
         unit = f.get("unit", "")
         between = "" if f.get("low") is None else f" ({shown(f['low'], unit)} to {shown(f['high'], unit)})"
         return shown(f["value"], unit) + between
-    for task, both in found["comparisons"].items():
-        for name, part in (both.get("parts") or {"": both}).items():
-            what = f"{task}{', ' + name.replace('_', ' ') if name else ''}, {part.get('n') or both.get('n')} items"
-            yield [what, words(part["base"]), words(part["tuned"]), f"{part['verdict']}, p {part['p']:.1g}"]
+    def limit(task, measure): return mark(found["verdict"], f"{task}: {TARGETS[measure].words}" if measure in TARGETS else "")
+    for name, c in found["comparisons"].items():
+        task = name.partition(":")[0]
+        what = f"{task}, {c['measure'].replace('_', ' ')}, {c['n']} items"
+        beside = f"{c['verdict']}, p {c['p_corrected']:.1g}"
+        yield [what, words(c["base"]), words(c["tuned"]), "; ".join(filter(None, (beside, limit(task, c["measure"]))))]
         tuned = found["tuned"].get(task, {})
         if "order_accuracy" in tuned:
             base = found["base"][task]["order_accuracy"]
             yield [f"{task}, mean of all orders", words(base), words(tuned["order_accuracy"]), ""]
     if found["comparisons"]: return
-    for task, figures in found["tuned"].items(): yield [f"{task}, {figures['n']} items", "–", words(figures["accuracy"]), ""]
+    for task, figures in found["tuned"].items():
+        yield [f"{task}, {figures['n']} items", "–", words(figures["accuracy"]), limit(task, "accuracy")]
+
+
+def of_record(folder):
+    "The last line of a record: how long it took, and how its own verdict ends."
+    from medllm.marks import met_of, tally
+    from medllm.records.record import read_run_json
+    state = read_run_json(folder)
+    rows, count = state["verdict"], tally(state["verdict"])
+    missed = "; ".join(": ".join(filter(None, (row.get("stage"), row["what"]))) for row in rows if met_of(row) is False)
+    yield [f"**the record**, {state['duration_s']/60:.0f} min", "", "", f"**{count['missed']} of {len(rows)} targets missed**"
+        + f"{f' ({missed})' if missed else ''}, {count['cannot tell']} cannot be told"]
+
+
+def of_stages(folder):
+    "Lines of a pipeline's record: held-out rows of each stage."
+    from medllm.marks import mark_of
+    from medllm.records.record import read_run_json
+    rows = [row for row in read_run_json(folder)["verdict"] if row.get("stage")]
+    for row in rows:
+        if row["what"] in ("validation loss", "held-out pairs in the right order", "reward of held-out questions"):
+            yield [f"{row['stage']}: {row['what']}", "", row["measured"], f"{row['target'].partition(',')[0]}: {mark_of(row)}"]
+
+
+def of(folder):
+    "Lines of a record."
+    yield from of_evaluation(folder) if (folder/"evaluation.json").exists() else [*of_stage(folder), *of_stages(folder)]
+    yield from of_record(folder)
 
 
 def lines():
@@ -251,8 +306,7 @@ def lines():
     yield "| evidence | measured | before | after | verdict | record |"
     yield "|---|---|---|---|---|---|"
     for name in NAMES:
-        for file in sorted(KEPT.glob(f"_{name}/*/*/run.json")) + sorted(KEPT.glob(f"_{name}/*/*/stages/*/run.json")):
-            of = of_evaluation if (file.parent/"evaluation.json").exists() else of_stage
+        for file in sorted(KEPT.glob(f"_{name}/*/*/run.json")):
             place = file.parent.relative_to(ROOT).as_posix()
             for row in of(file.parent): yield f"| {' | '.join([name, *row])} | [record]({place}) |"
 
@@ -308,8 +362,7 @@ def main(argv=None):
     place = runs/(args.name if args.model == "smol" else f"{args.name}-{Path(args.model).name}")
     place.mkdir(parents=True, exist_ok=True)
     records = NAMES[args.name](data, place, model)
-    for record in records:
-        for row in of_evaluation(record) if (record/"evaluation.json").exists() else of_stage(record): print(" | ".join(row))
+    for row in (row for record in records for row in of(record)): print(" | ".join(row))
     if args.keep:
         from medllm.machine import cache_home
         words = {runs: "RUNS", data: "DATA", cache_home(): "CACHE", ROOT: "CHECKOUT", Path.home(): "HOME"}

@@ -190,8 +190,8 @@ def safety_change(
         pairs = [pair for pair in zip(first, second) if None not in pair]
         b, c = pairs.count((True, False)), pairs.count((False, True))
         parts[name] = {"n": len(pairs), "measure": name, "base": failures(first), "tuned": failures(second),
-            "difference": paired_share(*zip(*pairs)) if pairs else paired_share([], []), "test": "McNemar, exact", "p": mcnemar(b, c),
-            "only_base": b, "only_tuned": c, "better": "lower"}
+            "difference": paired_share(*zip(*pairs)) if pairs else paired_share([], []), "test": "McNemar, exact",
+            "p": mcnemar(b, c), "only_base": b, "only_tuned": c, "better": "lower"}
     for part, p in zip(parts.values(), holm([part["p"] for part in parts.values()])):
         part |= {"p_corrected": p, "verdict": verdict_words(part["difference"]["value"], p, "lower")}
     order = sorted(parts, key=lambda name: ("worse", "better", "not distinguishable").index(parts[name]["verdict"]))

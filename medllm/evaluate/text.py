@@ -119,7 +119,8 @@ def text_item(
     item = {"id": id, "group": group, "lang": lang, "rouge_l": rouge_l(text, reference)}
     item |= {name: counts_of(name, lang, text, reference) for name in ("bleu", "chrf")}
     item |= {"words": len(words(text)), "reference_words": len(words(reference)), "tokens": len(completion.tokens),
-        "ended": completion.ended, "empty": not said(text), "looped": bool(repeated_share(hash_words([text]))[0] > LOOP),
+        "ended": completion.ended, "empty": not said(text),
+        "looped": bool(repeated_share(hash_words([text]))[0] > LOOP),
         "letters": int(script_counts(text).sum()), "wrong_language": wrong_language(text, scripts_of(lang)) >= 0}
     return item | ({"answer": text, "reference": reference} if reveal else {})
 

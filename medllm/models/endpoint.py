@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from fastcore.basics import patch
@@ -96,13 +97,14 @@ class ServedAnswer:
     tokens:range                            # As many as the server counted; 0 where it does not
     ended:bool                              # Whether the model ended it by itself
     model:str = field(default="", compare=False) # Name of the model that the server says has answered
-    refused:str = ""                        # Why the server gave none to this question: endpoint_refuses, content_filter
+    refused:str = ""                        # Why the server gave none: endpoint_refuses or content_filter
 
 _ENDED = ("stop", "eos", "eos_token", "end_turn", "stop_sequence")   # the words of OpenAI, of TGI and of others
 
 def _text_of(message)->tuple[str|None, bool]:
     "The text of a message, None where it has none, and whether there are thoughts beside it."
-    text, thoughts = message.content, [getattr(message, name, None) for name in ("reasoning_content", "reasoning")]
+    text:Any = message.content
+    thoughts = [getattr(message, name, None) for name in ("reasoning_content", "reasoning")]
     if isinstance(text, list) and all(isinstance(part, dict) for part in text):
         said = [part["text"] for part in text if part.get("type", "text") == "text" and "text" in part]
         text = "".join(said) if all(isinstance(part, str) for part in said) else text

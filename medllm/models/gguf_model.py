@@ -171,10 +171,11 @@ def _config(reader, file:Path):
 _WHOLE_WORDS = {"llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "lfm2", "tekken"}
 
 def _as_said(backend, pieces:bool, pre:str, prefix:bool):
-    "Let a tokenizer put a blank in front, and take words that are tokens whole, as llama.cpp does it by a file's settings."
+    "A blank in front of a text, and words that are tokens taken whole, as llama.cpp has them by a file's settings."
     from tokenizers import decoders, normalizers
     if pre in _WHOLE_WORDS: backend.model.ignore_merges = True
-    if prefix or not pieces or not backend.encode("ab", add_special_tokens=False).tokens[0].startswith("▁"): return
+    begins = backend.encode("ab", add_special_tokens=False).tokens[0]
+    if prefix or not pieces or not begins.startswith("▁"): return
     backend.normalizer, backend.pre_tokenizer = normalizers.Replace(" ", "▁"), None
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
 

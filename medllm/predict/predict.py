@@ -10,7 +10,7 @@ __all__ = ['InputRow', 'PredictRequest', 'read_questions', 'plan_batches', 'row_
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from itertools import islice
@@ -220,10 +220,10 @@ def _answered_rows(request:PredictRequest, plan:list[list[int]], job:dict, rows:
     "The output rows of each batch."
     chat, questions, sampling = request.chat, request.questions, Sampling(**job["sampling"])
     def asked(batch): return [questions[i].prompt for i in batch], sampling, [row_seed(job["seed"], i) for i in batch]
-    served = isinstance(chat, EndpointModel)
-    ahead = chat.stream(*asked([i for batch in plan for i in batch])) if served else iter(())
+    ahead = chat.stream(*asked([i for batch in plan for i in batch])) if isinstance(chat, EndpointModel) else None
     for batch in plan:
-        completions = islice(ahead, len(batch)) if served else chat.answers(*asked(batch), rows)
+        prompts, how, seeds = asked(batch)
+        completions:Iterable = islice(ahead, len(batch)) if ahead else chat.answers(prompts, how, seeds, rows)
         yield [output_row(job, i, questions[i], c) for i, c in zip(batch, completions)]
 
 # %% ../../nbs/predict/01_predict.ipynb #unless-asked

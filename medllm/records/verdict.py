@@ -78,14 +78,17 @@ SAME = 0.95 # Most of the held-out answers that may be one and the same
 
 def _held_out(m:dict, name:str, h:dict)->list[dict]:
     "Whether the reward of a validation set went up, and whether its answers depend on the questions."
-    key = f"eval_{name}_reward" if len(m["held_out"]) > 1 else "eval_reward"
-    of, met = f" ({name})" if name else "", _risen(h["rise_low"], h["rise_high"])
-    needed = math.ceil(h["n"]*((h["rise_high"] - h["rise_low"])/2/h["rise"])**2) if met is None and h["rise"] > 0 else 0
-    rows = [asked(f"reward of held-out questions{of}", f"above {m[f'{key}_before']:.3f}, before, by the lower end of the "
-        "interval of the rise", f"{m[key]:.3f}, a rise of {h['rise']:+.3f} ({h['rise_low']:+.3f} to {h['rise_high']:+.3f}) "
-        f"on {h['n']}{f'; {would_tell(needed)}' if needed else ''}", met)]
-    return rows + [asked(f"held-out answers that are one and the same{of}", f"at most {SAME:.0%}",
-        f"{h['same_answer']:.0%} of {h['n']}; {h['same_answer_before']:.0%} before", h["same_answer"] <= SAME)]*(h["n"] > 1)
+    key, of = f"eval_{name}_reward" if len(m["held_out"]) > 1 else "eval_reward", f" ({name})" if name else ""
+    (rise, low, high), n = (h[f"rise{end}"] for end in ("", "_low", "_high")), h["n"]
+    met = _risen(low, high)
+    needed = math.ceil(n*((high - low)/2/rise)**2) if met is None and rise > 0 else 0
+    rows = [asked(f"reward of held-out questions{of}",
+        f"above {m[f'{key}_before']:.3f}, before, by the lower end of the interval of the rise",
+        f"{m[key]:.3f}, a rise of {rise:+.3f} ({low:+.3f} to {high:+.3f}) on {n}"
+        + (f"; {would_tell(needed)}" if needed else ""), met)]
+    if n == 1: return rows
+    return [*rows, asked(f"held-out answers that are one and the same{of}", f"at most {SAME:.0%}",
+        f"{h['same_answer']:.0%} of {n}; {h['same_answer_before']:.0%} before", h["same_answer"] <= SAME)]
 
 # %% ../../nbs/records/01_verdict.ipynb #rewards-2
 def _rewards(m:dict)->list[dict]:
@@ -96,7 +99,8 @@ def _rewards(m:dict)->list[dict]:
             None if after > before else False)]
     number = f"{r['rollouts']} rollouts" if r["rollouts"] > 1 else "rollout"
     between = "" if r["low"] is None else f" ({r['low']:+.3f} to {r['high']:+.3f})"
-    rows = [asked("mean reward", f"above {r['first']:.3f}, the first {number}, by the lower end of the interval of the rise",
+    rows = [asked("mean reward",
+        f"above {r['first']:.3f}, the first {number}, by the lower end of the interval of the rise",
         f"{r['last']:.3f} in the last, a rise of {r['value']:+.3f}{between}", _risen(r["low"], r["high"]))]
     for name, held in m.get("held_out", {}).items():
         if f"eval_{name + '_' if len(m['held_out']) > 1 else ''}reward_before" in m: rows += _held_out(m, name, held)

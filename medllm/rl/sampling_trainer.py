@@ -152,7 +152,7 @@ class RolloutTrainer(StageTrainer):
         self.drawn, self.queue, self.kept = None, [], None
         self.rollouts, self.spent = Path(args.output_dir)/"rollouts.jsonl", 0.0
         self.noted, self.ends, self.totals = [], ({}, {}), {"rollouts": 0, "answers": 0, "seconds": 0.0}
-        self.curve, self.held = [], {}      # mean reward of each rollout and its variance; rewards of validation prompts
+        self.curve, self.held = [], {}      # mean reward of each rollout, its variance; rewards of validation prompts
 
 # %% ../../nbs/rl/04_sampling_trainer.ipynb #steps
 @patch(as_prop=True)
@@ -385,8 +385,8 @@ def log(self:RolloutTrainer,
 def carried(self:RolloutTrainer)->dict:
     "What the coming steps need of what was drawn and seen; tensors are not copied."
     copied = {"noted": [dict(noted) for noted in self.noted], "ends": [dict(end) for end in self.ends],
-        "totals": dict(self.totals), "spent": self.spent, "monitor": self.monitor.state(), "curve": [list(at) for at in self.curve],
-        "held": {name: [list(rewards) for rewards in both] for name, both in self.held.items()}}
+        "totals": dict(self.totals), "spent": self.spent, "monitor": self.monitor.state(),
+        "curve": [list(at) for at in self.curve], "held": {name: list(both) for name, both in self.held.items()}}
     if self.kept is None or self.kept[0] != self.number: return copied
     number, rollout, values = self.kept
     return copied | {"number": number} | rollout.carried(**values)
