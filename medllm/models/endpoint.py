@@ -171,17 +171,20 @@ class EndpointModel:
                 f"--model_name_or_path, of a judge with its option judge_model; it serves {', '.join(names[:5])}")
         return self.endpoint.model or names[0]
 
-    def prompt(self,
-        turns:Sequence[Turn], # Up to the question that is to be answered
-        system:str = "",      # System text; "" for the default
-        tools:str = "",       # Must be empty
-    )->MessagesPrompt:
-        "The conversation as the server is asked it."
-        return self.renderer.encode([Example(tuple(turns), system, tools)])[0][0]
+# %% ../../nbs/models/15_endpoint.ipynb #prompt
+@patch
+def prompt(self:EndpointModel,
+    turns:Sequence[Turn], # Up to the question that is to be answered
+    system:str = "",      # System text; "" for the default
+    tools:str = "",       # Must be empty
+)->MessagesPrompt:
+    "The conversation as the server is asked it."
+    return self.renderer.encode([Example(tuple(turns), system, tools)])[0][0]
 
-    def facts(self)->dict: # endpoint, model, answered_by
-        "Which server and model gave the answers."
-        return {"endpoint": self.endpoint.place, "model": self.name, "answered_by": sorted(self.answered_by)}
+@patch
+def facts(self:EndpointModel)->dict: # endpoint, model, answered_by
+    "Which server and model gave the answers."
+    return {"endpoint": self.endpoint.place, "model": self.name, "answered_by": sorted(self.answered_by)}
 
 # %% ../../nbs/models/15_endpoint.ipynb #answers
 _REFUSING = (400, 413, 422)   # of a question that is too long, or that a filter refuses: or of all, for a setting

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import torch
 
 from ..core import UserError, log_line
-from .rollout import add_rewards
+from .rollout import add_rewards, plan_rollouts
 from ..train.arguments import Arguments
 from ..train.inputs import TrainingData
 from .monitor import kl_estimate
 from ..train.objectives import row_sums
 from ..train.reference import make_reference
 from .reward_parts import reward_parts
-from .sampling_trainer import RolloutObjective, RolloutTrainer, plan_rollouts
+from .sampling_trainer import RolloutObjective, RolloutTrainer
 from ..train.start import start_model
 
 # %% ../../nbs/rl/05_grpo.ipynb #advantage

@@ -19,13 +19,13 @@ from ..models.adapters import adapt
 from ..models.adapter_roles import copy_adapter
 from ..models.reward_model import load_scorer
 from .value_head import ModelCritic, RoleCritic, is_critic, remember_adapter
-from .rollout import Rollout, add_rewards
+from .rollout import Rollout, add_rewards, plan_rollouts
 from ..train.arguments import Arguments
 from ..train.inputs import TrainingData
 from ..train.reference import make_reference
 from ..train.report_card import saved_head
 from .reward_parts import RewardParts, reward_parts
-from .sampling_trainer import RolloutObjective, RolloutTrainer, plan_rollouts
+from .sampling_trainer import RolloutObjective, RolloutTrainer
 from ..train.start import start_model
 
 # %% ../../nbs/rl/06_ppo.ipynb #tokens

@@ -48,7 +48,8 @@ def ours(o):
     from medllm.models.sampling import Sampling
     from medllm.rl.rollout import Reward
     from medllm.rl.grpo import GrpoLoss, GrpoObjective
-    from medllm.rl.sampling_trainer import RolloutPlan, RolloutTrainer
+    from medllm.rl.rollout import RolloutPlan
+    from medllm.rl.sampling_trainer import RolloutTrainer
     from medllm.train.examples import Prompts
     tokenizer = load_tokenizer(o["model"])
     ids = [np.array(tokenizer(t).input_ids[:o["prompt"]], np.int32) for t in texts(o, o["prompts"]*o["steps"])]

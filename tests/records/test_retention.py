@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 from commands import ROOT, medllm, named, run
 from written_files import change, edit, fake, size, state_of, write
 
@@ -72,12 +73,13 @@ def crash_at(k, runs):
     except BaseException: os._exit(1)
 
 
-def test_fifty_crashes_within_gc(tmp_path):
+@pytest.mark.parametrize("crashes", [range(1, 51, 4), pytest.param(range(1, 51), marks=pytest.mark.slow)], ids=["some", "fifty"])
+def test_crashes_within_gc(crashes, tmp_path):
     "After each crash nothing that has to stay is touched, and a second gc comes to the same end."
     from medllm.records.retention import collect, waste
     a_month_of_runs(tmp_path/"first")
     before, crashed = places(tmp_path/"first"), 0
-    for k in range(1, 51):
+    for k in crashes:
         runs = tmp_path/f"runs-{k}"
         shutil.copytree(tmp_path/"first", runs)
         for file in (runs/"sft").glob("*/trainer_state.json"): change(file, str(tmp_path/"first"), str(runs))
@@ -89,7 +91,7 @@ def test_fifty_crashes_within_gc(tmp_path):
         collect(waste(runs, 14))
         assert places(runs) == stays(before), k
         shutil.rmtree(runs)
-    assert crashed >= 20, crashed
+    assert crashed >= 0.4*len(crashes), crashed
 
 
 def test_the_model_of_a_run_that_prepares_its_rows_stays(tmp_path):

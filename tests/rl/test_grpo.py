@@ -23,7 +23,8 @@ from medllm.rl.grpo import GRPO_LOSSES, GrpoLoss, GrpoObjective, group_advantage
 from medllm.train.inputs import prepare_data
 from medllm.rl.monitor import Halted, kl_estimate
 from medllm.train.objectives import SelectedHead
-from medllm.rl.sampling_trainer import RolloutPlan, RolloutTrainer
+from medllm.rl.rollout import RolloutPlan
+from medllm.rl.sampling_trainer import RolloutTrainer
 from medllm.train.examples import Prompts
 
 LONGEST, EACH = 9, 4
