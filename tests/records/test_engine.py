@@ -361,7 +361,7 @@ print(torn)
 
 
 def test_a_crash_inside_a_write_never_harms_the_record(tmp_path):
-    torn = lambda kind: int(run(sys.executable, "-c", WRITERS, kind, 12, cwd=tmp_path, PYTHONPATH=str(ROOT)).stdout)
+    torn = lambda kind: int(run(sys.executable, "-c", WRITERS, kind, 30, cwd=tmp_path, PYTHONPATH=str(ROOT)).stdout)
     assert torn("papermill") > 0
     assert torn("ours") == 0
 
