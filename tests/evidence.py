@@ -232,7 +232,7 @@ BEFORE_AFTER = { # stage -> figures of its held-out rows, as `metrics` of run.js
 def mark(verdict, what):
     "The mark of a verdict's row, and its target where that is a limit."
     from medllm.marks import mark_of
-    row = next((row for row in verdict if row["what"] == what), None)
+    row = next((row for row in verdict if what and row["what"].startswith(what)), None)
     return "" if row is None else f"{row['target'].partition(',')[0]}: {mark_of(row)}"
 
 
@@ -323,7 +323,7 @@ def without_places(folder, places):
     cells = ["".join(c["source"]) for c in json.loads((folder/"record.ipynb").read_text(encoding="utf-8"))["cells"]]
     moved = {sha256(cell): sha256(plain(cell)) for cell in cells if plain(cell) != cell}     # the cell of parameters
     for file in folder.rglob("*"):
-        if file.suffix not in (".json", ".jsonl", ".ipynb", ".md", ".txt", ".html"): continue
+        if file.suffix not in (".json", ".jsonl", ".ipynb", ".md", ".txt", ".log", ".html"): continue
         whole = file.read_text(encoding="utf-8")
         text = plain(whole)
         for old, new in moved.items(): text = text.replace(old, new)

@@ -79,15 +79,18 @@ def row_of(
 
 # %% ../../nbs/records/12_listing.ipynb #where
 def field_of(
-    table:dict, # Of tables
+    table,      # Of tables and lists
     path:str,   # "metrics.loss_last"
 ):              # None when there is none
     "A value by its dotted path."
-    for part in path.split("."):
-        if isinstance(table, list) and part.isdigit() and int(part) < len(table): table = table[int(part)]
-        elif isinstance(table, dict) and part in table: table = table[part]
-        else: return None
-    return table
+    if isinstance(table, list): table = {str(n): item for n, item in enumerate(table)}
+    if not isinstance(table, dict): return None
+    if path in table: return table[path]
+    parts = path.split(".")
+    for end in range(1, len(parts)):                         # a name may have dots itself: that of a file, for one
+        found = field_of(table.get(".".join(parts[:end])), ".".join(parts[end:]))
+        if found is not None: return found
+    return None
 
 # %% ../../nbs/records/12_listing.ipynb #condition
 _COMPARE = {"=": operator.eq, "!=": operator.ne, "<": operator.lt, ">": operator.gt, "<=": operator.le,

@@ -78,7 +78,8 @@ SAME = 0.95 # Most of the held-out answers that may be one and the same
 
 def _held_out(m:dict, name:str, h:dict)->list[dict]:
     "Whether the reward of a validation set went up, and whether its answers depend on the questions."
-    key, of = f"eval_{name}_reward" if len(m["held_out"]) > 1 else "eval_reward", f" ({name})" if name else ""
+    several = len(m["held_out"]) > 1
+    key, of = (f"eval_{name}_reward", f" ({name})") if several else ("eval_reward", "")
     (rise, low, high), n = (h[f"rise{end}"] for end in ("", "_low", "_high")), h["n"]
     met = _risen(low, high)
     needed = math.ceil(n*((high - low)/2/rise)**2) if met is None and rise > 0 else 0

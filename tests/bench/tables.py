@@ -21,11 +21,13 @@ def training(name):
 
 
 def likelihood(name="likelihood_results.json"):
-    """Rows of the table beside lm-evaluation-harness: questions, picks that are the same, questions a second."""
-    for exam, found in measured(name)["exams"].items():
+    """Rows of the table beside lm-evaluation-harness: same picks, questions a second, their ratio and that of each round."""
+    whole = measured(name)
+    for exam, found in whole["exams"].items():
         speed, same = found["items_per_second"], found["items"] - found["picks_that_differ"]
+        each = sorted(one["lm_eval"][exam] / one["medllm"][exam] for one in whole["rounds"])
         yield (f"| {EXAMS[exam]} | {same} of {found['items']} | {speed['medllm']:.1f} | {speed['lm_eval']:.1f} | "
-               f"{found['ratio']:.1f} |")
+               f"{found['ratio']:.1f} ({each[0]:.1f} to {each[-1]:.1f}) |")
 
 
 TABLES = {"sft_results.json": training, "sft_smol_results.json": training, "likelihood_results.json": likelihood}
