@@ -173,6 +173,7 @@ def model_judge(
 def named_judge(
     name:str,        # A model, the address of a server (http://host:8000/v1), or module:function
     key:str = "",    # env:NAME of the server's key
+    model:str = "",  # Its name on a server that has several
 )->tuple[Judge, dict]: # The judge, and its facts
     "The judge of a task. Raises `UserError` when it cannot be found."
     if not name:
@@ -180,7 +181,8 @@ def named_judge(
             "a rubric needs a judge: name a model folder, a server's address, or a function as module:function, with "
             "the option judge")
     if name.startswith(("http://", "https://")):
-        chat = load_chat_model(ModelChoice(endpoint=name, endpoint_api_key=key))
+        chosen = model or ModelChoice.model_name_or_path
+        chat = load_chat_model(ModelChoice(chosen, endpoint=name, endpoint_api_key=key))
         return model_judge(chat), {"judge": model_facts(chat)}
     module, colon, function = name.partition(":")
     if not colon or "/" in module:
@@ -248,10 +250,11 @@ def judge_answers(
 @measures("rubric")
 def measure_rubric(
     chat:ChatModel, # Model that answers
-    task:Task,      # Dataset; options judge, attempts, repeats, max_new_tokens
+    task:Task,      # Dataset; options judge, judge_model, attempts, repeats, max_new_tokens
 )->Result:          # From `judge_answers`
     "Answers judged by their criteria. Raises `UserError` when judge or criteria are missing."
-    judge, known = named_judge(str(task.options.get("judge", "")), str(task.options.get("judge_api_key", "")))
+    def option(name): return str(task.options.get(name, ""))
+    judge, known = named_judge(option("judge"), option("judge_api_key"), option("judge_model"))
     rows, skipped, sha256 = read_rubrics(chat, task)
     questions = [question for question, _ in rows]
     answers, drawn = answers_to(chat, questions, task)

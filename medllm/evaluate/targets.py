@@ -179,6 +179,8 @@ def _judged(c:dict, t:Target|None)->dict:
     if c.get("same_model"): return idle | {"said": "not asked: both are one model"}
     if margin is None and c["verdict"] == "worse": return idle | {"asked": True, "not_worse": False, "said": "worse"}
     if margin is None: return idle | {"said": "not asked: no margin is stated"}
+    if not c.get("n", 1):
+        return idle | {"asked": True, "needed": None, "said": "cannot tell; there are no answers to compare"}
     if _room(c) <= margin: return idle | {"said": "not asked: the base model could not do worse"}
     met = not_worse(c["difference"], c.get("n", 0), margin, c.get("better", "higher"), c["verdict"])
     needed = items_needed(c["difference"], c.get("n", 0), margin, c.get("better", "higher")) if met is None else None

@@ -205,14 +205,18 @@ def _ask(self:EndpointModel, messages:Sequence[dict], seed:int, sampling:Samplin
 
 # %% ../../nbs/models/15_endpoint.ipynb #refused
 @patch
-def _refuses_one(self:EndpointModel, sampling:Sampling)->bool:
-    "Whether a short question is answered with these settings; it is asked once."
+def _refuses_one(self:EndpointModel, prompt:MessagesPrompt, sampling:Sampling)->bool:
+    "Whether a short question is answered with these settings and this system text; it is asked once."
     import openai
+    front = [message for message in prompt.messages if message["role"] == "system"]
+    key = sampling, json.dumps(front)
     with self._lock:
-        if sampling not in self._takes:
-            try: self._takes[sampling] = bool(self._ask([{"role": "user", "content": "Hello"}], 0, sampling))
-            except (openai.OpenAIError, ValueError): self._takes[sampling] = False
-        return self._takes[sampling]
+        if key not in self._takes:
+            try: self._takes[key] = bool(self._ask([*front, {"role": "user", "content": "Hello"}], 0, sampling))
+            except (openai.OpenAIError, ValueError) as e:
+                if getattr(e, "status_code", None) not in _REFUSING: return False           # it may pass
+                self._takes[key] = False
+        return self._takes[key]
 
 @patch
 def _one(self:EndpointModel, prompt:MessagesPrompt, seed:int, sampling:Sampling)->ServedAnswer:
@@ -220,7 +224,7 @@ def _one(self:EndpointModel, prompt:MessagesPrompt, seed:int, sampling:Sampling)
     import openai
     try: reply = self._ask(prompt.messages, seed, sampling)
     except (openai.OpenAIError, ValueError) as e:
-        if getattr(e, "status_code", None) in _REFUSING and self._refuses_one(sampling):
+        if getattr(e, "status_code", None) in _REFUSING and self._refuses_one(prompt, sampling):
             return ServedAnswer("", range(0), False, self.name, "endpoint_refuses")
         raise _failed(self.endpoint, e) from None
     return _answer_in(reply, self.endpoint.place)
@@ -243,7 +247,7 @@ def stream(self:EndpointModel,
             ahead.append(pool.submit(self._one, prompt, seed, sampling))
             if len(ahead) == 4*self.endpoint.concurrency: yield next_one()
         while ahead: yield next_one()
-    finally: pool.shutdown(wait=False, cancel_futures=True)                 # asked to stop: nothing is waited for
+    finally: pool.shutdown(wait=False, cancel_futures=True)                 # what is not asked yet is not asked
 
 @patch
 def answers(self:EndpointModel,

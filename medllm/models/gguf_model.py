@@ -174,8 +174,8 @@ def _as_said(backend, pieces:bool, pre:str, prefix:bool):
     "A blank in front of a text, and words that are tokens taken whole, as llama.cpp has them by a file's settings."
     from tokenizers import decoders, normalizers
     if pre in _WHOLE_WORDS: backend.model.ignore_merges = True
-    begins = backend.encode("ab", add_special_tokens=False).tokens[0]
-    if prefix or not pieces or not begins.startswith("▁"): return
+    if prefix or not pieces: return
+    if not "".join(backend.encode("ab", add_special_tokens=False).tokens).startswith("▁"): return
     backend.normalizer, backend.pre_tokenizer = normalizers.Replace(" ", "▁"), None
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
 

@@ -131,42 +131,52 @@ def check_kl(self:Monitor,
             f"{self.kl_limit:g}: lower --learning_rate, or raise --kl_coef")
 
 # %% ../../nbs/rl/03_monitor.ipynb #rise
-def _mean_reward(part:list)->tuple[float, float|None]:
-    "Mean of several rollouts' rewards, and its variance; None where one prompt tells nothing of others."
-    means, inside = zip(*part)
-    if None not in inside: return statistics.fmean(means), sum(inside)/len(part)**2
-    return statistics.fmean(means), statistics.variance(means)/len(part) if len(part) > 1 else None
+def _mean_reward(part:list)->tuple[float, float, float]|None:
+    "Mean of several rollouts' rewards, its variance, and the degrees of freedom of that; None where they are too few."
+    means, inside, prompts = zip(*part)
+    free = sum(prompts) - len(part) if None not in inside else len(part) - 1
+    if free < 3: return None
+    spread = sum(inside)/len(part)**2 if None not in inside else statistics.variance(means)/len(part)
+    return (statistics.fmean(means), spread, free) if spread > 0 else None
 
 def rise(
-    curve:list, # Of each rollout: the mean reward, and the variance of this mean, None if it has one prompt
+    curve:list, # Of each rollout: the mean reward, the variance of this mean, None if it has one prompt, and prompts
 )->dict:        # first, last, value, low, high, rollouts
-    "By how much the reward of the last quarter of the rollouts is above that of the first, with its 95% interval."
+    ("By how much the reward of the last quarter of the rollouts is above that of the first, with its 95% interval "
+        "(Welch 1947).")
+    from scipy.stats import t
     size = max(1, len(curve)//4)
-    (first, a), (last, b) = map(_mean_reward, (curve[:size], curve[-size:]))
-    error = None if a is None or b is None else Z95*math.sqrt(a + b)
-    ends = (None, None) if error is None else (last - first - error, last - first + error)
-    return {"first": first, "last": last, "value": last - first, "low": ends[0], "high": ends[1], "rollouts": size}
+    first, last = (statistics.fmean(m for m, *_ in part) for part in (curve[:size], curve[-size:]))
+    found = {"first": first, "last": last, "value": last - first, "low": None, "high": None, "rollouts": size}
+    (a, b) = map(_mean_reward, (curve[:size], curve[-size:]))
+    if a is None or b is None: return found
+    free = (a[1] + b[1])**2/(a[1]**2/a[2] + b[1]**2/b[2])
+    error = float(t.ppf(0.975, free))*math.sqrt(a[1] + b[1])
+    return found | {"low": last - first - error, "high": last - first + error}
 
 # %% ../../nbs/rl/03_monitor.ipynb #held-out
 class HeldOut:
     "The first and the last validation of each set, prompt by prompt."
     def __init__(self,
-        sets:dict|None = None, # Of an earlier process: name -> rewards and the share of the commonest answer, twice
+        sets:dict|None = None, # Of an earlier process: name -> rewards, prompts, share of the commonest answer, twice
     ): self.sets = dict(sets or {})
 
     def add(self,
         name:str, # Of the set; "" for the only one
-        answers:list[tuple[int, float, str]], # Number of each prompt, its reward, its answer
+        answers:list[tuple[int, float, str, str]], # Number of each prompt, its reward, its answer, a hash of the prompt
     ):
         "Note a validation."
-        common = Counter(text.strip() for _, _, text in answers).most_common(1)[0][1]/len(answers) if answers else 0.0
-        now = {"rewards": [reward for _, reward, _ in sorted(answers, key=lambda one: one[0])], "same": common}
+        answers = sorted(answers, key=lambda one: one[0])
+        _, rewards, texts, prompts = map(list, zip(*answers)) if answers else ([], [], [], [])
+        common = Counter(text.strip() for text in texts).most_common(1)
+        now = {"rewards": rewards, "prompts": prompts, "same": common[0][1]/len(answers) if common else 0.0}
         self.sets[name] = [self.sets.get(name, [now])[0], now]
 
     def changes(self)->dict: # Set -> n, rise, rise_low, rise_high, same_answer, same_answer_before
-        "What validation came to."
+        "What validation came to; nothing of a set that has other prompts than in the beginning."
         out = {}
         for name, (first, last) in self.sets.items():
+            if first["prompts"] != last["prompts"] or not last["prompts"]: continue
             change = paired(first["rewards"], last["rewards"])
             out[name] = {"n": len(last["rewards"]), "same_answer_before": first["same"], "same_answer": last["same"],
                 **{f"rise{end}": change[key] for end, key in (("", "value"), ("_low", "low"), ("_high", "high"))}}

@@ -9,6 +9,7 @@ __all__ = ['RolloutObjective', 'RolloutTrainer']
 import json
 import time
 from collections.abc import Callable, Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -261,7 +262,8 @@ def watch(self:RolloutTrainer,
         "entropy": (entropy.sum()/lengths.sum()).item()}
     self.noted.append(noted)
     means = rewards.view(-1, rollout.num_generations).mean(1).double()          # of each prompt
-    self.curve.append([noted["reward"], means.var().item()/len(means) if len(means) > 1 else None])
+    spread = means.var().item()/len(means) if len(means) > 1 else None
+    if self.curve is not None: self.curve.append([noted["reward"], spread, len(means)])
     self.ends = self.ends[0] or noted, noted
     self.totals["rollouts"] += 1
     self.totals["answers"] += len(rewards)
@@ -305,7 +307,7 @@ def summary(self:RolloutTrainer)->dict:
         "answers": self.totals["answers"], "rollout_seconds": self.totals["seconds"],
         "flat_batches": self.monitor.flat, "prompts_computed_once": self.objective.layout.shared,
         **({"reward_rise": rise(self.curve)} if self.curve else {}),
-        **({"held_out": self.held.changes()} if self.held.sets else {})}
+        **({"held_out": self.held.changes()} if self.held and self.held.sets else {})}
 
 # %% ../../nbs/rl/04_sampling_trainer.ipynb #log
 @patch
@@ -331,7 +333,7 @@ def carried(self:RolloutTrainer)->dict:
     "What the coming steps need of what was drawn and seen; tensors are not copied."
     copied = {"noted": [dict(noted) for noted in self.noted], "ends": [dict(end) for end in self.ends],
         "totals": dict(self.totals), "spent": self.spent, "monitor": self.monitor.state(),
-        "curve": [list(at) for at in self.curve], "held": self.held.sets}
+        "curve": self.curve and [list(at) for at in self.curve], "held": self.held and self.held.sets}
     if self.kept is None or self.kept[0] != self.number: return copied
     number, rollout, values = self.kept
     return copied | {"number": number} | rollout.carried(**values)
@@ -345,16 +347,18 @@ def take_carried(self:RolloutTrainer,
     self.noted, self.ends = state["noted"], tuple(state["ends"])
     self.totals, self.spent = state["totals"], state["spent"]
     self.monitor.load_state(state["monitor"])
-    self.curve, self.held = state.get("curve", []), HeldOut(state.get("held"))
+    self.curve = state.get("curve")                       # None: of a version that kept none
+    self.held = None if state.get("held") is None else HeldOut(state["held"])
     self.drawn, self.kept = None, (state["number"], *rollout_again(state)) if "number" in state else None
 
 # %% ../../nbs/rl/04_sampling_trainer.ipynb #held-out
 @patch
-def _hold(self:RolloutTrainer, units, held:list[tuple[int, float, str]]):
-    "Keep the reward of each prompt of a validation set: number, reward, answer."
+def _hold(self:RolloutTrainer, units, held:list[tuple[int, float, str, str]]):
+    "Keep the reward of each prompt of a validation set: number, reward, answer, hash."
     if self.args.world_size > 1:
         from accelerate.utils import gather_object
         held = gather_object(held)
+    if self.held is None: return                          # the run began before these were kept
     several = self.eval_dataset.items() if isinstance(self.eval_dataset, dict) else ()
     self.held.add(next((name for name, of in several if of is units), ""), held)
 
@@ -371,7 +375,8 @@ def _total(self:RolloutTrainer, model, units)->torch.Tensor:
         sums = [rewards.sum(), rollout.lengths.sum(), rollout.ended.sum(), *(parts[name].nansum() for name in names),
             *((~parts[name].isnan()).sum() for name in names), len(rollout)]
         total += torch.tensor([float(x) for x in sums]).to(total)
-        held += zip(rollout.index.tolist(), rewards.double().tolist(), rollout.texts)
+        known = [blake2b(np.ascontiguousarray(ids).tobytes(), digest_size=8).hexdigest() for ids in rollout.prompts]
+        held += zip(rollout.index.tolist(), rewards.double().tolist(), rollout.texts, known)
         self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
     self._hold(self.eval_dataset if units is None else units, held)
     return self.accelerator.reduce(total, "sum") if self.args.world_size > 1 else total
