@@ -108,7 +108,7 @@ def _text_of(message)->tuple[str|None, bool]:
     if isinstance(text, list) and all(isinstance(part, dict) for part in text):
         said = [part["text"] for part in text if part.get("type", "text") == "text" and "text" in part]
         text = "".join(said) if all(isinstance(part, str) for part in said) else text
-    return getattr(message, "refusal", None) if text is None else text, any(thoughts)
+    return text or getattr(message, "refusal", None) or text, any(thoughts)
 
 # %% ../../nbs/models/15_endpoint.ipynb #answer-in
 def _answer_in(reply, place:str)->ServedAnswer:

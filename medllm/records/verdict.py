@@ -93,24 +93,24 @@ def _held_out(m:dict, name:str, h:dict)->list[dict]:
         f"{h['same_answer']:.0%} of {n}; {h['same_answer_before']:.0%} before", h["same_answer"] <= SAME)]
 
 # %% ../../nbs/records/01_verdict.ipynb #rewards-2
+def _by_ends(what:str, before:float, after:float)->dict:
+    "A reward without an interval: that it rose cannot be told, that it did not can."
+    return asked(what, f"above {before:.3f}, where it began", f"{after:.3f}", None if after > before else False)
+
 def _rewards(m:dict)->list[dict]:
     "Whether the reward went up, in training and on held-out questions."
-    if not (r := m.get("reward_rise")):                                # of a record of earlier versions: no interval
-        before, after = m["first_rollout"]["reward"], m["last_rollout"]["reward"]
-        rows = [asked("mean reward", f"above {before:.3f}, where it began", f"{after:.3f}",
-            None if after > before else False)]
-        if "eval_reward_before" not in m: return rows
-        before, after = m["eval_reward_before"], m["eval_reward"]
-        return [*rows, asked("reward of held-out questions", f"above {before:.3f}, before", f"{after:.3f}",
-            None if after > before else False)]
-    number = f"{r['rollouts']} rollouts" if r["rollouts"] > 1 else "rollout"
-    between = "" if r["low"] is None else f" ({r['low']:+.3f} to {r['high']:+.3f})"
-    rows = [asked("mean reward",
-        f"above {r['first']:.3f}, the first {number}, by the lower end of the interval of the rise",
-        f"{r['last']:.3f} in the last, a rise of {r['value']:+.3f}{between}", _risen(r["low"], r["high"]))]
-    for name, held in m.get("held_out", {}).items():
-        if f"eval_{name + '_' if len(m['held_out']) > 1 else ''}reward_before" in m: rows += _held_out(m, name, held)
-    return rows
+    if r := m.get("reward_rise"):
+        number = f"{r['rollouts']} rollouts" if r["rollouts"] > 1 else "rollout"
+        between = "" if r["low"] is None else f" ({r['low']:+.3f} to {r['high']:+.3f})"
+        rows = [asked("mean reward",
+            f"above {r['first']:.3f}, the first {number}, by the lower end of the interval of the rise",
+            f"{r['last']:.3f} in the last, a rise of {r['value']:+.3f}{between}", _risen(r["low"], r["high"]))]
+    else: rows = [_by_ends("mean reward", m["first_rollout"]["reward"], m["last_rollout"]["reward"])]
+    held = {name: h for name, h in m.get("held_out", {}).items()
+        if f"eval_{name + '_' if len(m['held_out']) > 1 else ''}reward_before" in m}
+    if not held and "eval_reward_before" in m:                # of an earlier version, or the questions were changed
+        rows.append(_by_ends("reward of held-out questions", m["eval_reward_before"], m["eval_reward"]))
+    return rows + [row for name, h in held.items() for row in _held_out(m, name, h)]
 
 # %% ../../nbs/records/01_verdict.ipynb #pairs
 def _pairs(m:dict)->list[dict]:

@@ -333,7 +333,7 @@ def carried(self:RolloutTrainer)->dict:
     "What the coming steps need of what was drawn and seen; tensors are not copied."
     copied = {"noted": [dict(noted) for noted in self.noted], "ends": [dict(end) for end in self.ends],
         "totals": dict(self.totals), "spent": self.spent, "monitor": self.monitor.state(),
-        "curve": self.curve and [list(at) for at in self.curve], "held": self.held and self.held.sets}
+        "curve": self.curve and [list(at) for at in self.curve], "held": self.held and dict(self.held.sets)}
     if self.kept is None or self.kept[0] != self.number: return copied
     number, rollout, values = self.kept
     return copied | {"number": number} | rollout.carried(**values)
