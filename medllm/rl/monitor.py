@@ -17,7 +17,6 @@ from fastcore.basics import patch
 
 from ..core import UserError
 from ..evaluate.statistics import paired
-from ..intervals import Z95
 
 # %% ../../nbs/rl/03_monitor.ipynb #kl
 def kl_estimate(
